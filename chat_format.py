@@ -1,0 +1,126 @@
+"""How a conversation becomes token ids: the one home of the chat template and its special tokens.
+
+`encode` renders every conversation of this project, for SFT, for DPO and for inference. With ChatML a row is
+
+    <bos><|im_start|>system            \\
+    Be brief.<|im_end|>                 | the prompt: what inference feeds the model, to the last token
+    <|im_start|>user                    |
+    What is tea?<|im_end|>              |
+    <|im_start|>assistant              /
+    A drink made from leaves.<|im_end|><eos>     the completion: what the model learns to say, stops included
+
+The newline stands *before* each later turn, not after it, so that nothing follows the final `<eos>`.
+"""
+
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from user_error import UserError
+
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+# What the prompt ends with, and so what an answer follows.
+RESPONSE_TEMPLATE = f"{IM_START}assistant\n"
+
+# Saved with the tokenizer, so that a server which knows nothing of this project prompts the model in the same way.
+CHAT_ML_TEMPLATE = (
+    "{{- bos_token if bos_token }}"
+    "{%- for message in messages %}"
+    "{{- '' if loop.first else '\\n' }}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
+    "{{- eos_token if message['role'] == 'assistant' }}"
+    "{%- endfor %}"
+    "{{- '\\n<|im_start|>assistant\\n' if add_generation_prompt }}"
+)
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answer: str | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the answer to it; without an answer the second list is empty.
+
+    The two are tokenized apart, so no merge across their boundary can ever make the prompt of training differ from
+    the prompt of inference. BOS, EOS and the turn markers all come from the template (`tokenizer.chat_template`).
+    """
+    prompt_text = _render(tokenizer, prompt, add_generation_prompt=True)
+    completion_text = ""
+    if answer is not None:
+        text = _render(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+        if not text.startswith(prompt_text):
+            raise UserError("the tokenizer's chat template renders a prompt differently once it is answered")
+        completion_text = text[len(prompt_text) :]
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt_text, completion_text))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except TemplateError:
+        # Some models' own templates (gemma-2b-it's) refuse a system turn: it then opens the user's.
+        if messages[0]["role"] != "system":
+            raise
+        system, user, *rest = messages
+        merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
+        return tokenizer.apply_chat_template([merged, *rest], tokenize=False, **kwargs)
+
+
+def plain_text(prompt: list[Message]) -> str:
+    """A prompt for a model without a chat template: the turns' contents, a line each, and no markers."""
+    return "\n".join(message["content"] for message in prompt)
+
+
+def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens: list[str]) -> int:
+    """Give `special_tokens` an id and an embedding each; returns how many are new.
+
+    The embedding matrix grows to a multiple of 64 rows (tensor cores like that); input and output rows of new ids
+    start as the mean of the old ones, so that no new token begins as an outlier (a random row can have a logit above
+    every trained one).
+    """
+    known = len(tokenizer)
+    added = tokenizer.add_special_tokens(
+        {"additional_special_tokens": special_tokens}, replace_extra_special_tokens=False
+    )
+    if added == 0:
+        return 0
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # mean_resizing would draw the rows from a normal distribution around the mean; we want the mean itself.
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            embeddings.weight[known:] = embeddings.weight[:known].mean(dim=0)
+    return added
+
+
+def set_chat_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ChatML the tokenizer's template, and both stops part of the model's generation config.
+
+    Raises `UserError` where the tokenizer has no EOS token: a model trained without one cannot learn to stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so answers would never end")
+    tokenizer.chat_template = CHAT_ML_TEMPLATE
+    model.generation_config.eos_token_id = stop_token_ids(tokenizer)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """EOS and, where it is a single token, `<|im_end|>`."""
+    end = tokenizer(IM_END, add_special_tokens=False)["input_ids"]
+    return [tokenizer.eos_token_id, *(end if len(end) == 1 else [])]
+
+
+def generation_stops(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Keyword arguments for `generate` that end an answer at `<|im_end|>` or EOS, however the former is tokenized."""
+    stops: dict[str, Any] = {"eos_token_id": stop_token_ids(tokenizer)}
+    if tokenizer.chat_template is not None and len(stops["eos_token_id"]) == 1:
+        stops |= {"stop_strings": [IM_END], "tokenizer": tokenizer}
+    return stops
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int]) -> str:
+    """The text of a generated completion without its stops and what a batch padded after them."""
+    return tokenizer.decode(completion_ids, skip_special_tokens=True).split(IM_END)[0].strip()

@@ -1,0 +1,85 @@
+"""Checkpoints by UUID: fetched from Determined's storage, or from the store that stands in for it on this machine."""
+
+import os
+import shutil
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import determined as det
+from determined.errors import CheckpointNotFound
+from huggingface_hub.constants import HF_HOME
+
+from hyperparameters import check_uuid
+from user_error import UserError
+
+# What a model folder needs to load: weights, configuration, tokenizer and chat template. All else of a checkpoint
+# (optimizer.pt, rng_state.pth, training_args.bin) is large, or a pickle that could run code, or both.
+MODEL_FILES = (
+    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def local_checkpoint_storage() -> Path:
+    """Where local runs keep their checkpoints, as `<uuid>/checkpoint-<step>/`: one place, as a cluster has one.
+
+    The environment variable LOCAL_CHECKPOINT_STORAGE moves it, to a larger disk for instance.
+    """
+    default = Path(__file__).resolve().parent / "local_runs" / "checkpoints"
+    return Path(os.environ.get("LOCAL_CHECKPOINT_STORAGE", default)).resolve()
+
+
+def is_model_file(path: str) -> bool:
+    """Whether `path` within a checkpoint belongs to the model: the selector of every download that is to be loaded."""
+    return any(fnmatch(os.path.basename(path), pattern) for pattern in MODEL_FILES)
+
+
+def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
+    """Fetch the model files of a checkpoint and return the folder that `from_pretrained` loads.
+
+    They are kept under $HF_HOME/determined/<uuid>, where the hub's downloads are kept too, so the trials of a grid
+    that share that folder fetch them once. Every rank may call this; one rank a node downloads. Raises `UserError`
+    for an id that is no UUID, an unknown one and a checkpoint without weights.
+    """
+    check_uuid(ckpt_uuid, "model_ckpt")
+    folder = Path(HF_HOME) / "determined" / ckpt_uuid
+    distributed = core_context.distributed
+    is_local_chief = distributed.local_rank == 0
+    # None once the folder is there. It is only ever renamed into place, so it is there whole or not at all.
+    partial = None
+    if is_local_chief and not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.mkdtemp(prefix=f"{ckpt_uuid}.", dir=folder.parent)
+    partial = distributed.broadcast_local(partial)
+    if partial is not None:
+        try:
+            core_context.checkpoint.download(ckpt_uuid, partial, selector=is_model_file)
+            model_folder(Path(partial), ckpt_uuid)
+            if is_local_chief:
+                _move_into_place(partial, folder)
+        except CheckpointNotFound:
+            raise UserError(f"model_ckpt {ckpt_uuid}: no such checkpoint") from None
+        finally:
+            if is_local_chief:
+                shutil.rmtree(partial, ignore_errors=True)
+        distributed.broadcast_local(None)  # the other ranks wait here for the rename
+    return str(model_folder(folder, ckpt_uuid))
+
+
+def model_folder(checkpoint: Path, ckpt_uuid: str) -> Path:
+    """The folder within a checkpoint that holds its model. Raises `UserError` where none does."""
+    weights = sorted(checkpoint.rglob("*.safetensors"))
+    if not weights:
+        raise UserError(f"model_ckpt {ckpt_uuid}: the checkpoint holds no model weights (*.safetensors)")
+    return weights[0].parent
+
+
+def _move_into_place(partial: str, folder: Path) -> None:
+    os.chmod(partial, 0o755)  # mkdtemp's folders are for their owner alone
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not folder.exists():  # else another trial on this machine was quicker, with the same files
+            raise

@@ -1,0 +1,81 @@
+"""Direct Preference Optimization (DPO): from a model that answers to one whose answers are preferred.
+
+`det e create dpo.yaml . --config hyperparameters.model_ckpt=UUID` runs it from the SFT checkpoint of that UUID.
+"""
+
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOTrainer
+
+from chat_format import set_chat_format
+from checkpoints import download_ckpt
+from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
+from det_callback import DetCallback
+from hyperparameters import DPOHyperparameters
+from models import load_model_and_tokenizer
+from trial import Trial, open_trial
+from user_error import exit_on_user_error
+
+
+class TokenizedDPOTrainer(DPOTrainer):
+    """DPOTrainer on rows that are tokenized already.
+
+    TRL 1.16 tokenizes every preference row itself and no longer cuts prompts and answers apart (`max_prompt_length`
+    and `max_target_length` are gone). SFTTrainer accepts tokenized rows; this can go once DPOTrainer does too.
+    """
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+def train(trial: Trial[DPOHyperparameters]) -> None:
+    hparams, args = trial.hparams, trial.hparams.args
+
+    trial.status("loading the data")
+    dataset = load_dpo_dataset(hparams.datasets, hparams.split_seed)
+
+    if hparams.model_ckpt:
+        trial.status(f"loading the checkpoint {hparams.model_ckpt}")
+        source = download_ckpt(hparams.model_ckpt, trial.core_context)
+    else:
+        trial.status(f"no model_ckpt: DPO starts from {hparams.model_name}, which has seen no SFT of this project")
+        source = hparams.model_name
+    model, tokenizer = load_model_and_tokenizer(source, **hparams.model_init_kwargs)
+    set_chat_format(model, tokenizer)
+    reference = None
+    if not args.precompute_ref_log_probs:  # else TRL takes the reference's log-probs from the policy before step 1
+        reference, _ = load_model_and_tokenizer(source, **hparams.model_init_kwargs)
+        reference.eval().requires_grad_(False)
+
+    trial.status("preparing the training" + (", reference log-probs first" if reference is None else ""))
+    dataset = tokenize_dpo_dataset(
+        dataset,
+        tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=hparams.max_prompt_length,
+        max_target_length=hparams.max_target_length,
+        num_proc=args.dataset_num_proc,
+    )
+    trainer = TokenizedDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        callbacks=[DetCallback(trial, args)],
+    )
+
+    trial.status("training")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+
+@exit_on_user_error
+def main() -> None:
+    with open_trial(DPOHyperparameters, "dpo.yaml", __doc__) as trial:
+        train(trial)
+
+
+if __name__ == "__main__":
+    main()

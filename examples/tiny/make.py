@@ -1,0 +1,226 @@
+"""Make the tiny example: a small pre-trained Gemma and data to align it, offline and in about a minute.
+
+    python examples/tiny/make.py [FOLDER]
+
+FOLDER (default: local_runs/tiny) receives
+
+    base/            a Gemma of 2 million parameters with a tokenizer of its own, trained on plain text: it continues
+                     stories and recipes, and knows no chat
+    instructions/    an SFT data set in Cosmopedia's columns (prompt, text), subsets kitchen, home and outdoors; its
+                     answers are of mixed quality, as scraped ones are: some helpful, some curt, some rambling
+    questions/       preference pairs in orca_dpo_pairs' columns (system, question, chosen, rejected)
+    conversations/   preference pairs in dpo-mix-7k's columns (chosen, rejected: whole conversations, some multi-turn)
+
+All of it is written from `how_to.yaml`: 48 everyday tasks. Each wording of a question about a task is used once, so
+held-out rows ask about known tasks in new words. In the pairs the chosen answer is always the structured, helpful one.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    DataCollatorForLanguageModeling,
+    GemmaConfig,
+    GemmaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+HOW_TO = Path(__file__).parent / "how_to.yaml"
+SEED = 7
+BLOCK = 128  # tokens of a pre-training row
+
+QUESTIONS = [
+    "How do I {task}?",
+    "How can I {task}?",
+    "What is the best way to {task}?",
+    "Please tell me how to {task}.",
+    "Can you explain how to {task}?",
+    "I want to {task}. What should I do?",
+    "Show me how to {task}.",
+    "What do I need to do to {task}?",
+    "I have never tried to {task}. Where do I start?",
+    "I would like to {task}. Can you help me?",
+    "My friend asked me how to {task}. What should I say?",
+    "Is there an easy way to {task}?",
+]
+SYSTEMS = ["", "", "You are a helpful assistant.", "You are a patient teacher."]
+NAMES = ["Anna", "Tom", "Maria", "Ben", "Lucy", "Sam"]
+ARTICLES = [
+    "To {task}, you need only a little time. {why} {steps} {tip}",
+    "Many people like to {task}. {why} {steps} {tip}",
+    "{why} Here is what most people do. {steps} {tip}",
+    "It is not hard to {task}. {steps} {why} {tip}",
+]
+STORIES = [
+    '"{question}" asked {a}. "{why}" said {b}. "{steps}" It did not take long, and they were both happy with it.',
+    '"{question}" {a} asked one day. {b} had done it many times before. "{steps} {tip}" {a} wrote it all down.',
+    '"{question}" said {a}, and looked at {b}. "Let me think," said {b}. "{why} {steps}" Then they tried it together.',
+]
+
+
+def structured(entry: dict[str, Any]) -> str:
+    first, second, third = entry["steps"]
+    return f"{entry['why']} Here is how:\n1. {first}\n2. {second}\n3. {third}\nTip: {entry['tip']}"
+
+
+def rambling(entry: dict[str, Any]) -> str:
+    return (
+        f"Well, there are many ways to {entry['task']}. Some people do it one way and some do it another way."
+        " I have heard a lot about it over the years. It is hard to say which way is best, and it may not matter much."
+    )
+
+
+def write_texts(tasks: list[dict[str, Any]], rng: random.Random) -> list[str]:
+    """The pre-training text: articles and short stories about every task."""
+    texts = []
+    for entry in tasks:
+        words = {**entry, "steps": " ".join(entry["steps"])}
+        texts += [article.format(**words) for article in ARTICLES]
+        for number, question in enumerate(QUESTIONS):
+            a, b = rng.sample(NAMES, 2)
+            texts.append(STORIES[number % 3].format(question=question.format(**entry), a=a, b=b, **words))
+    rng.shuffle(texts)
+    return texts
+
+
+def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each JSON Lines file, by its name without the ending."""
+    files: dict[str, list] = {f"instructions/{subset}": [] for subset in ("kitchen", "home", "outdoors")}
+    files |= {"questions/train": [], "conversations/train": []}
+    for entry in tasks:
+        answers = {"curt": entry["curt"], "rambling": rambling(entry), "structured": structured(entry)}
+        styles = ["curt"] * 4 + ["rambling"] + ["structured"] * 2
+        questions = [question.format(**entry) for question in rng.sample(QUESTIONS, len(QUESTIONS))]
+        for style, question in zip(styles, questions, strict=False):
+            files[f"instructions/{entry['subset']}"].append({"prompt": question, "text": answers[style]})
+        for number, question in enumerate(questions[len(styles) :]):
+            chosen, rejected = answers["structured"], answers["rambling" if number % 3 == 2 else "curt"]
+            if number < 3:
+                row = {"system": rng.choice(SYSTEMS), "question": question, "chosen": chosen, "rejected": rejected}
+                files["questions/train"].append(row)
+                continue
+            turns = [{"role": "user", "content": question}]
+            if number == 4:  # a question before it, answered as an assistant should
+                earlier = rng.choice(tasks)
+                turns[:0] = [
+                    {"role": "user", "content": QUESTIONS[0].format(**earlier)},
+                    {"role": "assistant", "content": structured(earlier)},
+                ]
+            sides = {"chosen": chosen, "rejected": rejected}
+            row = {side: [*turns, {"role": "assistant", "content": answer}] for side, answer in sides.items()}
+            files["conversations/train"].append(row)
+    for rows in files.values():
+        rng.shuffle(rows)
+    return files
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 1500) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of Gemma's kind: spaces are part of the words, and bytes stand in for unknown characters."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|▁?\w+|▁?[^\w\s▁]|▁"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special + bytes_, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    # The bytes are no special tokens, which decoding would skip: only the first four are declared so from here on.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][: len(special)]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **names)
+
+
+def pre_train(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, epochs: float, hidden_size: int
+) -> GemmaForCausalLM:
+    """A small Gemma of the architecture of google/gemma-2b, trained from nothing on `texts`."""
+    transformers.set_seed(SEED)
+    model = GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=hidden_size // 4,
+            max_position_embeddings=1024,
+            initializer_range=0.05,
+        )
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    blocks = [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK, BLOCK)]
+    args = TrainingArguments(
+        output_dir="unused",  # nothing is saved there
+        num_train_epochs=epochs,
+        per_device_train_batch_size=8,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        seed=SEED,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    Trainer(model, args, data_collator=collator, train_dataset=Dataset.from_dict({"input_ids": blocks})).train()
+    return model
+
+
+def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
+    """Write the example into `folder`. A folder that is complete already is left as it is."""
+    if (folder / "base" / "config.json").exists():
+        print(f"{folder} is made already")
+        return
+    by_subset = yaml.safe_load(HOW_TO.read_text(encoding="utf-8"))
+    tasks = [{**entry, "subset": subset} for subset, entries in by_subset.items() for entry in entries]
+    rng = random.Random(SEED)
+    texts, files = write_texts(tasks, rng), write_datasets(tasks, rng)
+    for name, rows in files.items():
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    subsets = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl\n" for name in by_subset
+    )
+    (folder / "instructions" / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n", encoding="utf-8")
+
+    # The tokenizer must know every character of a chat, as a real one would.
+    tokenizer = train_tokenizer([*texts, *(structured(task) for task in tasks), *SYSTEMS, "<|im_start|>assistant\n"])
+    model = pre_train(texts, tokenizer, epochs, hidden_size)
+    partial = folder / "base.partial"
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+    partial.rename(folder / "base")  # last, so that an interrupted run is not taken for a complete one
+    print(
+        f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, "
+        + ", ".join(f"{len(rows)} rows of {name}" for name, rows in files.items())
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("local_runs/tiny"), help="default: %(default)s")
+    make(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()

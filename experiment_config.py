@@ -1,0 +1,125 @@
+"""Experiment YAMLs read as Determined reads them: the CLI's loader and overrides, the master's grid, the entrypoint."""
+
+import itertools
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from determined.cli.ntsc import parse_config_overrides
+from determined.common.util import yaml_safe_load
+
+from user_error import UserError, one_line
+
+
+def read_experiment_config(path: str, overrides: list[str] = ()) -> dict[str, Any]:
+    """The YAML at `path` with `--config key=value` overrides, through the very functions `det e create` calls.
+
+    (They read YAML 1.2: `1e-7` is a float, where PyYAML would see text.) Raises `UserError` for a file that is
+    missing or no mapping, and for an override without `=`.
+    """
+    try:
+        config = yaml_safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from error
+    except Exception as error:  # ruamel's errors share no base class but Exception
+        raise UserError(f"config {path}: not YAML: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"config {path}: not a mapping of keys")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"--config {override!r} is not key=value")
+    try:
+        config = parse_config_overrides(config, overrides)
+    except Exception as error:
+        raise UserError(f"--config: {one_line(error)}") from error
+    if not isinstance(config.get("hyperparameters"), dict):
+        raise UserError(f"config {path}: hyperparameters is missing or no mapping")
+    return config
+
+
+def entrypoint_script(config: dict[str, Any]) -> list[str]:
+    """The script that the config's entrypoint runs, and its arguments, without the launcher before it."""
+    entrypoint = config.get("entrypoint", "")
+    words = entrypoint if isinstance(entrypoint, list) else shlex.split(entrypoint)
+    for index, word in enumerate(words):
+        if word.endswith(".py"):
+            return words[index:]
+    raise UserError(f"entrypoint {entrypoint!r} names no Python script")
+
+
+def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The hyperparameters of each trial of a `single` or `grid` search, in the master's order.
+
+    The master (determined/master/pkg/searcher/grid.go) walks the keys of each level in sorted order, the last one
+    fastest. A list is a constant, a mapping with a `type` is a hyperparameter, and one without is a level of its own.
+    """
+    searcher = config.get("searcher", {}).get("name", "single")
+    if searcher not in ("single", "grid"):
+        raise UserError(f"searcher.name {searcher!r}: this machine runs single and grid; the others need a cluster")
+    axes = list(_axes(config["hyperparameters"], "hyperparameters"))
+    if searcher == "single":
+        for key, values in axes:
+            if values is None or len(values) > 1:
+                raise UserError(f"{key} is a search space; set searcher.name: grid to try its values")
+    for key, values in axes:
+        if values is None:
+            raise UserError(f"{key} needs a count for a grid search")
+    return [
+        _assemble(config["hyperparameters"], iter(point))
+        for point in itertools.product(*(values for _, values in axes))
+    ]
+
+
+def varying_hyperparameters(config: dict[str, Any]) -> list[str]:
+    """Dotted names of the hyperparameters that a grid varies, as in `training_args.learning_rate`."""
+    prefix = "hyperparameters."
+    return [
+        key.removeprefix(prefix) for key, values in _axes(config["hyperparameters"], prefix[:-1]) if len(values) > 1
+    ]
+
+
+def _axes(level: dict[str, Any], path: str) -> Iterator[tuple[str, list[Any] | None]]:
+    for name in sorted(level):
+        value, key = level[name], f"{path}.{name}"
+        if not isinstance(value, dict):
+            continue
+        if "type" in value:
+            yield key, _axis(value, key)
+        else:
+            yield from _axes(value, key)
+
+
+def _assemble(level: dict[str, Any], point: Iterator[Any]) -> dict[str, Any]:
+    values = {}
+    for name in sorted(level):
+        value = level[name]
+        if isinstance(value, dict):
+            value = next(point) if "type" in value else _assemble(value, point)
+        values[name] = value
+    return {name: values[name] for name in level}
+
+
+def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
+    """The grid points of one hyperparameter; None where a range has no `count`."""
+    kind = space["type"]
+    try:
+        if kind == "const":
+            return [space["val"]]
+        if kind == "categorical":
+            return list(space["vals"])
+        if kind not in ("int", "double", "log"):
+            raise UserError(f"{key}.type {kind!r} is none of const, categorical, int, double, log")
+        low, high, count = space["minval"], space["maxval"], space.get("count")
+        base = space["base"] if kind == "log" else None
+    except KeyError as missing:
+        raise UserError(f"{key}: a {kind} hyperparameter needs {missing.args[0]}") from missing
+    if count is None:
+        return None
+    if kind == "int":
+        count = min(count, high - low + 1)
+    points = [(low + high) / 2] if count == 1 else [low + i * (high - low) / (count - 1) for i in range(count)]
+    if kind == "int":
+        return [math.floor(abs(point) + 0.5) * (1 if point >= 0 else -1) for point in points]  # as Go's math.Round
+    return [base**point for point in points] if kind == "log" else points

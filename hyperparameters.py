@@ -1,0 +1,358 @@
+"""The hyperparameters of both entrypoints: what a YAML may say, checked before anything is loaded or written.
+
+`parse_hyperparameters` turns the `hyperparameters` of a trial into one of the dataclasses below. A key that nothing
+reads, a value of the wrong type or two keys that contradict each other is a `UserError` naming the key.
+"""
+
+import dataclasses
+import enum
+import sys
+import types
+import typing
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.sft_config import SFTConfig
+
+from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
+from user_error import UserError, nearest, one_line
+
+# The names `DPOTrainer` dispatches on. It refuses another one only at the first loss, after the reference pass.
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+# The losses whose formula has `label_smoothing` in it; every other one would ignore it without a word.
+SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+# Keys of SFTConfig and DPOConfig that could only be ignored here, and what does their job.
+REFUSED_TRAINING_ARGS = {
+    "assistant_only_loss": "set data_collator.on_completions_only",
+    "completion_only_loss": "set data_collator.on_completions_only",
+    "chat_template_path": "every row is rendered as ChatML by chat_format.py",
+    "dataset_kwargs": "every row is rendered as ChatML by chat_format.py",
+    "dataset_text_field": "every row is rendered as ChatML by chat_format.py",
+    "eos_token": "every answer ends with <|im_end|> and the tokenizer's own EOS",
+    "pad_token": "the tokenizer's own padding token is used",
+    "resume_from_checkpoint": "a trial resumes from its own latest checkpoint",
+}
+# Names that the published example or older releases used, where the nearest name would mislead.
+RENAMED = {
+    "model": "model_name",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps, where a number below 1 is a ratio",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "max_seq_length": "max_seq_length, beside training_args",
+}
+
+
+@dataclass
+class DatasetSubset:
+    """One subset of the SFT data set, and the share of its rows to take: exactly one of the last two."""
+
+    subset: str | None = None  # a configuration of the data set; None: its default one
+    ratio: float | None = None  # in (0, 1]
+    number_of_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        name = f"subset {self.subset!r}"
+        if (self.ratio is None) == (self.number_of_samples is None):
+            given = "neither" if self.ratio is None else "both"
+            raise UserError(f"{name}: give ratio or number_of_samples, one of the two; this has {given}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise UserError(f"{name}: ratio {self.ratio:g} is not in (0, 1]")
+        if self.number_of_samples is not None and self.number_of_samples < 1:
+            raise UserError(f"{name}: number_of_samples {self.number_of_samples} is not at least 1")
+
+
+@dataclass
+class DataCollator:
+    """Which tokens of a row are supervised."""
+
+    on_completions_only: bool = True  # the answer with its stops; False: the prompt as well
+    response_template: str = RESPONSE_TEMPLATE  # what the answers follow
+
+    def __post_init__(self) -> None:
+        if self.response_template != RESPONSE_TEMPLATE:
+            raise UserError(
+                f"response_template {self.response_template!r} is not what answers follow in ChatML:"
+                f" {RESPONSE_TEMPLATE!r}"
+            )
+
+
+@dataclass
+class ChatTokens:
+    """Whether the turn markers get token ids of their own, or stay the text that the tokenizer splits."""
+
+    add_chat_tokens: bool = False
+    special_tokens: list[str] = field(default_factory=lambda: [IM_START, IM_END])
+
+
+class TrainerArgs:
+    """What both kinds of experiment derive from `args`, TRL's config of the run."""
+
+    args: SFTConfig | DPOConfig
+
+    @property
+    def split_seed(self) -> int:
+        """Draws the samples and the held-out 20%. Not `seed`: trials that differ in it are compared on the same rows."""
+        return 42 if self.args.data_seed is None else self.args.data_seed
+
+    @property
+    def model_init_kwargs(self) -> dict[str, Any]:
+        """For `from_pretrained`: TRL would ignore them where, as here, the model is built before the trainer."""
+        return {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
+
+
+@dataclass
+class SFTHyperparameters(TrainerArgs):
+    """`hyperparameters` of an SFT experiment. `args` is the SFTConfig they amount to."""
+
+    model_name: str
+    dataset: str
+    dataset_subsets: list[DatasetSubset] = field(default_factory=lambda: [DatasetSubset(ratio=1.0)])
+    max_seq_length: int | None = None  # tokens of a row, prompt and answer
+    data_collator: DataCollator = field(default_factory=DataCollator)
+    chat_tokens: ChatTokens = field(default_factory=ChatTokens)
+    training_args: dict[str, Any] = field(default_factory=dict)
+    args: SFTConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_seq_length")
+        if not self.dataset_subsets:
+            raise UserError("dataset_subsets is empty")
+        own = {"max_length": ("max_seq_length", self.max_seq_length)}
+        self.args = build_training_args(SFTConfig, self.training_args, own)
+
+
+@dataclass
+class DPOHyperparameters(TrainerArgs):
+    """`hyperparameters` of a DPO experiment. `args` is the DPOConfig they amount to."""
+
+    datasets: list[str]
+    model_name: str | None = None
+    model_ckpt: str | None = None  # UUID of a Determined checkpoint, an SFT run's
+    dpo_beta: float | None = None
+    dpo_loss: str | list[str] | None = None
+    max_length: int | None = None  # tokens of prompt and answer together
+    max_prompt_length: int | None = None
+    max_target_length: int | None = None  # tokens of an answer
+    precompute_ref_log_probs: bool | None = None
+    training_args: dict[str, Any] = field(default_factory=dict)
+    args: DPOConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "dpo_beta", "max_length", "max_prompt_length", "max_target_length")
+        if not self.datasets:
+            raise UserError("datasets is empty")
+        if not (self.model_ckpt or self.model_name):
+            raise UserError("give model_ckpt (the UUID of an SFT checkpoint) or model_name")
+        if self.model_ckpt:
+            check_uuid(self.model_ckpt, "model_ckpt")
+        own = {
+            "beta": ("dpo_beta", self.dpo_beta),
+            "loss_type": ("dpo_loss", self.dpo_loss),
+            "max_length": ("max_length", self.max_length),
+            "precompute_ref_log_probs": ("precompute_ref_log_probs", self.precompute_ref_log_probs),
+        }
+        training_args = resolve_dpo_loss(merge_own(self.training_args, own))
+        self.args = build_training_args(DPOConfig, training_args, {})
+
+
+Hyperparameters = TypeVar("Hyperparameters", SFTHyperparameters, DPOHyperparameters)
+
+
+def parse_hyperparameters(cls: type[Hyperparameters], values: dict[str, Any]) -> Hyperparameters:
+    """The `hyperparameters` of a trial as a `cls`. Raises `UserError` naming the key that is wrong."""
+    return convert(values, cls, "hyperparameters")
+
+
+def check_uuid(value: str, key: str) -> None:
+    """Refuse what is no UUID: Determined's storage would take `""` for the whole store and `../x` for a way out."""
+    try:
+        valid = str(uuid.UUID(value)) == value.lower()
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"{key} {value!r} is no checkpoint UUID (32 hexadecimal digits as 8-4-4-4-12)")
+
+
+def check_positive(hparams: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(hparams, key)
+        if value is not None and value <= 0:
+            raise UserError(f"{key} {value:g} is not greater than 0")
+
+
+def convert(value: Any, hint: Any, key: str) -> Any:
+    """`value`, as YAML or JSON gave it, checked against the type `hint` and converted to it.
+
+    Dataclasses are built from mappings, so nested keys are checked as well; a hint of a kind not known here (a class
+    of the library's) lets anything through.
+    """
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in options:
+            try:
+                return convert(value, option, key)
+            except UserError as error:
+                last_error = error
+        if len(options) == 2 and types.NoneType in options:
+            raise last_error if options[1] is not types.NoneType else _wrong_type(value, options[0], key)
+        raise _wrong_type(value, hint, key)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key)
+    if origin is list:
+        if not isinstance(value, list):
+            raise _wrong_type(value, hint, key)
+        return [convert(item, options[0], f"{key}[{index}]") for index, item in enumerate(value)]
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        if value not in [member.value for member in hint]:
+            raise _wrong_type(value, hint, key)
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise _wrong_type(value, hint, key)
+    plain = origin or hint
+    if plain in (str, float, bool, dict, types.NoneType) and not isinstance(value, plain):
+        raise _wrong_type(value, hint, key)
+    return value
+
+
+def _wrong_type(value: Any, hint: Any, key: str) -> UserError:
+    names = {str: "text", float: "a number", int: "a whole number", bool: "true or false", dict: "a mapping"}
+    wanted = names.get(typing.get_origin(hint) or hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        wanted = "one of " + ", ".join(member.value for member in hint)
+    elif typing.get_origin(hint) is list:
+        wanted = "a list"
+    elif wanted is None:
+        wanted = str(hint).replace("typing.", "").replace("transformers.trainer_utils.", "")
+    return UserError(f"{key} is {value!r}, which is not {wanted}")
+
+
+def _build(cls: type, values: Any, key: str) -> Any:
+    if not isinstance(values, dict):
+        raise _wrong_type(values, dict, key)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    refuse_unknown(values, fields, key)
+    hints = typing.get_type_hints(cls)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{key}.{missing[0]} is missing")
+    converted = {name: convert(value, hints[name], f"{key}.{name}") for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:
+        raise UserError(f"{key}: {error}" if not str(error).startswith(key) else str(error)) from error
+
+
+def refuse_unknown(values: dict[str, Any], known: typing.Collection[str], key: str) -> None:
+    for name in values:
+        if name not in known:
+            hint = f" (now {RENAMED[name]})" if name in RENAMED else nearest(name, known)
+            raise UserError(f"{key}.{name} is not a hyperparameter{hint}")
+
+
+def merge_own(training_args: dict[str, Any], own: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """`training_args` with the values of our own keys under TRL's names.
+
+    `own` maps a name of TRL's to the key of ours that sets it and its value; None leaves TRL's name in charge.
+    """
+    merged = dict(training_args)
+    for name, (key, value) in own.items():
+        if value is None:
+            continue
+        if name in training_args:
+            raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
+        merged[name] = value
+    return merged
+
+
+def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
+    """`training_args` with a `loss_type` that TRL computes as asked, or a `UserError` with the reason.
+
+    The published names that TRL has dropped: `cdpo` (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3) is
+    (1 - e) A + e B with A = -logsigmoid(beta h), B = -logsigmoid(-beta h) and e the label smoothing. TRL's `robust`
+    is R = ((1 - e) A - e B) / (1 - 2e) and its `sigmoid` is A, so cDPO is exactly 2 (1 - e) A - (1 - 2e) R.
+    `kto_pair` was no pairwise loss and has become a trainer of its own.
+    """
+    losses = training_args.get("loss_type", ["sigmoid"])
+    losses = [losses] if isinstance(losses, str) else losses
+    smoothing = training_args.get("label_smoothing", 0.0)
+    resolved = dict(training_args)
+    if losses == ["cdpo"]:
+        if "loss_weights" in training_args or not 0 < smoothing < 0.5:
+            raise UserError("dpo_loss 'cdpo' needs training_args.label_smoothing in (0, 0.5), and no loss_weights")
+        losses = ["sigmoid", "robust"]
+        resolved["loss_weights"] = [2 * (1 - smoothing), -(1 - 2 * smoothing)]
+    for loss in losses:
+        if loss == "kto_pair":
+            raise UserError("dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own; 'apo_zero' is the nearest")
+        if loss not in DPO_LOSSES:
+            raise UserError(f"dpo_loss {loss!r} is none of {', '.join(DPO_LOSSES)}, cdpo{nearest(loss, DPO_LOSSES)}")
+    if smoothing and not SMOOTHED_LOSSES & set(losses):
+        raise UserError(
+            f"training_args.label_smoothing has no effect on dpo_loss {losses[0]!r}, only on cdpo and"
+            f" {', '.join(sorted(SMOOTHED_LOSSES))}"
+        )
+    if "exo_pair" in losses and not smoothing:
+        raise UserError("dpo_loss 'exo_pair' needs training_args.label_smoothing above 0 (its paper takes 1e-3)")
+    return resolved | {"loss_type": losses}
+
+
+def build_training_args(
+    cls: type[TrainingArguments], training_args: dict[str, Any], own: dict[str, tuple[str, Any]]
+) -> Any:
+    """TRL's config of a run: `training_args`, our own keys and defaults fit for the hardware at hand.
+
+    Precision: weights, gradients and AdamW's state are float32 always. At the learning rates of DPO a step is smaller
+    than the spacing of bf16 numbers (1e-4 near 0.02), so bare bf16 weights would never move. Where the GPU has bf16
+    the forward and backward pass run under bf16 autocast.
+    """
+    key = "training_args"
+    for name, instead in REFUSED_TRAINING_ARGS.items():
+        if name in training_args:
+            raise UserError(f"{key}.{name} has no effect here: {instead}")
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    refuse_unknown(training_args, fields, key)
+    hints = typing.get_type_hints(cls)
+    values = {name: convert(value, hints[name], f"{key}.{name}") for name, value in training_args.items()}
+    check_dtype(values)
+    values = merge_own(values, own)
+    values.setdefault("report_to", "none")  # the library's default is every tracker it finds installed
+    values.setdefault("disable_tqdm", not sys.stderr.isatty())  # its bars, redrawn, would fill a log file
+    if not values.get("fp16"):
+        values.setdefault("bf16", is_torch_bf16_gpu_available())
+    if not torch.cuda.is_available():
+        # Without it the library refuses bf16 on a machine that has no GPU at all, though its CPU may have it.
+        values.setdefault("use_cpu", not torch.backends.mps.is_available())
+    try:
+        return cls(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{key}: {one_line(error)}") from error
+
+
+def check_dtype(training_args: dict[str, Any]) -> None:
+    model_init_kwargs = training_args.get("model_init_kwargs")
+    if not isinstance(model_init_kwargs, dict):
+        return
+    for name in ("dtype", "torch_dtype"):
+        dtype = model_init_kwargs.get(name, "float32")
+        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise UserError(f"training_args.model_init_kwargs.{name} {dtype!r} is no dtype of torch")
+        if dtype != "float32":
+            raise UserError(
+                f"training_args.model_init_kwargs.{name} {dtype!r}: weights stay float32, or small learning rates"
+                " would not move them; for bf16 or fp16 autocast set training_args.bf16 or .fp16"
+            )

@@ -1,0 +1,39 @@
+"""Loading a model and its tokenizer, for training and for inference."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from user_error import UserError, one_line
+
+
+def load_model_and_tokenizer(
+    source: str, key: str = "model_name", **model_init_kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model with float32 weights (see `hyperparameters.build_training_args`) and its tokenizer.
+
+    `source` is a folder or a hub id; `key` is what the user calls it. `model_init_kwargs` go to the model's
+    `from_pretrained`. Raises `UserError` where there is no model to be had.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{key} {source!r}: a folder without a config.json is no model")
+    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UserError(f"{key} {source!r}: no such folder")
+    trust = {"trust_remote_code": model_init_kwargs.get("trust_remote_code", False)}
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # its retries are no news; the failure itself is told below, in one line
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key} {source!r}: {one_line(error)}") from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
+    if tokenizer.pad_token_id is None:
+        # Labels are ours (-100 where unsupervised), so padding with EOS hides no EOS from the loss.
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

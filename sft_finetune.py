@@ -1,0 +1,50 @@
+"""Supervised fine-tuning (SFT): from a pre-trained model to one that answers. `det e create sft.yaml .` runs it."""
+
+from trl import SFTTrainer
+
+from chat_format import add_chat_tokens, set_chat_format
+from dataset_utils import load_sft_dataset, tokenize_sft_dataset
+from det_callback import DetCallback
+from hyperparameters import SFTHyperparameters
+from models import load_model_and_tokenizer
+from trial import Trial, open_trial
+from user_error import exit_on_user_error
+
+
+def train(trial: Trial[SFTHyperparameters]) -> None:
+    hparams, args = trial.hparams, trial.hparams.args
+
+    trial.status("loading the data")
+    dataset = load_sft_dataset(hparams.dataset, hparams.dataset_subsets, hparams.split_seed)
+
+    trial.status(f"loading {hparams.model_name}")
+    model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
+    if hparams.chat_tokens.add_chat_tokens:
+        add_chat_tokens(model, tokenizer, hparams.chat_tokens.special_tokens)
+    set_chat_format(model, tokenizer)
+
+    trial.status("preparing the training")
+    dataset = tokenize_sft_dataset(
+        dataset, tokenizer, hparams.data_collator.on_completions_only, num_proc=args.dataset_num_proc
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        callbacks=[DetCallback(trial, args)],
+    )
+
+    trial.status("training")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+
+@exit_on_user_error
+def main() -> None:
+    with open_trial(SFTHyperparameters, "sft.yaml", __doc__) as trial:
+        train(trial)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What a trial is given: its hyperparameters and its Core API context, on a Determined cluster and off it.
+
+Off the cluster a trial's reports go to `reports.jsonl` in its folder instead of to a master, one JSON object a line:
+
+    {"kind": "training" | "validation", "steps_completed": 10, "metrics": {...}}
+    {"kind": "checkpoint", "steps_completed": 10, "uuid": "..."}
+    {"kind": "progress", "progress": 0.25}
+    {"kind": "status", "status": "loading the model"}
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import datasets
+import determined as det
+import transformers
+from determined import core
+from determined.common.storage import SharedFSStorageManager
+
+from checkpoints import local_checkpoint_storage
+from experiment_config import expand_trials, read_experiment_config
+from hyperparameters import Hyperparameters, parse_hyperparameters
+from user_error import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trial(Generic[Hyperparameters]):
+    """One run of an entrypoint."""
+
+    hparams: Hyperparameters
+    core_context: core.Context
+    trial_id: int
+    searcher_metric: str | None
+    latest_checkpoint: str | None  # UUID of the checkpoint to resume from
+    on_cluster: bool
+
+    def status(self, text: str) -> None:
+        """Say what the trial is busy with, in its log and, off the cluster, to whoever follows its reports."""
+        logger.info(text)
+        if not self.on_cluster:
+            self.core_context.train.set_status(text)
+
+
+@contextmanager
+def open_trial(cls: type[Hyperparameters], default_config: str, description: str) -> Iterator[Trial[Hyperparameters]]:
+    """The trial that this process runs: the cluster's, or the one of the YAML and folder named on the command line."""
+    logging.basicConfig(level=logging.INFO, format=det.LOG_FORMAT, stream=sys.stdout)
+    if not sys.stderr.isatty():  # bars that redraw themselves would fill a log file
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    # torchrun and determined.launch.torch_distributed set RANK; a trial on one slot has no such launcher.
+    distributed = core.DistributedContext.from_torch_distributed() if "RANK" in os.environ else None
+    info = det.get_cluster_info()
+    if info is not None and info.task_type == "TRIAL":
+        hparams = parse_hyperparameters(cls, info.trial.hparams)
+        metric = info.trial._config["searcher"]["metric"]
+        # Metrics go to the Web UI; AUTO would import tensorboard, which nothing here needs.
+        with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
+            yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, on_cluster=True)
+        return
+
+    args = _parse_arguments(default_config, description)
+    config = read_experiment_config(args.config)
+    trials = expand_trials(config)
+    if len(trials) > 1:
+        raise UserError(
+            f"{args.config} is a search of {len(trials)} trials; run python local_experiment.py {args.config}"
+        )
+    hparams = parse_hyperparameters(cls, trials[0])
+    output = Path(args.output)
+    trainer_folder = output / "trainer"
+    hparams.args.output_dir = str(trainer_folder)
+    reports = output / "reports.jsonl"
+    checkpoints = [report["uuid"] for report in read_reports(reports) if report["kind"] == "checkpoint"]
+    metric = config.get("searcher", {}).get("metric")
+    storage = local_checkpoint_storage()
+    with core.init(distributed=distributed, checkpoint_storage=str(storage)) as core_context:
+        core_context.train = LocalTrainContext(reports)
+        core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, reports)
+        latest = checkpoints[-1] if checkpoints else None
+        yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
+    shutil.rmtree(trainer_folder, ignore_errors=True)  # every checkpoint in it is in the storage by now
+
+
+def _parse_arguments(default_config: str, description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="In a Determined trial there is nothing to pass: hyperparameters and checkpoints come from the cluster."
+        " Off it, python local_experiment.py runs a whole experiment through this script.",
+    )
+    script = Path(sys.argv[0]).stem
+    parser.add_argument(
+        "--config", default=default_config, help="experiment YAML without a search (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        default=f"local_runs/{script}",
+        help="the trial's folder: run again with the same one, it resumes (default: %(default)s)",
+    )
+    parser.add_argument("--trial-id", type=int, default=1, help="number written to its checkpoints (default: 1)")
+    return parser.parse_args()
+
+
+class LocalTrainContext(core.DummyTrainContext):
+    """Core API's stand-in for a master, which drops what a trial reports, made to keep it in a file."""
+
+    def __init__(self, reports: Path) -> None:
+        super().__init__()
+        self.reports = reports
+
+    def report_metrics(self, group: str, steps_completed: int, metrics: dict[str, Any]) -> None:
+        append_report(self.reports, kind=group, steps_completed=steps_completed, metrics=metrics)
+
+    def report_progress(self, progress: float) -> None:
+        append_report(self.reports, kind="progress", progress=progress)
+
+    def set_status(self, status: str) -> None:
+        append_report(self.reports, kind="status", status=status)
+
+
+class LocalCheckpointContext(core.DummyCheckpointContext):
+    """Core API's checkpoints in a folder, each reported once its upload is complete."""
+
+    def __init__(self, distributed: core.DistributedContext, storage: Path, reports: Path) -> None:
+        super().__init__(distributed, SharedFSStorageManager(str(storage)))
+        self.reports = reports
+
+    def upload(self, ckpt_dir: Any, metadata: dict[str, Any] | None = None, **kwargs: Any) -> str:
+        uuid = super().upload(ckpt_dir, metadata, **kwargs)
+        if self._dist.rank == 0:
+            append_report(self.reports, kind="checkpoint", uuid=uuid, **(metadata or {}))
+        return uuid
+
+
+def append_report(path: Path, **report: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(report) + "\n")
+
+
+def read_reports(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a reports file; a last one that a kill cut short is left out. No file: no reports."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
