@@ -1,0 +1,325 @@
+"""Run an experiment on this machine as `det e create CONFIG.yaml MODEL_DEF --config key=value` would on a cluster.
+
+    python local_experiment.py sft.yaml
+    python local_experiment.py dpo.yaml --config hyperparameters.model_ckpt=UUID
+
+Each trial is a process of its own that runs the YAML's entrypoint script. DIR (default: local_runs/<experiment name>)
+receives
+
+    experiment.json      the config with its overrides
+    trials.jsonl         a line a trial: trial_id, state, hparams, steps_completed, metrics (of the last validation),
+                         best_metrics (of the best one by searcher.metric), checkpoint_uuid
+    best_checkpoint      the UUID of the best trial's checkpoint
+    trials/<trial_id>/   its config.yaml, log.txt and reports.jsonl
+
+checkpoint_uuid is the checkpoint saved at the best validation where there is one, else the latest. Checkpoints are
+kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start from by UUID. Started again
+with the same config and DIR, finished trials are kept and an interrupted one goes on from its latest checkpoint.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from checkpoints import local_checkpoint_storage, model_folder
+from dataset_utils import load_dpo_dataset, load_sft_dataset
+from experiment_config import entrypoint_script, expand_trials, read_experiment_config, varying_hyperparameters
+from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from trial import read_reports
+from user_error import UserError, exit_on_user_error
+
+POLL_SECONDS = 0.2
+SHOWN_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Searcher:
+    """The part of the searcher's config that ranks trials."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        searcher = config.get("searcher", {})
+        if not searcher.get("metric"):
+            raise UserError("searcher.metric is missing: it ranks the trials")
+        self.metric: str = searcher["metric"]
+        self.smaller_is_better: bool = searcher.get("smaller_is_better", True)  # Determined's default
+
+    def best(self, items: list[Any], metrics_of: Callable[[Any], dict[str, float]]) -> Any | None:
+        """The item whose metrics are best, the first of equals; None where none has the metric."""
+        scored = [item for item in items if self.metric in metrics_of(item)]
+        sign = 1 if self.smaller_is_better else -1
+        return min(scored, key=lambda item: sign * metrics_of(item)[self.metric], default=None)
+
+
+def check_trials(script: str, trials: list[dict[str, Any]]) -> None:
+    """Find a user's mistakes before anything is written: those of each trial's hyperparameters, data and checkpoint.
+
+    It knows this project's two entrypoints; what another script wants is its own business.
+    """
+    if script == "sft_finetune.py":
+        parsed = [parse_hyperparameters(SFTHyperparameters, hparams) for hparams in trials]
+        loads = {str((h.dataset, h.dataset_subsets, h.split_seed)): h for h in parsed}
+        for h in loads.values():
+            load_sft_dataset(h.dataset, h.dataset_subsets, h.split_seed)
+    elif script == "dpo_finetune.py":
+        parsed = [parse_hyperparameters(DPOHyperparameters, hparams) for hparams in trials]
+        for checkpoint in {h.model_ckpt for h in parsed if h.model_ckpt}:
+            folder = local_checkpoint_storage() / checkpoint
+            if not folder.is_dir():
+                raise UserError(f"model_ckpt {checkpoint}: no such checkpoint in {folder.parent}")
+            model_folder(folder, checkpoint)
+        for h in {str((h.datasets, h.split_seed)): h for h in parsed}.values():
+            load_dpo_dataset(h.datasets, h.split_seed)
+
+
+class Experiment:
+    """An experiment's folder and what is known of its trials."""
+
+    def __init__(self, config: dict[str, Any], trials: list[dict[str, Any]], folder: Path) -> None:
+        self.config, self.trials, self.folder = config, trials, folder
+        self.searcher = Searcher(config)
+        self.varying = varying_hyperparameters(config)
+        self.results: dict[int, dict[str, Any]] = {}
+
+    def open_folder(self) -> None:
+        """Make the folder, or take up a run of the same experiment in it."""
+        stored = self.folder / "experiment.json"
+        if stored.exists():
+            if json.loads(stored.read_text(encoding="utf-8")) != json.loads(json.dumps(self.config)):
+                raise UserError(f"{self.folder} holds a run of another config; remove it, or choose another --output")
+            for result in self._read_results():
+                if result["state"] == "COMPLETED":
+                    self.results[result["trial_id"]] = result
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(stored, json.dumps(self.config, indent=2) + "\n")
+
+    def _read_results(self) -> list[dict[str, Any]]:
+        file = self.folder / "trials.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def run_trial(self, trial_id: int, model_def: Path, progress: Progress) -> dict[str, Any]:
+        """Run one trial to its end and return its line of `trials.jsonl`, with the `error` of a failed one beside it."""
+        hparams = self.trials[trial_id - 1]
+        folder = self.folder / "trials" / str(trial_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {**self.config, "hyperparameters": hparams, "searcher": {**self.config["searcher"], "name": "single"}}
+        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        command = [
+            *(sys.executable, *entrypoint_script(self.config)),
+            *("--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)),
+        ]
+        environment = {
+            **os.environ,
+            "LOCAL_CHECKPOINT_STORAGE": str(local_checkpoint_storage()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        bar = progress.add_task(self.describe(trial_id), total=1.0, status="starting")
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, cwd=model_def, env=environment, stdout=log, stderr=log)
+            try:
+                while process.poll() is None:
+                    time.sleep(POLL_SECONDS)
+                    self._show(read_reports(folder / "reports.jsonl"), progress, bar)
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()
+                raise
+        progress.remove_task(bar)
+        result = summarize(trial_id, hparams, read_reports(folder / "reports.jsonl"), self.searcher)
+        if process.returncode == 0:
+            return {**result, "state": "COMPLETED"}
+        return {**result, "state": "ERROR", "error": last_line(folder / "log.txt"), "log": str(folder / "log.txt")}
+
+    def _show(self, reports: list[dict[str, Any]], progress: Progress, bar: Any) -> None:
+        last = {report["kind"]: report for report in reports}
+        status = last.get("status", {}).get("status", "starting")
+        metrics = last.get("validation", {}).get("metrics", {})
+        if self.searcher.metric in metrics:
+            status = f"{self.searcher.metric} {metrics[self.searcher.metric]:.4g}"
+        progress.update(bar, completed=last.get("progress", {}).get("progress", 0.0), status=status)
+
+    def describe(self, trial_id: int) -> str:
+        """`trial 2 of 9 (dpo_beta 0.1, learning_rate 5e-07)`."""
+        values = [f"{name.split('.')[-1]} {self.value(trial_id, name)}" for name in self.varying]
+        return f"trial {trial_id} of {len(self.trials)}" + (f" ({', '.join(values)})" if values else "")
+
+    def value(self, trial_id: int, name: str) -> str:
+        value: Any = self.trials[trial_id - 1]
+        for key in name.split("."):
+            value = value[key]
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Write `trials.jsonl` anew with `result` in it, and the best checkpoint so far."""
+        line = {name: result[name] for name in result if name not in ("error", "log")}
+        self.results[result["trial_id"]] = line
+        lines = [json.dumps(self.results[trial_id]) + "\n" for trial_id in sorted(self.results)]
+        write_whole(self.folder / "trials.jsonl", "".join(lines))
+        best = self.best()
+        if best:
+            write_whole(self.folder / "best_checkpoint", best["checkpoint_uuid"] + "\n")
+
+    def best(self) -> dict[str, Any] | None:
+        completed = [result for result in self.results.values() if result["state"] == "COMPLETED"]
+        return self.searcher.best(sorted(completed, key=lambda r: r["trial_id"]), lambda r: r["best_metrics"])
+
+    def table(self) -> Table:
+        metrics = list(dict.fromkeys([self.searcher.metric, *SHOWN_METRICS]))
+        metrics = [m for m in metrics if any(m in result["best_metrics"] for result in self.results.values())]
+        best = self.best()
+        table = Table(title=f"{self.config.get('name', self.folder.name)}: best by {self.searcher.metric}")
+        for name in ("trial", *self.varying, "state", "steps", *metrics):
+            table.add_column(name.removeprefix("training_args."), justify="left" if name == "state" else "right")
+        for trial_id, result in sorted(self.results.items()):
+            numbers = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
+            values = [self.value(trial_id, name) for name in self.varying]
+            style = "bold green" if best and trial_id == best["trial_id"] else None
+            table.add_row(
+                str(trial_id), *values, result["state"], str(result["steps_completed"]), *numbers, style=style
+            )
+        return table
+
+
+def summarize(
+    trial_id: int, hparams: dict[str, Any], reports: list[dict[str, Any]], searcher: Searcher
+) -> dict[str, Any]:
+    """A trial's line of `trials.jsonl`, but for its state, from what it reported."""
+    # By step: after a resume the steps since the checkpoint are reported once more.
+    validations = {r["steps_completed"]: r["metrics"] for r in reports if r["kind"] == "validation"}
+    checkpoints = {r["steps_completed"]: r["uuid"] for r in reports if r["kind"] == "checkpoint"}
+    best_step = searcher.best(list(validations), lambda step: validations[step])
+    saved_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
+    if saved_step is None:
+        saved_step = max(checkpoints, default=None)
+    return {
+        "trial_id": trial_id,
+        "state": None,
+        "hparams": hparams,
+        "steps_completed": max((r["steps_completed"] for r in reports if "steps_completed" in r), default=0),
+        "metrics": validations[max(validations)] if validations else {},
+        "best_metrics": validations.get(best_step, {}),
+        "checkpoint_uuid": checkpoints.get(saved_step),
+    }
+
+
+def next_command(experiment: Experiment, config_path: str, model_def: str) -> str | None:
+    """The command that a user would type next, or None for an entrypoint that is not this project's."""
+    best, script = experiment.best(), Path(entrypoint_script(experiment.config)[0]).name
+    if best is None:
+        return None
+    checkpoint, hparams = best["checkpoint_uuid"], best["hparams"]
+    if script == "sft_finetune.py":
+        dpo_config = Path(config_path).with_name(Path(config_path).name.replace("sft", "dpo"))
+        if not dpo_config.exists() or dpo_config == Path(config_path):
+            return None
+        words = ["local_experiment.py", str(dpo_config), model_def, "--config"]
+        return "python " + shlex.join([*words, f"hyperparameters.model_ckpt={checkpoint}"])
+    if script == "dpo_finetune.py":
+        models = {"base": hparams.get("model_name"), "sft": hparams.get("model_ckpt"), "dpo": checkpoint}
+        words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
+        return "python " + shlex.join(["inference.py", *words, "--dataset", hparams["datasets"][0]])
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a restart after a kill, finds the old text or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=None
+    )
+    parser.add_argument("config_file", metavar="CONFIG.yaml", help="the experiment, as for det e create")
+    parser.add_argument(
+        "model_def", metavar="MODEL_DEF", nargs="?", default=".", help="folder the entrypoint runs in (default: .)"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="key=value",
+        action="append",
+        default=[],
+        help="override a key of the YAML, e.g. --config hyperparameters.training_args.max_steps=10; repeatable",
+    )
+    parser.add_argument("--output", metavar="DIR", help="default: local_runs/<experiment name>")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> int:
+    args = parse_arguments()
+    config = read_experiment_config(args.config_file, args.config)
+    trials = expand_trials(config)
+    model_def = Path(args.model_def).resolve()
+    script = entrypoint_script(config)[0]
+    if not (model_def / script).is_file():
+        raise UserError(f"entrypoint script {script}: not in {model_def}")
+    name = str(config.get("name", Path(args.config_file).stem)).replace("/", "_")
+    folder = Path(args.output or Path("local_runs") / name).resolve()
+    experiment = Experiment(config, trials, folder)
+
+    started_in = Path.cwd()
+    os.chdir(model_def)  # relative paths in the YAML are the script's
+    check_trials(script, trials)
+    experiment.open_folder()
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    failed = 0
+    with Progress(*columns, TextColumn("{task.fields[status]}"), console=console, transient=True) as progress:
+        for trial_id in range(1, len(trials) + 1):
+            if trial_id in experiment.results:
+                console.print(f"{experiment.describe(trial_id)}: completed before, kept")
+                continue
+            started = time.monotonic()
+            result = experiment.run_trial(trial_id, model_def, progress)
+            experiment.keep(result)
+            outcome = f"{experiment.describe(trial_id)}: {result['state']} after {time.monotonic() - started:.0f} s"
+            if result["state"] == "ERROR":
+                failed += 1
+                outcome += f": {result['error']} (see {result['log']})"
+            elif experiment.searcher.metric in result["best_metrics"]:
+                outcome += f", {experiment.searcher.metric} {result['best_metrics'][experiment.searcher.metric]:.4g}"
+            console.print(outcome, markup=False)
+
+    os.chdir(started_in)
+    console.print(experiment.table())
+    best = experiment.best()
+    if best:
+        console.print(f"Best: trial {best['trial_id']}, checkpoint {best['checkpoint_uuid']}")
+    command = next_command(experiment, args.config_file, args.model_def)
+    if command:
+        console.print(f"Next: {command}", markup=False)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: the same command again goes on from here", file=sys.stderr)
+        sys.exit(130)
