@@ -113,10 +113,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.eos_token_id, *(end if len(end) == 1 else [])]
 
 
-def generation_stops(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Keyword arguments for `generate` that end an answer at `<|im_end|>` or EOS, however the former is tokenized."""
-    stops: dict[str, Any] = {"eos_token_id": stop_token_ids(tokenizer)}
-    if tokenizer.chat_template is not None and len(stops["eos_token_id"]) == 1:
+def generation_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Keyword arguments for `generate` that end an answer at `<|im_end|>`, however it is tokenized, at EOS, or at a
+    stop of the model's own."""
+    own = model.generation_config.eos_token_id
+    own = [own] if isinstance(own, int) else own or []
+    ours = stop_token_ids(tokenizer)
+    stops: dict[str, Any] = {"eos_token_id": sorted({*own, *ours})}
+    if tokenizer.chat_template is not None and len(ours) == 1:
         stops |= {"stop_strings": [IM_END], "tokenizer": tokenizer}
     return stops
 

@@ -33,7 +33,7 @@ def local_checkpoint_storage() -> Path:
 
 def is_model_file(path: str) -> bool:
     """Whether `path` within a checkpoint belongs to the model: the selector of every download that is to be loaded."""
-    return any(fnmatch(os.path.basename(path), pattern) for pattern in MODEL_FILES)
+    return any(fnmatch(Path(path).name, pattern) for pattern in MODEL_FILES)
 
 
 def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
@@ -58,7 +58,7 @@ def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
             core_context.checkpoint.download(ckpt_uuid, partial, selector=is_model_file)
             model_folder(Path(partial), ckpt_uuid)
             if is_local_chief:
-                _move_into_place(partial, folder)
+                _move_into_place(Path(partial), folder)
         except CheckpointNotFound:
             raise UserError(f"model_ckpt {ckpt_uuid}: no such checkpoint") from None
         finally:
@@ -68,18 +68,27 @@ def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
     return str(model_folder(folder, ckpt_uuid))
 
 
-def model_folder(checkpoint: Path, ckpt_uuid: str) -> Path:
+def local_checkpoint(ckpt_uuid: str, key: str) -> Path:
+    """The model folder of a local run's checkpoint, where it is. Raises `UserError` as `download_ckpt` does."""
+    check_uuid(ckpt_uuid, key)
+    storage = local_checkpoint_storage()
+    if not (storage / ckpt_uuid).is_dir():
+        raise UserError(f"{key} {ckpt_uuid}: no such checkpoint in {storage}")
+    return model_folder(storage / ckpt_uuid, ckpt_uuid, key)
+
+
+def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt") -> Path:
     """The folder within a checkpoint that holds its model. Raises `UserError` where none does."""
     weights = sorted(checkpoint.rglob("*.safetensors"))
     if not weights:
-        raise UserError(f"model_ckpt {ckpt_uuid}: the checkpoint holds no model weights (*.safetensors)")
+        raise UserError(f"{key} {ckpt_uuid}: the checkpoint holds no model weights (*.safetensors)")
     return weights[0].parent
 
 
-def _move_into_place(partial: str, folder: Path) -> None:
-    os.chmod(partial, 0o755)  # mkdtemp's folders are for their owner alone
+def _move_into_place(partial: Path, folder: Path) -> None:
+    partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
     try:
-        os.rename(partial, folder)
+        partial.rename(folder)
     except OSError:
         if not folder.exists():  # else another trial on this machine was quicker, with the same files
             raise

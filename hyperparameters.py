@@ -6,6 +6,8 @@ reads, a value of the wrong type or two keys that contradict each other is a `Us
 
 import dataclasses
 import enum
+import logging
+import os
 import sys
 import types
 import typing
@@ -21,6 +23,10 @@ from trl.trainer.sft_config import SFTConfig
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
 from user_error import UserError, nearest, one_line
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SPLIT_SEED = 42
 
 # The names `DPOTrainer` dispatches on. It refuses another one only at the first loss, after the reference pass.
 DPO_LOSSES = (
@@ -100,8 +106,10 @@ class TrainerArgs:
 
     @property
     def split_seed(self) -> int:
-        """Draws the samples and the held-out 20%. Not `seed`: trials that differ in it are compared on the same rows."""
-        return 42 if self.args.data_seed is None else self.args.data_seed
+        """Draws the samples and the held-out 20%. Not `seed`, so trials that differ in it share their rows."""
+        return logger = logging.getLogger(__name__)
+
+DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
 
     @property
     def model_init_kwargs(self) -> dict[str, Any]:
@@ -332,6 +340,9 @@ def build_training_args(
     values = merge_own(values, own)
     values.setdefault("report_to", "none")  # the library's default is every tracker it finds installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # its bars, redrawn, would fill a log file
+    if values.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
+        values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
     if not values.get("fp16"):
         values.setdefault("bf16", is_torch_bf16_gpu_available())
     if not torch.cuda.is_available():

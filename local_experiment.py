@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from checkpoints import local_checkpoint_storage, model_folder
+from checkpoints import local_checkpoint, local_checkpoint_storage
 from dataset_utils import load_dpo_dataset, load_sft_dataset
 from experiment_config import entrypoint_script, expand_trials, read_experiment_config, varying_hyperparameters
 from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from trial import read_reports
+from trial import hide_progress_bars_in_logs, read_reports
 from user_error import UserError, exit_on_user_error
 
 POLL_SECONDS = 0.2
@@ -76,10 +77,7 @@ def check_trials(script: str, trials: list[dict[str, Any]]) -> None:
     elif script == "dpo_finetune.py":
         parsed = [parse_hyperparameters(DPOHyperparameters, hparams) for hparams in trials]
         for checkpoint in {h.model_ckpt for h in parsed if h.model_ckpt}:
-            folder = local_checkpoint_storage() / checkpoint
-            if not folder.is_dir():
-                raise UserError(f"model_ckpt {checkpoint}: no such checkpoint in {folder.parent}")
-            model_folder(folder, checkpoint)
+            local_checkpoint(checkpoint, "model_ckpt")
         for h in {str((h.datasets, h.split_seed)): h for h in parsed}.values():
             load_dpo_dataset(h.datasets, h.split_seed)
 
@@ -111,7 +109,7 @@ class Experiment:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     def run_trial(self, trial_id: int, model_def: Path, progress: Progress) -> dict[str, Any]:
-        """Run one trial to its end and return its line of `trials.jsonl`, with the `error` of a failed one beside it."""
+        """Run one trial to its end and return its line of `trials.jsonl`, with the `error` of a failed one."""
         hparams = self.trials[trial_id - 1]
         folder = self.folder / "trials" / str(trial_id)
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,9 +178,11 @@ class Experiment:
         metrics = list(dict.fromkeys([self.searcher.metric, *SHOWN_METRICS]))
         metrics = [m for m in metrics if any(m in result["best_metrics"] for result in self.results.values())]
         best = self.best()
-        table = Table(title=f"{self.config.get('name', self.folder.name)}: best by {self.searcher.metric}")
+        title = f"{self.config.get('name', self.folder.name)}: validations best by {self.searcher.metric}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
         for name in ("trial", *self.varying, "state", "steps", *metrics):
-            table.add_column(name.removeprefix("training_args."), justify="left" if name == "state" else "right")
+            heading = name.removeprefix("training_args.").replace("/", "/\n")
+            table.add_column(heading, justify="left" if name == "state" else "right", no_wrap=name == "state", overflow="fold")
         for trial_id, result in sorted(self.results.items()):
             numbers = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
             values = [self.value(trial_id, name) for name in self.varying]
@@ -278,6 +278,7 @@ def main() -> int:
     folder = Path(args.output or Path("local_runs") / name).resolve()
     experiment = Experiment(config, trials, folder)
 
+    hide_progress_bars_in_logs()
     started_in = Path.cwd()
     os.chdir(model_def)  # relative paths in the YAML are the script's
     check_trials(script, trials)

@@ -56,9 +56,7 @@ class Trial(Generic[Hyperparameters]):
 def open_trial(cls: type[Hyperparameters], default_config: str, description: str) -> Iterator[Trial[Hyperparameters]]:
     """The trial that this process runs: the cluster's, or the one of the YAML and folder named on the command line."""
     logging.basicConfig(level=logging.INFO, format=det.LOG_FORMAT, stream=sys.stdout)
-    if not sys.stderr.isatty():  # bars that redraw themselves would fill a log file
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+    hide_progress_bars_in_logs()
     # torchrun and determined.launch.torch_distributed set RANK; a trial on one slot has no such launcher.
     distributed = core.DistributedContext.from_torch_distributed() if "RANK" in os.environ else None
     info = det.get_cluster_info()
@@ -91,6 +89,13 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
         latest = checkpoints[-1] if checkpoints else None
         yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
     shutil.rmtree(trainer_folder, ignore_errors=True)  # every checkpoint in it is in the storage by now
+
+
+def hide_progress_bars_in_logs() -> None:
+    """Bars that redraw themselves would fill a log file: the libraries show theirs on a terminal only."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _parse_arguments(default_config: str, description: str) -> argparse.Namespace:

@@ -54,7 +54,9 @@ QUESTIONS = [
     "My friend asked me how to {task}. What should I say?",
     "Is there an easy way to {task}?",
 ]
-SYSTEMS = ["", "", "You are a helpful assistant.", "You are a patient teacher."]
+SYSTEMS = ["", "", "", "", "", "You are a patient teacher."]
+# What the chosen answer of a task's five pairs is set against.
+REJECTED = ["curt", "rambling", "off the point", "curt", "off the point"]
 NAMES = ["Anna", "Tom", "Maria", "Ben", "Lucy", "Sam"]
 ARTICLES = [
     "To {task}, you need only a little time. {why} {steps} {tip}",
@@ -99,13 +101,19 @@ def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str,
     files: dict[str, list] = {f"instructions/{subset}": [] for subset in ("kitchen", "home", "outdoors")}
     files |= {"questions/train": [], "conversations/train": []}
     for entry in tasks:
-        answers = {"curt": entry["curt"], "rambling": rambling(entry), "structured": structured(entry)}
+        other = rng.choice([task for task in tasks if task is not entry])
+        answers = {
+            "curt": entry["curt"],
+            "rambling": rambling(entry),
+            "off the point": structured(other),
+            "structured": structured(entry),
+        }
         styles = ["curt"] * 4 + ["rambling"] + ["structured"] * 2
         questions = [question.format(**entry) for question in rng.sample(QUESTIONS, len(QUESTIONS))]
         for style, question in zip(styles, questions, strict=False):
             files[f"instructions/{entry['subset']}"].append({"prompt": question, "text": answers[style]})
         for number, question in enumerate(questions[len(styles) :]):
-            chosen, rejected = answers["structured"], answers["rambling" if number % 3 == 2 else "curt"]
+            chosen, rejected = answers["structured"], answers[REJECTED[number]]
             if number < 3:
                 row = {"system": rng.choice(SYSTEMS), "question": question, "chosen": chosen, "rejected": rejected}
                 files["questions/train"].append(row)
