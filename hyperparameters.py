@@ -107,9 +107,7 @@ class TrainerArgs:
     @property
     def split_seed(self) -> int:
         """Draws the samples and the held-out 20%. Not `seed`, so trials that differ in it share their rows."""
-        return logger = logging.getLogger(__name__)
-
-DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
+        return DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
 
     @property
     def model_init_kwargs(self) -> dict[str, Any]:
