@@ -332,7 +332,7 @@ def build_training_args(
             raise UserError(f"{key}.{name} has no effect here: {instead}")
     fields = {f.name for f in dataclasses.fields(cls) if f.init}
     refuse_unknown(training_args, fields, key)
-    hints = typing.get_type_hints(cls)
+    hints = {**typing.get_type_hints(cls), "fsdp": bool | str | None}  # upstream's hint lacks the bool it asks for
     values = {name: convert(value, hints[name], f"{key}.{name}") for name, value in training_args.items()}
     check_dtype(values)
     values = merge_own(values, own)
