@@ -203,6 +203,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        # `IntervalStrategy | str`: the text must be a name of the enumeration all the same.
+        options = [o for o in options if _is_enum(o)] or options
         for option in options:
             try:
                 return convert(value, option, key)
@@ -217,7 +219,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         if not isinstance(value, list):
             raise _wrong_type(value, hint, key)
         return [convert(item, options[0], f"{key}[{index}]") for index, item in enumerate(value)]
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if _is_enum(hint):
         if value not in [member.value for member in hint]:
             raise _wrong_type(value, hint, key)
         return value
@@ -231,10 +233,14 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
 def _wrong_type(value: Any, hint: Any, key: str) -> UserError:
     names = {str: "text", float: "a number", int: "a whole number", bool: "true or false", dict: "a mapping"}
     wanted = names.get(typing.get_origin(hint) or hint)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if _is_enum(hint):
         wanted = "one of " + ", ".join(member.value for member in hint)
     elif typing.get_origin(hint) is list:
         wanted = "a list"

@@ -182,7 +182,8 @@ class Experiment:
         table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
         for name in ("trial", *self.varying, "state", "steps", *metrics):
             heading = name.removeprefix("training_args.").replace("/", "/\n")
-            table.add_column(heading, justify="left" if name == "state" else "right", no_wrap=name == "state", overflow="fold")
+            justify = "left" if name == "state" else "right"
+            table.add_column(heading, justify=justify, no_wrap=name == "state", overflow="fold")
         for trial_id, result in sorted(self.results.items()):
             numbers = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
             values = [self.value(trial_id, name) for name in self.varying]

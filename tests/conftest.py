@@ -1,0 +1,154 @@
+"""Fixtures: the tiny example, made small and in seconds, and ways to call the real entrypoints on it.
+
+Nothing here reaches a network, a hub or a cluster: HF_HUB_OFFLINE is set, and every folder is a temporary one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "examples" / "tiny")]
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of the hub's client, which reads it once
+
+TRAINING_ARGS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16,
+    "activation_checkpointing": False,
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory):
+    """Caches and checkpoints of the tests stay out of the user's."""
+    patch = pytest.MonkeyPatch()
+    home = tmp_path_factory.mktemp("home")
+    patch.setenv("HF_HOME", str(home / "huggingface"))
+    patch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
+    patch.setenv("LOCAL_CHECKPOINT_STORAGE", str(home / "checkpoints"))
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", str(home / "datasets"))
+    patch.setattr("checkpoints.HF_HOME", str(home / "huggingface"))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The tiny example's folder, with a base model too small and too briefly trained to say anything sensible."""
+    import make
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make.make(folder, epochs=0.3, hidden_size=32)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    """The tiny base's tokenizer, with the chat format but no tokens added for it."""
+    from transformers import AutoTokenizer
+
+    from chat_format import CHAT_ML_TEMPLATE
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "base")
+    tokenizer.chat_template = CHAT_ML_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def model(tiny):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny / "base")
+
+
+@pytest.fixture(scope="session")
+def sft_config(tiny) -> dict[str, Any]:
+    """An SFT experiment of four steps."""
+    return {
+        "name": "test-sft",
+        "entrypoint": "python -m determined.launch.torch_distributed python sft_finetune.py",
+        "searcher": {"name": "single", "metric": "eval_loss", "smaller_is_better": True},
+        "hyperparameters": {
+            "model_name": str(tiny / "base"),
+            "dataset": str(tiny / "instructions"),
+            "dataset_subsets": [{"subset": "kitchen", "ratio": 0.5}, {"subset": "home", "number_of_samples": 14}],
+            "max_seq_length": 256,
+            "chat_tokens": {"add_chat_tokens": True},
+            "training_args": dict(TRAINING_ARGS),
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def dpo_config(tiny) -> dict[str, Any]:
+    """A DPO experiment of four steps from the base model."""
+    return {
+        "name": "test-dpo",
+        "entrypoint": "python dpo_finetune.py",
+        "searcher": {"name": "single", "metric": "eval_rewards/accuracies", "smaller_is_better": False},
+        "hyperparameters": {
+            "model_name": str(tiny / "base"),
+            "datasets": [str(tiny / "questions"), str(tiny / "conversations")],
+            "dpo_beta": 0.1,
+            "max_length": 384,
+            "precompute_ref_log_probs": True,
+            "training_args": dict(TRAINING_ARGS),
+        },
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path) -> Callable[..., str]:
+    """Write a config with some keys replaced, given as `hyperparameters__training_args__seed=1`; returns its path."""
+
+    def write(config: dict[str, Any], name: str = "config.yaml", **changes: Any) -> str:
+        config = json.loads(json.dumps(config))
+        for path, value in changes.items():
+            *parents, key = path.split("__")
+            level = config
+            for parent in parents:
+                level = level.setdefault(parent, {})
+            if value is None:
+                level.pop(key, None)
+            else:
+                level[key] = value
+        (tmp_path / name).write_text(yaml.safe_dump(config))
+        return str(tmp_path / name)
+
+    return write
+
+
+def run_script(*words: object) -> subprocess.CompletedProcess:
+    """One of the project's scripts in a process of its own, in the repository, as a user would run it."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """A script's `main` in this process: its exit status, stdout and stderr. Quick, for what fails before training."""
+
+    def call_main(main: Callable[[], Any], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.chdir(REPO)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        try:
+            status = main() or 0
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call_main

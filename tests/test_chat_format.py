@@ -1,0 +1,145 @@
+"""The chat format: the exact text and ids that are supervised, and that training and inference agree on them."""
+
+import pytest
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from chat_format import (
+    IM_END,
+    IM_START,
+    RESPONSE_TEMPLATE,
+    add_chat_tokens,
+    decode_answer,
+    encode,
+    generation_stops,
+    plain_text,
+    set_chat_format,
+)
+from user_error import UserError
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "How do I boil an egg?"}
+ANSWER = "Lower the egg into boiling water."
+CONVERSATIONS = {
+    "single turn": [USER],
+    "system turn": [SYSTEM, USER],
+    "multi-turn": [SYSTEM, USER, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": "And rice?"}],
+    "unicode": [{"role": "user", "content": "¿Cómo hiervo un huevo? 🥚"}],
+    "trailing space": [{"role": "user", "content": "How do I boil an egg? \n"}],
+}
+ANSWERS = [ANSWER, "", " leading space", "\n\nleading lines", "trailing >", "«naïve» 🥚"]
+
+
+def test_text_is_chat_ml_with_one_bos_and_one_eos(tokenizer):
+    prompt, completion = encode(tokenizer, [SYSTEM, USER], ANSWER)
+    assert tokenizer.decode(prompt) == (
+        "<bos><|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHow do I boil an egg?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(completion) == "Lower the egg into boiling water.<|im_end|><eos>"
+
+
+def test_supervised_ids_with_added_tokens(model, tokenizer):
+    add_chat_tokens(model, tokenizer, [IM_START, IM_END])
+    prompt, completion = encode(tokenizer, [USER], "Boil the egg.")
+    words = "<bos> <|im_start|> u s er \n How ▁do ▁I ▁boil ▁an ▁egg ? <|im_end|> \n <|im_start|> ass i st ant \n"
+    assert tokenizer.convert_ids_to_tokens(prompt) == words.split(" ")
+    assert tokenizer.convert_ids_to_tokens(completion) == ["B", "oil", "▁the", "▁egg", ".", "<|im_end|>", "<eos>"]
+    # 1 is EOS, 2 is BOS, and the two new tokens follow the vocabulary of 1500.
+    assert (prompt[0], prompt[1], completion[-2:]) == (2, 1500, [1501, 1])
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_inference_prompts_with_the_exact_prefix_of_training(model, tokenizer, conversation, added):
+    if added:
+        add_chat_tokens(model, tokenizer, [IM_START, IM_END])
+    prompt, nothing = encode(tokenizer, conversation)
+    assert nothing == []
+    for answer in ANSWERS:
+        trained_prompt, completion = encode(tokenizer, conversation, answer)
+        assert trained_prompt == prompt
+        assert tokenizer.decode(prompt).endswith(RESPONSE_TEMPLATE)
+        assert tokenizer.decode(completion) == answer + IM_END + tokenizer.eos_token
+        assert completion[-1] == tokenizer.eos_token_id
+        assert completion.count(tokenizer.eos_token_id) == 1
+
+
+def test_ids_are_those_of_the_saved_template(tokenizer):
+    """A server that knows only the checkpoint feeds `apply_chat_template`'s ids: they must be the trained ones."""
+    for conversation in CONVERSATIONS.values():
+        served = tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+        assert served == encode(tokenizer, conversation)[0]
+
+
+def test_every_assistant_turn_of_the_history_ends_as_it_was_trained(tokenizer):
+    prompt, _ = encode(tokenizer, CONVERSATIONS["multi-turn"])
+    _, completion = encode(tokenizer, CONVERSATIONS["multi-turn"][:2], ANSWER)
+    assert completion == prompt[len(encode(tokenizer, CONVERSATIONS["multi-turn"][:2])[0]) :][: len(completion)]
+
+
+def test_a_template_that_refuses_system_turns_gets_it_in_the_user_turn(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    )
+    prompt, _ = encode(tokenizer, [SYSTEM, USER])
+    assert tokenizer.decode(prompt) == "[user]Be brief.\nHow do I boil an egg?"
+
+
+def test_added_tokens_start_as_the_mean_of_the_old_embeddings(model, tokenizer):
+    known = len(tokenizer)
+    mean = model.get_input_embeddings().weight[:known].mean(dim=0)
+    assert add_chat_tokens(model, tokenizer, [IM_START, IM_END]) == 2
+    rows = model.get_input_embeddings().weight
+    assert len(rows) % 64 == 0
+    assert len(rows) >= known + 2
+    assert model.config.vocab_size == len(rows)
+    torch.testing.assert_close(rows[known:], mean.expand(len(rows) - known, -1))
+    assert model.get_output_embeddings().weight is rows  # still tied
+    assert [len(tokenizer(token, add_special_tokens=False)["input_ids"]) for token in (IM_START, IM_END)] == [1, 1]
+
+
+def test_tokens_that_are_known_already_change_nothing(model, tokenizer):
+    add_chat_tokens(model, tokenizer, [IM_START, IM_END])
+    before = model.get_input_embeddings().weight.clone()
+    assert add_chat_tokens(model, tokenizer, [IM_START, IM_END]) == 0
+    assert torch.equal(before, model.get_input_embeddings().weight)
+
+
+def test_generation_stops_at_im_end_as_a_token_and_at_eos(model, tokenizer):
+    add_chat_tokens(model, tokenizer, [IM_START, IM_END])
+    set_chat_format(model, tokenizer)
+    assert generation_stops(model, tokenizer) == {
+        "eos_token_id": sorted([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)])
+    }
+    assert model.generation_config.eos_token_id == [
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids(IM_END),
+    ]
+
+
+def test_generation_stops_at_im_end_as_text(model, tokenizer):
+    stops = generation_stops(model, tokenizer)
+    assert stops["stop_strings"] == [IM_END]
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stops["stop_strings"])])
+    _, completion = encode(tokenizer, [USER], ANSWER)
+    stopped = [bool(criteria(torch.tensor([completion[:length]]), None)) for length in range(1, len(completion))]
+    assert stopped == [False] * (len(completion) - 2) + [True]
+
+
+def test_decode_answer_drops_stops_and_padding(tokenizer):
+    _, completion = encode(tokenizer, [USER], ANSWER)
+    assert decode_answer(tokenizer, completion + [tokenizer.pad_token_id] * 3) == ANSWER
+
+
+def test_plain_text_has_no_markers():
+    assert plain_text([SYSTEM, USER]) == "Be brief.\nHow do I boil an egg?"
+
+
+def test_a_tokenizer_without_eos_is_refused(model, tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        set_chat_format(model, tokenizer)
