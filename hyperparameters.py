@@ -205,14 +205,14 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         # `IntervalStrategy | str`: the text must be a name of the enumeration all the same.
         options = [o for o in options if _is_enum(o)] or options
+        errors = {}
         for option in options:
             try:
                 return convert(value, option, key)
             except UserError as error:
-                last_error = error
-        if len(options) == 2 and types.NoneType in options:
-            raise last_error if options[1] is not types.NoneType else _wrong_type(value, options[0], key)
-        raise _wrong_type(value, hint, key)
+                errors[option] = error
+        errors.pop(types.NoneType, None)  # `int | None` wants a whole number
+        raise errors.popitem()[1] if len(errors) == 1 else _wrong_type(value, hint, key)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, key)
     if origin is list:

@@ -1,0 +1,139 @@
+"""The local experiment, end to end: trials in processes of their own, what it writes, and how it fails."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import inference
+import local_experiment
+from checkpoints import local_checkpoint
+
+GRID = {
+    "searcher__name": "grid",
+    "hyperparameters__dpo_beta": {"type": "categorical", "vals": [0.1, 0.05]},
+}
+ARGS = "hyperparameters__training_args__"
+
+
+def trials_in(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+
+
+def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tiny, tmp_path):
+    """SFT, a grid of two DPO trials from its checkpoint, and the comparison, as `make demo` runs them."""
+    sft, dpo = write_config(sft_config, "sft.yaml"), write_config(dpo_config, "dpo.yaml", **GRID)
+    sft_folder, dpo_folder = tmp_path / "sft", tmp_path / "dpo"
+
+    status, out, err = call(local_experiment.main, sft, "--output", sft_folder)
+    assert status == 0, err
+    (trial,) = trials_in(sft_folder)
+    assert list(trial) == [
+        *("trial_id", "state", "hparams", "steps_completed", "metrics", "best_metrics", "checkpoint_uuid")
+    ]
+    assert (trial["trial_id"], trial["state"], trial["steps_completed"]) == (1, "COMPLETED", 4)
+    assert trial["hparams"] == sft_config["hyperparameters"]
+    assert trial["metrics"]["eval_loss"] == trial["best_metrics"]["eval_loss"] > 0
+    uuid = trial["checkpoint_uuid"]
+    assert local_checkpoint(uuid, "test").name == "checkpoint-4"
+    assert (sft_folder / "best_checkpoint").read_text().strip() == uuid
+    assert f"Next: python local_experiment.py {dpo} . --config hyperparameters.model_ckpt={uuid}" in out
+
+    override = f"hyperparameters.model_ckpt={uuid}"
+    status, out, err = call(local_experiment.main, dpo, "--config", override, "--output", dpo_folder)
+    assert status == 0, err
+    trials = trials_in(dpo_folder)
+    assert [trial["hparams"]["dpo_beta"] for trial in trials] == [0.1, 0.05]
+    assert all(trial["hparams"]["model_ckpt"] == uuid for trial in trials)
+    assert len({trial["checkpoint_uuid"] for trial in trials}) == 2
+    assert 0 <= trials[0]["best_metrics"]["eval_rewards/accuracies"] <= 1
+    best = (dpo_folder / "best_checkpoint").read_text().strip()
+    command = next(line for line in out.splitlines() if line.startswith("Next: python inference.py "))
+
+    words = command.removeprefix("Next: python inference.py ").split()
+    table = tmp_path / "comparison.csv"
+    more = ("--number-of-samples", 3, "--max-new-tokens", 8, "--output_file", table)
+    status, out, err = call(inference.main, *words, *more)
+    assert status == 0, err
+    assert words[:6] == ["--model", f"base={tiny / 'base'}", "--model", f"sft={uuid}", "--model", f"dpo={best}"]
+    assert list(pd.read_csv(table).columns) == ["question", "base", "sft", "dpo", "preferred"]
+
+    # The same command again: nothing is run anew. Another config: the folder's trials are not touched.
+    call(local_experiment.main, dpo, "--config", override, "--output", dpo_folder)
+    assert trials_in(dpo_folder) == trials
+    status, _, err = call(local_experiment.main, sft, "--output", dpo_folder)
+    assert status == 2
+    assert "holds a run of another config" in err
+
+
+def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo_config, tmp_path):
+    schedulers = {"type": "categorical", "vals": ["cosine_with_min_lr", "linear"]}
+    path = write_config(
+        dpo_config, searcher__name="grid", **{f"{ARGS}lr_scheduler_type": schedulers, f"{ARGS}max_steps": 1}
+    )
+    status, out, _ = call(local_experiment.main, path, "--output", tmp_path / "out")
+    assert status == 1
+    failed, completed = trials_in(tmp_path / "out")
+    assert (failed["state"], failed["checkpoint_uuid"], failed["metrics"]) == ("ERROR", None, {})
+    assert completed["state"] == "COMPLETED"
+    error = next(line for line in out.splitlines() if line.startswith("trial 1 of 2"))
+    assert re.search(r"ERROR after \d+ s: ValueError: .*min_lr.*see .*trials/1/log\.txt", error)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hyperparameters.datasets=[no/such/folder]", "data set no/such/folder: no such file or folder"),
+        ("hyperparameters.dpo_loss=sigmoyd", "dpo_loss 'sigmoyd' is none of"),
+        ("hyperparameters.training_args.learning_rat=1", "learning_rat is not a hyperparameter"),
+        ("hyperparameters.model_ckpt=latest", "model_ckpt 'latest' is no checkpoint UUID"),
+        ("hyperparameters.model_ckpt=6b6fbaa7-faa9-4449-867b-2939a147a335", "no such checkpoint in"),
+        ("entrypoint=python nowhere.py", "entrypoint script nowhere.py: not in"),
+        ("searcher.name=adaptive_asha", "searcher.name 'adaptive_asha'"),
+        ("searcher.metric=", "searcher.metric is missing"),
+        ("searcher", "--config 'searcher' is not key=value"),
+    ],
+)
+def test_mistakes_cost_nothing(call, write_config, dpo_config, tmp_path, override, message):
+    """One line on stderr, exit status 2, and nothing written."""
+    path = write_config(dpo_config)
+    status, out, err = call(local_experiment.main, path, "--config", override, "--output", tmp_path / "out")
+    assert status == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_trial_is_the_searchers():
+    trials = [
+        {"id": 1, "m": {"acc": 0.5}},
+        {"id": 2, "m": {"acc": 0.9}},
+        {"id": 3, "m": {"acc": 0.9}},
+        {"id": 4, "m": {}},
+    ]
+
+    def best(smaller_is_better):
+        searcher = {"metric": "acc", "smaller_is_better": smaller_is_better}
+        return local_experiment.Searcher({"searcher": searcher}).best(trials, lambda trial: trial["m"])["id"]
+
+    assert (best(True), best(False)) == (1, 2)
+
+
+def test_a_trials_line_names_the_checkpoint_of_its_best_validation():
+    searcher = local_experiment.Searcher({"searcher": {"metric": "eval_loss"}})
+    reports = [
+        {"kind": "validation", "steps_completed": 2, "metrics": {"eval_loss": 1.0}},
+        {"kind": "checkpoint", "steps_completed": 2, "uuid": "at-2"},
+        {"kind": "validation", "steps_completed": 3, "metrics": {"eval_loss": 0.5}},  # nothing saved here
+        {"kind": "validation", "steps_completed": 4, "metrics": {"eval_loss": 2.0}},
+        {"kind": "checkpoint", "steps_completed": 4, "uuid": "at-4"},
+    ]
+    line = local_experiment.summarize(1, {}, reports, searcher)
+    assert line["checkpoint_uuid"] == "at-2"
+    assert line["metrics"] == {"eval_loss": 2.0}
+    assert line["best_metrics"] == {"eval_loss": 0.5}
+    assert line["steps_completed"] == 4
