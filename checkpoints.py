@@ -1,7 +1,6 @@
 """Checkpoints by UUID: fetched from Determined's storage, or from the store that stands in for it on this machine."""
 
 import os
-import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -46,26 +45,35 @@ def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
     check_uuid(ckpt_uuid, "model_ckpt")
     folder = Path(HF_HOME) / "determined" / ckpt_uuid
     distributed = core_context.distributed
-    is_local_chief = distributed.local_rank == 0
-    # None once the folder is there. It is only ever renamed into place, so it is there whole or not at all.
-    partial = None
-    if is_local_chief and not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.mkdtemp(prefix=f"{ckpt_uuid}.", dir=folder.parent)
-    partial = distributed.broadcast_local(partial)
-    if partial is not None:
+    mistake = None
+    if distributed.local_rank == 0 and not folder.exists():
         try:
-            core_context.checkpoint.download(ckpt_uuid, partial, selector=is_model_file)
-            model_folder(Path(partial), ckpt_uuid)
-            if is_local_chief:
-                _move_into_place(Path(partial), folder)
+            _download_whole(ckpt_uuid, folder, core_context)
+        except UserError as error:
+            mistake = str(error)
+    mistake = distributed.broadcast_local(mistake)  # where the other ranks wait, and learn of a mistake
+    if mistake is not None:
+        raise UserError(mistake)
+    return str(model_folder(folder, ckpt_uuid))
+
+
+def _download_whole(ckpt_uuid: str, folder: Path, core_context: det.core.Context) -> None:
+    """Download into a scratch folder and rename it to `folder`, which is so there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{ckpt_uuid}.", dir=folder.parent) as scratch:
+        partial = Path(scratch) / ckpt_uuid
+        try:
+            core_context.checkpoint.download(
+                ckpt_uuid, partial, download_mode=det.core.DownloadMode.NoSharedDownload, selector=is_model_file
+            )
         except CheckpointNotFound:
             raise UserError(f"model_ckpt {ckpt_uuid}: no such checkpoint") from None
-        finally:
-            if is_local_chief:
-                shutil.rmtree(partial, ignore_errors=True)
-        distributed.broadcast_local(None)  # the other ranks wait here for the rename
-    return str(model_folder(folder, ckpt_uuid))
+        model_folder(partial, ckpt_uuid)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another trial on this machine was quicker, with the same files
+                raise
 
 
 def local_checkpoint(ckpt_uuid: str, key: str) -> Path:
@@ -83,12 +91,3 @@ def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt") -> P
     if not weights:
         raise UserError(f"{key} {ckpt_uuid}: the checkpoint holds no model weights (*.safetensors)")
     return weights[0].parent
-
-
-def _move_into_place(partial: Path, folder: Path) -> None:
-    partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another trial on this machine was quicker, with the same files
-            raise

@@ -8,6 +8,7 @@ left aside. A mistake in the data is a `UserError` that names the file and the r
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ def load_sft_dataset(dataset: str, dataset_subsets: list[DatasetSubset], seed: i
     so every rank and every resume sees the same rows. Raises `UserError` for what is missing, malformed or too few.
     """
     parts = []
+    names = [share.subset for share in dataset_subsets]
     for share in dataset_subsets:
+        if names.count(share.subset) > 1:  # its rows would be trained on and held out at once
+            raise UserError(f"dataset_subsets names subset {share.subset!r} more than once")
         rows, where = _load(dataset, share.subset)
-        count = share.number_of_samples or max(1, int(len(rows) * share.ratio))
+        count = share.number_of_samples or max(1, round(len(rows) * share.ratio))
         if count > len(rows):
             raise UserError(f"{where()}: number_of_samples asks for {count} rows of {len(rows)}")
         picked = np.random.default_rng(seed).permutation(len(rows))[:count]
@@ -90,11 +94,16 @@ def preference_row(row: dict[str, Any]) -> dict[str, Any]:
     conversations must agree in all turns but the last, alternate user and assistant, and end with the assistant.
     """
     _require(row, "chosen", "rejected")
-    if all(isinstance(row[side], str) for side in ("chosen", "rejected")):
-        prompt = _prompt_turns(row)
-        answers = {"chosen": row["chosen"], "rejected": row["rejected"]}
+    sides = {side: row[side] for side in ("chosen", "rejected")}
+    for side, value in sides.items():
+        if not isinstance(value, (str, list)):
+            raise UserError(f"column {side!r} is {_short(value)}, neither text nor a list of turns")
+    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
+        raise UserError("one of chosen and rejected is text, the other a list of turns")
+    if isinstance(row["chosen"], str):
+        prompt, answers = _prompt_turns(row), sides
     else:
-        conversations = {side: _turns(row, side) for side in ("chosen", "rejected")}
+        conversations = {side: _turns(row, side) for side in sides}
         for side, turns in conversations.items():
             if not turns or turns[-1]["role"] != "assistant":
                 raise UserError(f"{side} does not end with an assistant turn")
@@ -108,16 +117,31 @@ def preference_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenize_sft_dataset(
-    dataset: DatasetDict, tokenizer: PreTrainedTokenizerBase, on_completions_only: bool, num_proc: int | None = None
+    dataset: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    on_completions_only: bool,
+    max_length: int | None,
+    num_proc: int | None = None,
 ) -> DatasetDict:
-    """`load_sft_dataset`'s rows as SFTTrainer takes them: `input_ids` and `labels`, -100 where unsupervised."""
+    """`load_sft_dataset`'s rows as SFTTrainer takes them: `input_ids` and `labels`, -100 where unsupervised.
+
+    SFTTrainer itself cuts rows to `max_length` tokens (or packs them); here those that will be cut are counted.
+    """
 
     def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
         prompt, completion = encode(tokenizer, row["prompt"], row["completion"])
         masked = [-100] * len(prompt) if on_completions_only else prompt
         return {"input_ids": prompt + completion, "labels": masked + completion}
 
-    return _map(dataset, tokenize, num_proc)
+    tokenized = _map(dataset, tokenize, num_proc)
+    for part in tokenized:
+        longer = sum(len(ids) > (max_length or math.inf) for ids in tokenized[part]["input_ids"])
+        if longer:
+            logger.warning(
+                "%s rows: %d of %d are longer than max_seq_length (%d tokens) and lose their end, EOS included",
+                *(part, longer, len(tokenized[part]), max_length),
+            )
+    return tokenized
 
 
 def tokenize_dpo_dataset(
@@ -269,9 +293,11 @@ def _convert(
     """The picked rows through `convert_row`, whose `UserError` is told with the row's place in its file."""
     converted: dict[str, list] = {column: [] for column in columns}
     picked = np.sort(picked)  # so that the first bad row in the file is the one told; the split shuffles anyway
-    for index, row in zip(picked, rows.select(picked), strict=True):
+    for index in picked:
         try:
-            new_row = convert_row(row)
+            new_row = convert_row(rows[int(index)])
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where(int(index))}: not UTF-8 text ({error.reason})") from error
         except _MissingColumn as error:
             raise UserError(f"{where()}: {error}") from error
         except UserError as error:
@@ -310,8 +336,6 @@ def _text(row: dict[str, Any], column: str) -> str:
 
 def _turns(row: dict[str, Any], column: str) -> list[Message]:
     turns = row[column]
-    if not isinstance(turns, list):
-        raise UserError(f"column {column!r} is {_short(turns)}, neither text nor a list of turns")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise UserError(f"column {column!r}, turn {number}: {_short(turn)} has no role and content")

@@ -68,3 +68,12 @@ class DetCallback(determined.transformers.DetCallback):
         if state.is_world_process_zero and percent > self.last_progress:
             self.last_progress = percent
             self.core_context.train.report_progress(percent / 100)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show upstream the number of steps instead of `args`, by which it tells the end of training just as well.
+
+        Its progress is `epoch / num_train_epochs`, which fractional epochs take above 1, and Core API refuses.
+        """
+        super().on_epoch_end(SimpleNamespace(max_steps=state.max_steps), state, control, **kwargs)

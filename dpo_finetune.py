@@ -32,19 +32,16 @@ class TokenizedDPOTrainer(DPOTrainer):
 def train(trial: Trial[DPOHyperparameters]) -> None:
     hparams, args = trial.hparams, trial.hparams.args
 
-    trial.status("loading the data")
     dataset = load_dpo_dataset(hparams.datasets, hparams.split_seed)
 
-    if hparams.model_ckpt:
-        trial.status(f"loading the checkpoint {hparams.model_ckpt}")
-        source = download_ckpt(hparams.model_ckpt, trial.core_context)
-    else:
-        trial.status(f"no model_ckpt: DPO starts from {hparams.model_name}, which has seen no SFT of this project")
-        source = hparams.model_name
+    trial.status(hparams.start)
+    source = download_ckpt(hparams.model_ckpt, trial.core_context) if hparams.model_ckpt else hparams.model_name
     model, tokenizer = load_model_and_tokenizer(source, **hparams.model_init_kwargs)
     set_chat_format(model, tokenizer)
     reference = None
-    if not args.precompute_ref_log_probs:  # else TRL takes the reference's log-probs from the policy before step 1
+    # With precomputed log-probs TRL asks the policy for them before step 1, and no second model is loaded (but for
+    # FSDP, where it loads one for the pass and lets it go).
+    if not args.precompute_ref_log_probs:
         reference, _ = load_model_and_tokenizer(source, **hparams.model_init_kwargs)
         reference.eval().requires_grad_(False)
 

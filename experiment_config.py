@@ -34,16 +34,17 @@ def read_experiment_config(path: str, overrides: list[str] = ()) -> dict[str, An
         config = parse_config_overrides(config, overrides)
     except Exception as error:
         raise UserError(f"--config: {one_line(error)}") from error
-    if not isinstance(config.get("hyperparameters"), dict):
-        raise UserError(f"config {path}: hyperparameters is missing or no mapping")
+    for key in ("hyperparameters", "searcher"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(f"config {path}: {key} is missing or no mapping")
     return config
 
 
 def entrypoint_script(config: dict[str, Any]) -> list[str]:
     """The script that the config's entrypoint runs, and its arguments, without the launcher before it."""
     entrypoint = config.get("entrypoint", "")
-    words = entrypoint if isinstance(entrypoint, list) else shlex.split(entrypoint)
-    for index, word in enumerate(words):
+    words = entrypoint if isinstance(entrypoint, list) else shlex.split(str(entrypoint))
+    for index, word in enumerate(map(str, words)):
         if word.endswith(".py"):
             return words[index:]
     raise UserError(f"entrypoint {entrypoint!r} names no Python script")
@@ -55,7 +56,7 @@ def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
     The master (determined/master/pkg/searcher/grid.go) walks the keys of each level in sorted order, the last one
     fastest. A list is a constant, a mapping with a `type` is a hyperparameter, and one without is a level of its own.
     """
-    searcher = config.get("searcher", {}).get("name", "single")
+    searcher = config["searcher"].get("name", "single")
     if searcher not in ("single", "grid"):
         raise UserError(f"searcher.name {searcher!r}: this machine runs single and grid; the others need a cluster")
     axes = list(_axes(config["hyperparameters"], "hyperparameters"))
@@ -108,15 +109,22 @@ def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
         if kind == "const":
             return [space["val"]]
         if kind == "categorical":
-            return list(space["vals"])
+            if not isinstance(space["vals"], list) or not space["vals"]:
+                raise UserError(f"{key}.vals {space['vals']!r} is no list of values")
+            return space["vals"]
         if kind not in ("int", "double", "log"):
             raise UserError(f"{key}.type {kind!r} is none of const, categorical, int, double, log")
         low, high, count = space["minval"], space["maxval"], space.get("count")
         base = space["base"] if kind == "log" else None
     except KeyError as missing:
         raise UserError(f"{key}: a {kind} hyperparameter needs {missing.args[0]}") from missing
+    for name, value in (("minval", low), ("maxval", high), ("count", count), ("base", base)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{key}.{name} {value!r} is not a number")
     if count is None:
         return None
+    if count < 1:
+        raise UserError(f"{key}.count {count!r} is not at least 1")
     if kind == "int":
         count = min(count, high - low + 1)
     points = [(low + high) / 2] if count == 1 else [low + i * (high - low) / (count - 1) for i in range(count)]

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT_SEED = 42
 
+SFT_LOSSES = ("nll", "dft")
 # The names `DPOTrainer` dispatches on. It refuses another one only at the first loss, after the reference pass.
 DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -37,23 +38,33 @@ DPO_LOSSES = (
 SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 # Keys of SFTConfig and DPOConfig that could only be ignored here, and what does their job.
-REFUSED_TRAINING_ARGS = {
+REFUSED = {
+    "do_train": "a trial always trains",
+    "do_eval": "set eval_strategy",
+    "do_predict": "a trial predicts nothing",
+    "pad_token": "the tokenizer's own padding token is used",
+    "resume_from_checkpoint": "a trial resumes from its own latest checkpoint",
+}
+REFUSED_BY_SFT = REFUSED | {
     "assistant_only_loss": "set data_collator.on_completions_only",
     "completion_only_loss": "set data_collator.on_completions_only",
     "chat_template_path": "every row is rendered as ChatML by chat_format.py",
     "dataset_kwargs": "every row is rendered as ChatML by chat_format.py",
     "dataset_text_field": "every row is rendered as ChatML by chat_format.py",
     "eos_token": "every answer ends with <|im_end|> and the tokenizer's own EOS",
-    "pad_token": "the tokenizer's own padding token is used",
-    "resume_from_checkpoint": "a trial resumes from its own latest checkpoint",
+}
+REFUSED_BY_DPO = REFUSED | {
+    "label_smoothing_factor": "DPO's losses have label_smoothing",
+    "truncation_mode": "prompts are cut from their left and answers from their right",
 }
 # Names that the published example or older releases used, where the nearest name would mislead.
 RENAMED = {
-    "model": "model_name",
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps, where a number below 1 is a ratio",
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "max_seq_length": "max_seq_length, beside training_args",
+    "hyperparameters": {"model": "model_name"},
+    "training_args": {
+        "evaluation_strategy": "eval_strategy",
+        "warmup_ratio": "warmup_steps, where a number below 1 is a ratio",
+        "group_by_length": "train_sampling_strategy: group_by_length",
+    },
 }
 
 
@@ -122,7 +133,7 @@ class SFTHyperparameters(TrainerArgs):
     model_name: str
     dataset: str
     dataset_subsets: list[DatasetSubset] = field(default_factory=lambda: [DatasetSubset(ratio=1.0)])
-    max_seq_length: int | None = None  # tokens of a row, prompt and answer
+    max_seq_length: int | None = None  # tokens of a row, prompt and answer; None: TRL's default, 1024
     data_collator: DataCollator = field(default_factory=DataCollator)
     chat_tokens: ChatTokens = field(default_factory=ChatTokens)
     training_args: dict[str, Any] = field(default_factory=dict)
@@ -133,7 +144,11 @@ class SFTHyperparameters(TrainerArgs):
         if not self.dataset_subsets:
             raise UserError("dataset_subsets is empty")
         own = {"max_length": ("max_seq_length", self.max_seq_length)}
-        self.args = build_training_args(SFTConfig, self.training_args, own)
+        training_args = check_training_args(SFTConfig, self.training_args, own, REFUSED_BY_SFT)
+        loss = training_args.get("loss_type", "nll")
+        if loss not in SFT_LOSSES:  # TRL refuses it too, but only once the model is loaded
+            raise UserError(f"training_args.loss_type {loss!r} is none of {', '.join(SFT_LOSSES)}")
+        self.args = build_training_args(SFTConfig, training_args)
 
 
 @dataclass
@@ -145,7 +160,7 @@ class DPOHyperparameters(TrainerArgs):
     model_ckpt: str | None = None  # UUID of a Determined checkpoint, an SFT run's
     dpo_beta: float | None = None
     dpo_loss: str | list[str] | None = None
-    max_length: int | None = None  # tokens of prompt and answer together
+    max_length: int | None = None  # tokens of prompt and answer together; None: TRL's default, 1024
     max_prompt_length: int | None = None
     max_target_length: int | None = None  # tokens of an answer
     precompute_ref_log_probs: bool | None = None
@@ -166,8 +181,15 @@ class DPOHyperparameters(TrainerArgs):
             "max_length": ("max_length", self.max_length),
             "precompute_ref_log_probs": ("precompute_ref_log_probs", self.precompute_ref_log_probs),
         }
-        training_args = resolve_dpo_loss(merge_own(self.training_args, own))
-        self.args = build_training_args(DPOConfig, training_args, {})
+        training_args = check_training_args(DPOConfig, self.training_args, own, REFUSED_BY_DPO)
+        self.args = build_training_args(DPOConfig, resolve_dpo_loss(training_args))
+
+    @property
+    def start(self) -> str:
+        """What DPO starts from, in a line for the log."""
+        if self.model_ckpt:
+            return f"DPO starts from checkpoint {self.model_ckpt}"
+        return f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
 
 
 Hyperparameters = TypeVar("Hyperparameters", SFTHyperparameters, DPOHyperparameters)
@@ -272,23 +294,9 @@ def _build(cls: type, values: Any, key: str) -> Any:
 def refuse_unknown(values: dict[str, Any], known: typing.Collection[str], key: str) -> None:
     for name in values:
         if name not in known:
-            hint = f" (now {RENAMED[name]})" if name in RENAMED else nearest(name, known)
+            renamed = RENAMED.get(key, {}).get(name)
+            hint = f" (now {renamed})" if renamed else nearest(name, known)
             raise UserError(f"{key}.{name} is not a hyperparameter{hint}")
-
-
-def merge_own(training_args: dict[str, Any], own: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-    """`training_args` with the values of our own keys under TRL's names.
-
-    `own` maps a name of TRL's to the key of ours that sets it and its value; None leaves TRL's name in charge.
-    """
-    merged = dict(training_args)
-    for name, (key, value) in own.items():
-        if value is None:
-            continue
-        if name in training_args:
-            raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
-        merged[name] = value
-    return merged
 
 
 def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
@@ -313,6 +321,10 @@ def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
             raise UserError("dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own; 'apo_zero' is the nearest")
         if loss not in DPO_LOSSES:
             raise UserError(f"dpo_loss {loss!r} is none of {', '.join(DPO_LOSSES)}, cdpo{nearest(loss, DPO_LOSSES)}")
+    if "robust" in losses and not 0 <= smoothing < 0.5:
+        raise UserError(
+            f"training_args.label_smoothing {smoothing:g} is not in [0, 0.5), as dpo_loss 'robust' needs it"
+        )
     if smoothing and not SMOOTHED_LOSSES & set(losses):
         raise UserError(
             f"training_args.label_smoothing has no effect on dpo_loss {losses[0]!r}, only on cdpo and"
@@ -323,27 +335,47 @@ def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
     return resolved | {"loss_type": losses}
 
 
-def build_training_args(
-    cls: type[TrainingArguments], training_args: dict[str, Any], own: dict[str, tuple[str, Any]]
-) -> Any:
-    """TRL's config of a run: `training_args`, our own keys and defaults fit for the hardware at hand.
+def check_training_args(
+    cls: type[TrainingArguments],
+    training_args: dict[str, Any],
+    own: dict[str, tuple[str, Any]],
+    refused: dict[str, str],
+) -> dict[str, Any]:
+    """`training_args` for `cls`: every key known, of the right type and without a rival, and our own keys beside them.
+
+    `own` maps a name of TRL's to the key of ours that sets it and its value; None leaves TRL's name in charge.
+    """
+    for name, instead in refused.items():
+        if name in training_args:
+            raise UserError(f"training_args.{name} has no effect here: {instead}")
+    refuse_unknown(training_args, {f.name for f in dataclasses.fields(cls) if f.init}, "training_args")
+    # Two hints of upstream's are narrower than what it takes.
+    hints = typing.get_type_hints(cls) | {"fsdp": bool | str | None, "loss_type": str | list[str]}
+    values = {name: convert(value, hints[name], f"training_args.{name}") for name, value in training_args.items()}
+    for name, (key, value) in own.items():
+        if value is None:
+            continue
+        if name in values:
+            raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
+        values[name] = value
+    return values
+
+
+def build_training_args(cls: type[TrainingArguments], training_args: dict[str, Any]) -> Any:
+    """TRL's config of a run, with defaults fit for the hardware at hand.
 
     Precision: weights, gradients and AdamW's state are float32 always. At the learning rates of DPO a step is smaller
     than the spacing of bf16 numbers (1e-4 near 0.02), so bare bf16 weights would never move. Where the GPU has bf16
     the forward and backward pass run under bf16 autocast.
     """
-    key = "training_args"
-    for name, instead in REFUSED_TRAINING_ARGS.items():
-        if name in training_args:
-            raise UserError(f"{key}.{name} has no effect here: {instead}")
-    fields = {f.name for f in dataclasses.fields(cls) if f.init}
-    refuse_unknown(training_args, fields, key)
-    hints = {**typing.get_type_hints(cls), "fsdp": bool | str | None}  # upstream's hint lacks the bool it asks for
-    values = {name: convert(value, hints[name], f"{key}.{name}") for name, value in training_args.items()}
-    check_dtype(values)
-    values = merge_own(values, own)
+    values = dict(training_args)
     values.setdefault("report_to", "none")  # the library's default is every tracker it finds installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # its bars, redrawn, would fill a log file
+    # transformers 5.23 warns of the old names, TRL's own default among them. This can go with transformers 6.
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if old in values:
+            values.setdefault(old.replace("gradient", "activation"), values.pop(old))
+    values.setdefault("activation_checkpointing", True)
     if values.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
         values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
@@ -353,21 +385,19 @@ def build_training_args(
         # Without it the library refuses bf16 on a machine that has no GPU at all, though its CPU may have it.
         values.setdefault("use_cpu", not torch.backends.mps.is_available())
     try:
-        return cls(**values)
+        args = cls(**values)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{key}: {one_line(error)}") from error
-
-
-def check_dtype(training_args: dict[str, Any]) -> None:
-    model_init_kwargs = training_args.get("model_init_kwargs")
-    if not isinstance(model_init_kwargs, dict):
-        return
+        raise UserError(f"training_args: {one_line(error)}") from error
     for name in ("dtype", "torch_dtype"):
-        dtype = model_init_kwargs.get(name, "float32")
-        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-            raise UserError(f"training_args.model_init_kwargs.{name} {dtype!r} is no dtype of torch")
-        if dtype != "float32":
-            raise UserError(
-                f"training_args.model_init_kwargs.{name} {dtype!r}: weights stay float32, or small learning rates"
-                " would not move them; for bf16 or fp16 autocast set training_args.bf16 or .fp16"
-            )
+        check_dtype((args.model_init_kwargs or {}).get(name, "float32"), f"training_args.model_init_kwargs.{name}")
+    return args
+
+
+def check_dtype(dtype: Any, key: str) -> None:
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise UserError(f"{key} {dtype!r} is no dtype of torch")
+    if dtype != "float32":
+        raise UserError(
+            f"{key} {dtype!r}: weights stay float32, or small learning rates would not move them; for bf16 or fp16"
+            " autocast set training_args.bf16 or .fp16"
+        )

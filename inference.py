@@ -26,7 +26,7 @@ from chat_format import Message, decode_answer, encode, generation_stops, plain_
 from checkpoints import local_checkpoint
 from dataset_utils import load_dpo_dataset
 from hyperparameters import DEFAULT_SPLIT_SEED
-from models import load_model_and_tokenizer
+from models import check_source, load_model_and_tokenizer
 from trial import hide_progress_bars_in_logs
 from user_error import UserError, exit_on_user_error
 
@@ -104,7 +104,10 @@ def parse_models(arguments: list[str]) -> dict[str, str]:
 def resolve_source(source: str, key: str) -> str:
     """A folder or hub id as it is; a checkpoint UUID as the folder that holds its model."""
     looks_like_uuid = len(source) == 36 and source.count("-") == 4
-    return str(local_checkpoint(source, key)) if looks_like_uuid and not Path(source).exists() else source
+    if looks_like_uuid and not Path(source).exists():
+        return str(local_checkpoint(source, key))
+    check_source(source, key)
+    return source
 
 
 def parse_device(name: str | None) -> torch.device:

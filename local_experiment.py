@@ -8,17 +8,20 @@ receives
 
     experiment.json      the config with its overrides
     trials.jsonl         a line a trial: trial_id, state, hparams, steps_completed, metrics (of the last validation),
-                         best_metrics (of the best one by searcher.metric), checkpoint_uuid
+                         best_metrics, checkpoint_uuid
     best_checkpoint      the UUID of the best trial's checkpoint
     trials/<trial_id>/   its config.yaml, log.txt and reports.jsonl
 
-checkpoint_uuid is the checkpoint saved at the best validation where there is one, else the latest. Checkpoints are
-kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start from by UUID. Started again
-with the same config and DIR, finished trials are kept and an interrupted one goes on from its latest checkpoint.
+checkpoint_uuid is, of the checkpoints that were validated when they were saved, the best one by searcher.metric, and
+best_metrics are its metrics: what ranks a trial is what one gets from it. (The last step is always validated and
+saved.) Checkpoints are kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start
+from by UUID. Started again with the same config and DIR, finished trials are kept and an interrupted one goes on from
+its latest checkpoint.
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -38,7 +41,8 @@ from checkpoints import local_checkpoint, local_checkpoint_storage
 from dataset_utils import load_dpo_dataset, load_sft_dataset
 from experiment_config import entrypoint_script, expand_trials, read_experiment_config, varying_hyperparameters
 from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from trial import hide_progress_bars_in_logs, read_reports
+from models import check_source
+from trial import as_json, hide_progress_bars_in_logs, read_reports
 from user_error import UserError, exit_on_user_error
 
 POLL_SECONDS = 0.2
@@ -51,21 +55,21 @@ class Searcher:
     """The part of the searcher's config that ranks trials."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        searcher = config.get("searcher", {})
+        searcher = config["searcher"]
         if not searcher.get("metric"):
             raise UserError("searcher.metric is missing: it ranks the trials")
         self.metric: str = searcher["metric"]
         self.smaller_is_better: bool = searcher.get("smaller_is_better", True)  # Determined's default
 
     def best(self, items: list[Any], metrics_of: Callable[[Any], dict[str, float]]) -> Any | None:
-        """The item whose metrics are best, the first of equals; None where none has the metric."""
-        scored = [item for item in items if self.metric in metrics_of(item)]
+        """The item whose metrics are best, the first of equals; None where none has a finite value of the metric."""
+        scored = [item for item in items if math.isfinite(metrics_of(item).get(self.metric, math.nan))]
         sign = 1 if self.smaller_is_better else -1
         return min(scored, key=lambda item: sign * metrics_of(item)[self.metric], default=None)
 
 
 def check_trials(script: str, trials: list[dict[str, Any]]) -> None:
-    """Find a user's mistakes before anything is written: those of each trial's hyperparameters, data and checkpoint.
+    """Find a user's mistakes before anything is written: those of each trial's hyperparameters, data and model.
 
     It knows this project's two entrypoints; what another script wants is its own business.
     """
@@ -74,12 +78,19 @@ def check_trials(script: str, trials: list[dict[str, Any]]) -> None:
         loads = {str((h.dataset, h.dataset_subsets, h.split_seed)): h for h in parsed}
         for h in loads.values():
             load_sft_dataset(h.dataset, h.dataset_subsets, h.split_seed)
+        for h in parsed:
+            check_source(h.model_name, "model_name")
     elif script == "dpo_finetune.py":
         parsed = [parse_hyperparameters(DPOHyperparameters, hparams) for hparams in trials]
-        for checkpoint in {h.model_ckpt for h in parsed if h.model_ckpt}:
-            local_checkpoint(checkpoint, "model_ckpt")
+        for h in parsed:
+            if h.model_ckpt:
+                local_checkpoint(h.model_ckpt, "model_ckpt")
+            else:
+                check_source(h.model_name, "model_name")
         for h in {str((h.datasets, h.split_seed)): h for h in parsed}.values():
             load_dpo_dataset(h.datasets, h.split_seed)
+        for start in {h.start: None for h in parsed}:
+            console.print(start, markup=False)
 
 
 class Experiment:
@@ -95,7 +106,7 @@ class Experiment:
         """Make the folder, or take up a run of the same experiment in it."""
         stored = self.folder / "experiment.json"
         if stored.exists():
-            if json.loads(stored.read_text(encoding="utf-8")) != json.loads(json.dumps(self.config)):
+            if json.loads(stored.read_text(encoding="utf-8")) != as_json(self.config):
                 raise UserError(f"{self.folder} holds a run of another config; remove it, or choose another --output")
             for result in self._read_results():
                 if result["state"] == "COMPLETED":
@@ -131,7 +142,7 @@ class Experiment:
                 while process.poll() is None:
                     time.sleep(POLL_SECONDS)
                     self._show(read_reports(folder / "reports.jsonl"), progress, bar)
-            except KeyboardInterrupt:
+            except BaseException:  # Ctrl-C among them: the trial must not run on unwatched
                 process.terminate()
                 process.wait()
                 raise
@@ -201,10 +212,7 @@ def summarize(
     # By step: after a resume the steps since the checkpoint are reported once more.
     validations = {r["steps_completed"]: r["metrics"] for r in reports if r["kind"] == "validation"}
     checkpoints = {r["steps_completed"]: r["uuid"] for r in reports if r["kind"] == "checkpoint"}
-    best_step = searcher.best(list(validations), lambda step: validations[step])
-    saved_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
-    if saved_step is None:
-        saved_step = max(checkpoints, default=None)
+    best_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
     return {
         "trial_id": trial_id,
         "state": None,
@@ -212,7 +220,7 @@ def summarize(
         "steps_completed": max((r["steps_completed"] for r in reports if "steps_completed" in r), default=0),
         "metrics": validations[max(validations)] if validations else {},
         "best_metrics": validations.get(best_step, {}),
-        "checkpoint_uuid": checkpoints.get(saved_step),
+        "checkpoint_uuid": checkpoints.get(best_step, checkpoints[max(checkpoints)] if checkpoints else None),
     }
 
 
@@ -225,13 +233,19 @@ def next_command(experiment: Experiment, config_path: str, model_def: str) -> st
     if script == "sft_finetune.py":
         dpo_config = Path(config_path).with_name(Path(config_path).name.replace("sft", "dpo"))
         if not dpo_config.exists() or dpo_config == Path(config_path):
-            return None
-        words = ["local_experiment.py", str(dpo_config), model_def, "--config"]
-        return "python " + shlex.join([*words, f"hyperparameters.model_ckpt={checkpoint}"])
+            dpo_config = Path("dpo.yaml")
+        # The base model goes along, for the comparison at the end to set against the tuned ones.
+        overrides = {"model_ckpt": checkpoint, "model_name": hparams["model_name"]}
+        words = [word for key, value in overrides.items() for word in ("--config", f"hyperparameters.{key}={value}")]
+        return "python " + shlex.join(["local_experiment.py", str(dpo_config), model_def, *words])
     if script == "dpo_finetune.py":
         models = {"base": hparams.get("model_name"), "sft": hparams.get("model_ckpt"), "dpo": checkpoint}
         words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
-        return "python " + shlex.join(["inference.py", *words, "--dataset", hparams["datasets"][0]])
+        words += ["--dataset", hparams["datasets"][0]]
+        data_seed = hparams.get("training_args", {}).get("data_seed")
+        if data_seed is not None:  # it decides which rows were held out
+            words += ["--data-seed", str(data_seed)]
+        return "python " + shlex.join(["inference.py", *words])
     return None
 
 
@@ -282,7 +296,7 @@ def main() -> int:
     hide_progress_bars_in_logs()
     started_in = Path.cwd()
     os.chdir(model_def)  # relative paths in the YAML are the script's
-    check_trials(script, trials)
+    check_trials(Path(script).name, trials)
     experiment.open_folder()
 
     columns = (

@@ -10,6 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from user_error import UserError, one_line
 
 
+def check_source(source: str, key: str) -> None:
+    """Refuse what is plainly no model: a path where none is. Whether the hub has a model, only the hub can tell."""
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{key} {source!r}: a folder without a config.json is no model")
+    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UserError(f"{key} {source!r}: no such folder")
+
+
 def load_model_and_tokenizer(
     source: str, key: str = "model_name", **model_init_kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -18,16 +27,15 @@ def load_model_and_tokenizer(
     `source` is a folder or a hub id; `key` is what the user calls it. `model_init_kwargs` go to the model's
     `from_pretrained`. Raises `UserError` where there is no model to be had.
     """
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{key} {source!r}: a folder without a config.json is no model")
-    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise UserError(f"{key} {source!r}: no such folder")
-    trust = {"trust_remote_code": model_init_kwargs.get("trust_remote_code", False)}
+    check_source(source, key)
+    # What says where to look, and how far to trust it, holds for both.
+    shared = {
+        k: v for k, v in model_init_kwargs.items() if k in ("revision", "subfolder", "token", "trust_remote_code")
+    }
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # its retries are no news; the failure itself is told below, in one line
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
         model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
     except (OSError, ValueError) as error:
         raise UserError(f"{key} {source!r}: {one_line(error)}") from error

@@ -14,7 +14,6 @@ from user_error import exit_on_user_error
 def train(trial: Trial[SFTHyperparameters]) -> None:
     hparams, args = trial.hparams, trial.hparams.args
 
-    trial.status("loading the data")
     dataset = load_sft_dataset(hparams.dataset, hparams.dataset_subsets, hparams.split_seed)
 
     trial.status(f"loading {hparams.model_name}")
@@ -25,7 +24,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
 
     trial.status("preparing the training")
     dataset = tokenize_sft_dataset(
-        dataset, tokenizer, hparams.data_collator.on_completions_only, num_proc=args.dataset_num_proc
+        dataset, tokenizer, hparams.data_collator.on_completions_only, args.max_length, args.dataset_num_proc
     )
     trainer = SFTTrainer(
         model=model,

@@ -2,6 +2,7 @@
 
 Off the cluster a trial's reports go to `reports.jsonl` in its folder instead of to a master, one JSON object a line:
 
+    {"kind": "hparams", "hparams": {...}}
     {"kind": "training" | "validation", "steps_completed": 10, "metrics": {...}}
     {"kind": "checkpoint", "steps_completed": 10, "uuid": "..."}
     {"kind": "progress", "progress": 0.25}
@@ -9,6 +10,7 @@ Off the cluster a trial's reports go to `reports.jsonl` in its folder instead of
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -80,11 +82,14 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
     trainer_folder = output / "trainer"
     hparams.args.output_dir = str(trainer_folder)
     reports = output / "reports.jsonl"
-    checkpoints = [report["uuid"] for report in read_reports(reports) if report["kind"] == "checkpoint"]
-    metric = config.get("searcher", {}).get("metric")
+    earlier = read_reports(reports)
+    if any(report["kind"] == "hparams" and report["hparams"] != as_json(trials[0]) for report in earlier):
+        raise UserError(f"{output} holds a trial with other hyperparameters; remove it, or choose another --output")
+    checkpoints = [report["uuid"] for report in earlier if report["kind"] == "checkpoint"]
+    metric = config["searcher"].get("metric")
     storage = local_checkpoint_storage()
     with core.init(distributed=distributed, checkpoint_storage=str(storage)) as core_context:
-        core_context.train = LocalTrainContext(reports)
+        core_context.train = LocalTrainContext(reports, trials[0])
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, reports)
         latest = checkpoints[-1] if checkpoints else None
         yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
@@ -118,20 +123,28 @@ def _parse_arguments(default_config: str, description: str) -> argparse.Namespac
 
 
 class LocalTrainContext(core.DummyTrainContext):
-    """Core API's stand-in for a master, which drops what a trial reports, made to keep it in a file."""
+    """Core API's stand-in for a master, which drops what a trial reports, made to keep it in a file.
 
-    def __init__(self, reports: Path) -> None:
+    The file is begun with the first report, so that a trial which finds a mistake before that has written nothing.
+    """
+
+    def __init__(self, reports: Path, hparams: dict[str, Any]) -> None:
         super().__init__()
-        self.reports = reports
+        self.reports, self.hparams = reports, hparams
 
     def report_metrics(self, group: str, steps_completed: int, metrics: dict[str, Any]) -> None:
-        append_report(self.reports, kind=group, steps_completed=steps_completed, metrics=metrics)
+        self._report(kind=group, steps_completed=steps_completed, metrics=metrics)
 
     def report_progress(self, progress: float) -> None:
-        append_report(self.reports, kind="progress", progress=progress)
+        self._report(kind="progress", progress=progress)
 
     def set_status(self, status: str) -> None:
-        append_report(self.reports, kind="status", status=status)
+        self._report(kind="status", status=status)
+
+    def _report(self, **report: Any) -> None:
+        if not self.reports.exists():
+            append_report(self.reports, kind="hparams", hparams=self.hparams)
+        append_report(self.reports, **report)
 
 
 class LocalCheckpointContext(core.DummyCheckpointContext):
@@ -148,15 +161,26 @@ class LocalCheckpointContext(core.DummyCheckpointContext):
         return uuid
 
 
+def as_json(value: Any) -> Any:
+    """`value` as JSON gives it back, for comparing it with what was written earlier."""
+    return json.loads(json.dumps(value))
+
+
 def append_report(path: Path, **report: Any) -> None:
+    """Append a line to a reports file, on a line of its own even after one that a kill cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report) + "\n")
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(report).encode() + b"\n")
 
 
 def read_reports(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a reports file; a last one that a kill cut short is left out. No file: no reports."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    """The whole lines of a reports file; one that a kill cut short is left out. No file: no reports."""
+    reports = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            reports.append(json.loads(line))
+    return reports

@@ -68,7 +68,14 @@ def test_shapes_of_preference_data(row, prompt):
         ({"prompt": "q", "chosen": "c"}, "column 'rejected' is missing; it has prompt, chosen"),
         ({"chosen": "c", "rejected": "r"}, "column 'prompt' is missing"),
         ({"prompt": None, "chosen": "c", "rejected": "r"}, "column 'prompt' is None, not text"),
-        ({"prompt": "q", "chosen": "c", "rejected": 5}, "'chosen' is 'c', neither"),
+        (
+            {"prompt": "q", "chosen": "c", "rejected": None},
+            "column 'rejected' is None, neither text nor a list of turns",
+        ),
+        (
+            {"prompt": "q", "chosen": "c", "rejected": [USER, says("r")]},
+            "one of chosen and rejected is text, the other",
+        ),
         ({"chosen": [USER, says("c")], "rejected": [SYSTEM, USER, says("r")]}, "prompts of chosen and rejected differ"),
         ({"chosen": [USER], "rejected": [USER]}, "chosen does not end with an assistant turn"),
         (
@@ -147,6 +154,7 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
         (instructions, [DatasetSubset("kitchn", ratio=1.0)], r"unknown subset 'kitchn' \(did you mean 'kitchen'\?\)"),
         (instructions, WHOLE, "dataset_subsets must name a subset: it has kitchen, home, outdoors"),
         (instructions, [DatasetSubset("home", number_of_samples=999)], "asks for 999 rows of 112"),
+        (instructions, [DatasetSubset("home", ratio=0.5)] * 2, "names subset 'home' more than once"),
         (str(tmp_path / "no.jsonl"), WHOLE, "no.jsonl: no such file or folder"),
         (str(tiny / "base" / "config.toml"), WHOLE, "no such file or folder"),
         ("nobody/nothing", WHOLE, "not to be had from the hub"),
@@ -160,11 +168,25 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
 @pytest.mark.parametrize("on_completions_only", [True, False])
 def test_labels_mask_everything_but_the_answer(tiny, tokenizer, on_completions_only):
     dataset = load_sft_dataset(str(tiny / "instructions"), [DatasetSubset("home", number_of_samples=10)], seed=1)
-    tokenized = tokenize_sft_dataset(dataset, tokenizer, on_completions_only)
+    tokenized = tokenize_sft_dataset(dataset, tokenizer, on_completions_only, max_length=256)
     for row, source in zip(tokenized["train"], dataset["train"], strict=True):
         prompt, completion = encode(tokenizer, source["prompt"], source["completion"])
         assert row["input_ids"] == prompt + completion
         assert row["labels"] == ([-100] * len(prompt) if on_completions_only else prompt) + completion
+
+
+def test_rows_that_will_lose_their_end_are_counted(tiny, tokenizer, caplog):
+    dataset = load_sft_dataset(str(tiny / "instructions"), [DatasetSubset("home", number_of_samples=10)], seed=1)
+    tokenize_sft_dataset(dataset, tokenizer, True, max_length=60)
+    assert "rows: " in caplog.text
+    assert "are longer than max_seq_length (60 tokens) and lose their end, EOS included" in caplog.text
+
+
+def test_undecodable_text_is_told_with_its_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"prompt": "q", "text": "a"}\n' * 3 + b'{"prompt": "q", "text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl line 4: not UTF-8 text"):
+        load_sft_dataset(str(path), WHOLE, seed=1)
 
 
 def test_length_limits(tmp_path, tokenizer):

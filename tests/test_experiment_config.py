@@ -13,13 +13,13 @@ def grid(**hyperparameters):
 def test_numbers_are_yaml_1_2(tmp_path):
     """PyYAML would read `1e-7` as text and `no` as false; Determined's loader does not."""
     path = tmp_path / "c.yaml"
-    path.write_text("hyperparameters: {learning_rate: 1e-7, eval_strategy: no}\n")
+    path.write_text("searcher: {name: single}\nhyperparameters: {learning_rate: 1e-7, eval_strategy: no}\n")
     assert read_experiment_config(str(path))["hyperparameters"] == {"learning_rate": 1e-7, "eval_strategy": "no"}
 
 
 def test_overrides_reach_nested_keys_and_lists(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("hyperparameters:\n  a: {b: 1, c: 2}\n  subsets: [{subset: x, ratio: 1}]\n")
+    path.write_text("searcher: {}\nhyperparameters:\n  a: {b: 1, c: 2}\n  subsets: [{subset: x, ratio: 1}]\n")
     overrides = ["hyperparameters.a.b=5e-7", "hyperparameters.subsets=[{subset: y, number_of_samples: 3}]", "name=new"]
     config = read_experiment_config(str(path), overrides)
     assert config["hyperparameters"]["a"] == {"b": 5e-7, "c": 2}
@@ -59,6 +59,12 @@ def test_axes(space, values):
     [
         (grid(h={"type": "double", "minval": 0, "maxval": 1}), "hyperparameters.h needs a count"),
         (grid(h={"type": "categorical"}), "hyperparameters.h: a categorical hyperparameter needs vals"),
+        (grid(h={"type": "categorical", "vals": []}), r"hyperparameters.h.vals \[\] is no list of values"),
+        (
+            grid(h={"type": "int", "minval": 1, "maxval": 2, "count": "3"}),
+            "hyperparameters.h.count '3' is not a number",
+        ),
+        (grid(h={"type": "int", "minval": 1, "maxval": 2, "count": 0}), "hyperparameters.h.count 0 is not at least 1"),
         (grid(h={"type": "gaussian"}), "hyperparameters.h.type 'gaussian'"),
         ({**grid(), "searcher": {"name": "adaptive_asha"}}, "searcher.name 'adaptive_asha'"),
         (
@@ -78,6 +84,8 @@ def test_entrypoint_script_is_found_behind_a_launcher():
     assert entrypoint_script({"entrypoint": ["python3", "train.py"]}) == ["train.py"]
     with pytest.raises(UserError, match="names no Python script"):
         entrypoint_script({"entrypoint": "bash run.sh"})
+    with pytest.raises(UserError, match="entrypoint 5 names no Python script"):
+        entrypoint_script({"entrypoint": 5})
 
 
 @pytest.mark.parametrize(
@@ -86,6 +94,7 @@ def test_entrypoint_script_is_found_behind_a_launcher():
         ("a: [1", [], "not YAML"),
         ("- a\n", [], "not a mapping"),
         ("name: x\n", [], "hyperparameters is missing"),
+        ("hyperparameters: {}\nsearcher: grid\n", [], "searcher is missing or no mapping"),
         ("hyperparameters: {}\n", ["a.b"], "'a.b' is not key=value"),
     ],
 )

@@ -72,9 +72,12 @@ def test_trls_own_names_serve_as_well():
             {"training_args": {"eval_strategy": "sometimes"}},
             "training_args.eval_strategy is 'sometimes', which is not one of no, steps, epoch",
         ),
+        ({"training_args": {"loss_type": "nl"}}, "training_args.loss_type 'nl' is none of nll, dft"),
+        ({"training_args": {"do_eval": False}}, "training_args.do_eval has no effect here: set eval_strategy"),
         ({"training_args": {"assistant_only_loss": True}}, "assistant_only_loss has no effect here: set data_collator"),
         ({"training_args": {"model_init_kwargs": {"dtype": "float33"}}}, "dtype 'float33' is no dtype of torch"),
         ({"training_args": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "'bfloat16': weights stay float32"),
+        ({"training_args": {"model_init_kwargs": '{"dtype": "bfloat16"}'}}, "'bfloat16': weights stay float32"),
     ],
 )
 def test_sft_errors_name_the_key(values, message):
@@ -99,6 +102,14 @@ def test_sft_errors_name_the_key(values, message):
         ({"dpo_loss": "kto_pair"}, "dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own"),
         ({"dpo_loss": "cdpo"}, "dpo_loss 'cdpo' needs training_args.label_smoothing"),
         ({"dpo_loss": "exo_pair"}, "dpo_loss 'exo_pair' needs training_args.label_smoothing"),
+        (
+            {"dpo_loss": "robust", "training_args": {"label_smoothing": 0.5}},
+            r"label_smoothing 0.5 is not in \[0, 0.5\)",
+        ),
+        ({"training_args": {"label_smoothing": "x"}}, "label_smoothing is 'x', which is not a number"),
+        ({"training_args": {"loss_type": 5}}, "loss_type is 5, which is not"),
+        ({"training_args": {"truncation_mode": "keep_end"}}, "truncation_mode has no effect here: prompts are cut"),
+        ({"max_seq_length": 9}, r"max_seq_length is not a hyperparameter \(did you mean 'max_length'"),
         ({"training_args": {"label_smoothing": 0.1}}, "label_smoothing has no effect on dpo_loss 'sigmoid'"),
     ],
 )
@@ -143,6 +154,15 @@ def test_precision_follows_the_hardware(monkeypatch):
 def test_the_split_does_not_follow_the_training_seed():
     assert dpo(training_args={"seed": 1}).split_seed == dpo(training_args={"seed": 2}).split_seed == 42
     assert dpo(training_args={"data_seed": 7}).split_seed == 7
+
+
+def test_gradient_checkpointings_old_name_serves_without_a_warning(recwarn):
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        args = sft(training_args={name: False}).args
+        assert not args.activation_checkpointing
+        assert not args.gradient_checkpointing
+    assert sft().args.activation_checkpointing  # TRL's default
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 
 
 def test_fsdp_is_left_out_where_there_is_one_process():

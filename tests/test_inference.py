@@ -54,6 +54,7 @@ def test_table_holds_the_held_out_questions_and_the_preferred_answers(call, tiny
         (["--model", "base"], "--model 'base' is not NAME=SOURCE"),
         (["--model", "preferred=x"], "the name 'preferred' is taken"),
         (["--model", "a=./nowhere"], "--model a './nowhere': no such folder"),
+        (["--model", "a={tiny}/base", "--model", "b=./nowhere"], "--model b './nowhere': no such folder"),
         (["--model", "a={tiny}"], "a folder without a config.json is no model"),
         (["--model", "a=nobody/nothing"], "--model a 'nobody/nothing'"),
         (

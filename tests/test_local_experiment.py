@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import run_script
 
 import inference
 import local_experiment
@@ -39,10 +40,12 @@ def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tin
     uuid = trial["checkpoint_uuid"]
     assert local_checkpoint(uuid, "test").name == "checkpoint-4"
     assert (sft_folder / "best_checkpoint").read_text().strip() == uuid
-    assert f"Next: python local_experiment.py {dpo} . --config hyperparameters.model_ckpt={uuid}" in out
+    (command,) = re.findall(r"^Next: python local_experiment.py (.*)$", out, flags=re.MULTILINE)
+    overrides = f"--config hyperparameters.model_ckpt={uuid} --config hyperparameters.model_name={tiny / 'base'}"
+    assert command == f"{dpo} . {overrides}"
 
-    override = f"hyperparameters.model_ckpt={uuid}"
-    status, out, err = call(local_experiment.main, dpo, "--config", override, "--output", dpo_folder)
+    words = [*command.split(), "--config", "hyperparameters.training_args.data_seed=7", "--output", dpo_folder]
+    status, out, err = call(local_experiment.main, *words)
     assert status == 0, err
     trials = trials_in(dpo_folder)
     assert [trial["hparams"]["dpo_beta"] for trial in trials] == [0.1, 0.05]
@@ -50,18 +53,20 @@ def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tin
     assert len({trial["checkpoint_uuid"] for trial in trials}) == 2
     assert 0 <= trials[0]["best_metrics"]["eval_rewards/accuracies"] <= 1
     best = (dpo_folder / "best_checkpoint").read_text().strip()
-    command = next(line for line in out.splitlines() if line.startswith("Next: python inference.py "))
+    (command,) = re.findall(r"^Next: python inference.py (.*)$", out, flags=re.MULTILINE)
+    assert f"DPO starts from checkpoint {uuid}" in out
 
-    words = command.removeprefix("Next: python inference.py ").split()
+    repeated, words = words, command.split()
     table = tmp_path / "comparison.csv"
     more = ("--number-of-samples", 3, "--max-new-tokens", 8, "--output_file", table)
     status, out, err = call(inference.main, *words, *more)
     assert status == 0, err
+    assert words[-2:] == ["--data-seed", "7"]
     assert words[:6] == ["--model", f"base={tiny / 'base'}", "--model", f"sft={uuid}", "--model", f"dpo={best}"]
     assert list(pd.read_csv(table).columns) == ["question", "base", "sft", "dpo", "preferred"]
 
     # The same command again: nothing is run anew. Another config: the folder's trials are not touched.
-    call(local_experiment.main, dpo, "--config", override, "--output", dpo_folder)
+    assert call(local_experiment.main, *repeated)[0] == 0
     assert trials_in(dpo_folder) == trials
     status, _, err = call(local_experiment.main, sft, "--output", dpo_folder)
     assert status == 2
@@ -86,6 +91,7 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
     ("override", "message"),
     [
         ("hyperparameters.datasets=[no/such/folder]", "data set no/such/folder: no such file or folder"),
+        ("hyperparameters.model_name=./nowhere", "model_name './nowhere': no such folder"),
         ("hyperparameters.dpo_loss=sigmoyd", "dpo_loss 'sigmoyd' is none of"),
         ("hyperparameters.training_args.learning_rat=1", "learning_rat is not a hyperparameter"),
         ("hyperparameters.model_ckpt=latest", "model_ckpt 'latest' is no checkpoint UUID"),
@@ -93,6 +99,7 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
         ("entrypoint=python nowhere.py", "entrypoint script nowhere.py: not in"),
         ("searcher.name=adaptive_asha", "searcher.name 'adaptive_asha'"),
         ("searcher.metric=", "searcher.metric is missing"),
+        ("searcher=grid", "searcher is missing or no mapping"),
         ("searcher", "--config 'searcher' is not key=value"),
     ],
 )
@@ -108,8 +115,17 @@ def test_mistakes_cost_nothing(call, write_config, dpo_config, tmp_path, overrid
     assert not (tmp_path / "out").exists()
 
 
+def test_stderr_is_one_line_in_a_process_of_its_own(write_config, dpo_config, tmp_path):
+    """No library's warning keeps the error company, as it could in a test's own process without being seen."""
+    changes = {f"{ARGS}activation_checkpointing": None, "hyperparameters__datasets": ["/no/such.jsonl"]}
+    failed = run_script("local_experiment.py", write_config(dpo_config, **changes), "--output", tmp_path / "out")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "error: data set /no/such.jsonl: no such file or folder\n"
+
+
 def test_the_best_trial_is_the_searchers():
     trials = [
+        {"id": 0, "m": {"acc": float("nan")}},
         {"id": 1, "m": {"acc": 0.5}},
         {"id": 2, "m": {"acc": 0.9}},
         {"id": 3, "m": {"acc": 0.9}},
@@ -123,7 +139,7 @@ def test_the_best_trial_is_the_searchers():
     assert (best(True), best(False)) == (1, 2)
 
 
-def test_a_trials_line_names_the_checkpoint_of_its_best_validation():
+def test_a_trial_is_ranked_by_what_it_saved():
     searcher = local_experiment.Searcher({"searcher": {"metric": "eval_loss"}})
     reports = [
         {"kind": "validation", "steps_completed": 2, "metrics": {"eval_loss": 1.0}},
@@ -135,5 +151,5 @@ def test_a_trials_line_names_the_checkpoint_of_its_best_validation():
     line = local_experiment.summarize(1, {}, reports, searcher)
     assert line["checkpoint_uuid"] == "at-2"
     assert line["metrics"] == {"eval_loss": 2.0}
-    assert line["best_metrics"] == {"eval_loss": 0.5}
+    assert line["best_metrics"] == {"eval_loss": 1.0}
     assert line["steps_completed"] == 4

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, run_script
+from determined.common import context
 
 import inference
 import local_experiment
@@ -67,7 +68,7 @@ def test_readme_commands_are_real(command, monkeypatch):
         assert set(words[1:]) <= {"demo", "test"}
         assert f"make {words[1]}" in (REPO / ".ci" / "run").read_text()
         return
-    if words[0] in ("git", "cd", "det"):
+    if words[0] in ("source", "det"):
         return
     assert words[0] == "python"
     assert (REPO / words[1]).exists()
@@ -87,21 +88,35 @@ def test_readme_shows_result_and_commands_early():
     assert (REPO / picture).exists()
 
 
-def test_only_what_a_trial_needs_is_uploaded():
-    ignored = (REPO / ".detignore").read_text().split()
-    assert {".git/", ".venv/", "local_runs/"} <= set(ignored)
+def test_what_det_uploads(tmp_path):
+    """The context directory as the CLI packs it, from a checkout with an environment, runs and caches in it."""
+    copied = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
+    generated = [".venv/lib/big.so", "local_runs/checkpoints/x/model.safetensors", "__pycache__/a.pyc", ".git/HEAD"]
+    for name in (*copied, *generated):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
+    uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
+    assert {"sft_finetune.py", "dpo_finetune.py", "chat_format.py", "startup-hook.sh", "requirements.txt"} <= uploaded
+    assert not uploaded & set(generated)
+    assert not any(name.startswith("tests/") for name in uploaded)
 
 
-def test_startup_hook_leaves_what_is_there(tmp_path):
-    """Determined sources it under `set -e`. Here all is installed already, so pip must find nothing to do."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
-    hook = subprocess.run(
-        ["bash", "-ec", "source ./startup-hook.sh; echo done"],
-        cwd=REPO, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert hook.stdout.strip().endswith("done"), hook.stderr
-    broken = subprocess.run(
-        ["bash", "-ec", f"source {REPO}/startup-hook.sh; echo done"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert broken.returncode != 0
+def run_hook(folder):
+    """Source the hook as Determined does, under `set -e`, with no package index to be reached."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-ec", f"source {REPO}/startup-hook.sh; echo done"]
+    environment = {**os.environ, "PATH": path, "PIP_NO_INDEX": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_startup_hook_has_nothing_to_do_where_all_is_installed():
+    hook = run_hook(REPO)
+    assert hook.stdout.strip() == "done", hook.stderr
+
+
+def test_startup_hook_says_what_failed(tmp_path):
+    (tmp_path / "requirements.txt").write_text("torch>=2.6\nno-such-package-anywhere==1\n")
+    hook = run_hook(tmp_path)
+    assert hook.returncode == 1
+    assert "done" not in hook.stdout
+    assert hook.stderr.splitlines()[-1].startswith("startup-hook.sh: the packages of requirements.txt could not be")

@@ -12,7 +12,7 @@ import dpo_finetune
 import sft_finetune
 from checkpoints import local_checkpoint
 from det_callback import DetCallback
-from trial import read_reports
+from trial import append_report, read_reports
 
 ARGS = "hyperparameters__training_args__"
 
@@ -201,3 +201,31 @@ def test_reports_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     whole = {"kind": "progress", "progress": 0.5}
     path.write_text(json.dumps(whole) + "\n" + '{"kind": "progr')
     assert read_reports(path) == [whole]
+    append_report(path, **whole)
+    assert read_reports(path) == [whole, whole]
+
+
+@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
+def test_bad_data_is_told_before_anything_is_written(call, write_config, request, tmp_path, script):
+    config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
+    key = "dataset" if script is sft_finetune else "datasets"
+    value = "/no/such.jsonl" if script is sft_finetune else ["/no/such.jsonl"]
+    path = write_config(config, **{f"hyperparameters__{key}": value})
+    status, _, err = call(script.main, "--config", path, "--output", tmp_path / "out")
+    assert (status, err) == (2, "error: data set /no/such.jsonl: no such file or folder\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_not_resumed_with_other_hyperparameters(train, call, write_config, sft_config, tmp_path):
+    train(sft_finetune, sft_config, **{f"{ARGS}max_steps": 1})
+    path = write_config(sft_config, **{f"{ARGS}max_steps": 2})
+    status, _, err = call(sft_finetune.main, "--config", path, "--output", tmp_path / "out")
+    assert status == 2
+    assert "holds a trial with other hyperparameters" in err
+
+
+def test_fractions_of_an_epoch_end_with_a_checkpoint(train, sft_config):
+    reports = train(sft_finetune, sft_config, **{f"{ARGS}max_steps": None, f"{ARGS}num_train_epochs": 0.3})
+    progress = [report["progress"] for report in reports["progress"]]
+    assert progress[-1] == max(progress) == 1.0
+    assert len(reports["checkpoint"]) == len(reports["validation"]) == 1

@@ -4,7 +4,7 @@
 
 FOLDER (default: local_runs/tiny) receives
 
-    base/            a Gemma of 2 million parameters with a tokenizer of its own, trained on plain text: it continues
+    base/            a Gemma of 1.4 million parameters with a tokenizer of its own, trained on plain text: it continues
                      stories and recipes, and knows no chat
     instructions/    an SFT data set in Cosmopedia's columns (prompt, text), subsets kitchen, home and outdoors; its
                      answers are of mixed quality, as scraped ones are: some helpful, some curt, some rambling
@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def pre_train(
     ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK, BLOCK)]
     args = TrainingArguments(
-        output_dir="unused",  # nothing is saved there
+        output_dir=tempfile.gettempdir(),  # it wants one, though nothing is saved
         num_train_epochs=epochs,
         per_device_train_batch_size=8,
         learning_rate=2e-3,
