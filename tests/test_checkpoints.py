@@ -1,12 +1,16 @@
 """download_ckpt through Core API's own storage: what it takes, where it puts it, and what it refuses."""
 
+import contextlib
 import json
 import shutil
+import threading
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import determined as det
 import pytest
+from determined.common.storage import SharedFSStorageManager
 from transformers import AutoTokenizer
 
 from chat_format import set_chat_format
@@ -53,7 +57,7 @@ def test_it_is_fetched_once(checkpoint, core_context):
 
 def test_an_interrupted_download_is_not_taken_for_a_checkpoint(checkpoint, core_context, monkeypatch):
     def interrupted(storage_id, ckpt_dir, **kwargs):
-        Path(ckpt_dir, "checkpoint-7").mkdir()
+        Path(ckpt_dir, "checkpoint-7").mkdir(parents=True)
         Path(ckpt_dir, "checkpoint-7", "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -64,6 +68,35 @@ def test_an_interrupted_download_is_not_taken_for_a_checkpoint(checkpoint, core_
     folder = Path(download_ckpt(checkpoint, core_context))
     assert json.loads((folder / "config.json").read_text())["model_type"] == "gemma"
     assert [path.name for path in folder.parent.parent.glob(f"{checkpoint}*")] == [checkpoint]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_two_ranks_of_a_node_share_one_download(checkpoint, known):
+    """Real DistributedContexts, a thread each: both get the same folder, or both the same error, and none hangs."""
+    wanted = checkpoint if known else str(uuid.uuid4())
+    downloads, outcomes = [], {}
+
+    def work(rank):
+        ranks = {"rank": rank, "local_rank": rank, "cross_rank": 0, "size": 2, "local_size": 2, "cross_size": 1}
+        with contextlib.closing(det.core.DistributedContext(**ranks)) as distributed:
+            storage = SharedFSStorageManager(str(local_checkpoint_storage()))
+            core_checkpoint = det.core.DummyCheckpointContext(distributed, storage)
+            original = core_checkpoint.download
+            core_checkpoint.download = lambda *args, **kwargs: downloads.append(rank) or original(*args, **kwargs)
+            context = SimpleNamespace(distributed=distributed, checkpoint=core_checkpoint)
+            try:
+                outcomes[rank] = download_ckpt(wanted, context)
+            except UserError as error:
+                outcomes[rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert downloads == [0]
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].endswith("checkpoint-7" if known else "no such checkpoint")
 
 
 def test_what_is_no_checkpoint_gets_one_clear_line(core_context, tmp_path):
