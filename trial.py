@@ -63,14 +63,28 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
     distributed = core.DistributedContext.from_torch_distributed() if "RANK" in os.environ else None
     info = det.get_cluster_info()
     if info is not None and info.task_type == "TRIAL":
-        hparams = parse_hyperparameters(cls, info.trial.hparams)
-        metric = info.trial._config["searcher"]["metric"]
-        # Metrics go to the Web UI; AUTO would import tensorboard, which nothing here needs.
-        with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
-            yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, on_cluster=True)
-        return
+        opened = _open_on_cluster(cls, info, distributed)
+    else:
+        opened = _open_on_this_machine(cls, _parse_arguments(default_config, description), distributed)
+    with opened as trial:
+        yield trial
 
-    args = _parse_arguments(default_config, description)
+
+@contextmanager
+def _open_on_cluster(
+    cls: type[Hyperparameters], info: det.ClusterInfo, distributed: core.DistributedContext | None
+) -> Iterator[Trial[Hyperparameters]]:
+    hparams = parse_hyperparameters(cls, info.trial.hparams)
+    metric = info.trial._config["searcher"]["metric"]
+    # Metrics go to the Web UI; AUTO would import tensorboard, which nothing here needs.
+    with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
+        yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, on_cluster=True)
+
+
+@contextmanager
+def _open_on_this_machine(
+    cls: type[Hyperparameters], args: argparse.Namespace, distributed: core.DistributedContext | None
+) -> Iterator[Trial[Hyperparameters]]:
     config = read_experiment_config(args.config)
     trials = expand_trials(config)
     if len(trials) > 1:
@@ -79,21 +93,20 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
         )
     hparams = parse_hyperparameters(cls, trials[0])
     output = Path(args.output)
-    trainer_folder = output / "trainer"
-    hparams.args.output_dir = str(trainer_folder)
     reports = output / "reports.jsonl"
     earlier = read_reports(reports)
     if any(report["kind"] == "hparams" and report["hparams"] != as_json(trials[0]) for report in earlier):
         raise UserError(f"{output} holds a trial with other hyperparameters; remove it, or choose another --output")
     checkpoints = [report["uuid"] for report in earlier if report["kind"] == "checkpoint"]
+    latest = checkpoints[-1] if checkpoints else None
     metric = config["searcher"].get("metric")
     storage = local_checkpoint_storage()
+    hparams.args.output_dir = str(output / "trainer")
     with core.init(distributed=distributed, checkpoint_storage=str(storage)) as core_context:
         core_context.train = LocalTrainContext(reports, trials[0])
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, reports)
-        latest = checkpoints[-1] if checkpoints else None
         yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
-    shutil.rmtree(trainer_folder, ignore_errors=True)  # every checkpoint in it is in the storage by now
+    shutil.rmtree(hparams.args.output_dir, ignore_errors=True)  # every checkpoint in it is in the storage by now
 
 
 def hide_progress_bars_in_logs() -> None:
