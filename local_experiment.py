@@ -191,17 +191,17 @@ class Experiment:
         best = self.best()
         title = f"{self.config.get('name', self.folder.name)}: validations best by {self.searcher.metric}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-        for name in ("trial", *self.varying, "state", "steps", *metrics):
-            heading = name.removeprefix("training_args.").replace("/", "/\n")
-            justify = "left" if name == "state" else "right"
-            table.add_column(heading, justify=justify, no_wrap=name == "state", overflow="fold")
+        states = {result["state"] for result in self.results.values()}
+        shown = ["trial", *self.varying, *(["state"] if states != {"COMPLETED"} else []), "steps", *metrics]
+        for name in shown:
+            heading = name.removeprefix("training_args.").split("/")[-1]
+            table.add_column(heading, justify="right", no_wrap=name == "state", overflow="fold")
         for trial_id, result in sorted(self.results.items()):
-            numbers = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
-            values = [self.value(trial_id, name) for name in self.varying]
+            cells = {"trial": str(trial_id), "state": result["state"], "steps": str(result["steps_completed"])}
+            cells |= {name: self.value(trial_id, name) for name in self.varying}
+            cells |= {m: f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics}
             style = "bold green" if best and trial_id == best["trial_id"] else None
-            table.add_row(
-                str(trial_id), *values, result["state"], str(result["steps_completed"]), *numbers, style=style
-            )
+            table.add_row(*(cells[name] for name in shown), style=style)
         return table
 
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ def pre_train(
         logging_steps=100,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
         seed=SEED,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
