@@ -302,7 +302,7 @@ def refuse_unknown(values: dict[str, Any], known: typing.Collection[str], key: s
 def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
     """`training_args` with a `loss_type` that TRL computes as asked, or a `UserError` with the reason.
 
-    The published names that TRL has dropped: `cdpo` (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3) is
+    The published names that TRL has dropped: `cdpo` (Mitchell 2023, "A note on DPO with noisy preferences") is
     (1 - e) A + e B with A = -logsigmoid(beta h), B = -logsigmoid(-beta h) and e the label smoothing. TRL's `robust`
     is R = ((1 - e) A - e B) / (1 - 2e) and its `sigmoid` is A, so cDPO is exactly 2 (1 - e) A - (1 - 2e) R.
     `kto_pair` was no pairwise loss and has become a trainer of its own.

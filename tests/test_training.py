@@ -1,10 +1,14 @@
 """Both entrypoints off the cluster, with the real TRL, transformers and Determined: what they train and leave."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import determined as det
 import pytest
 import torch
+from determined.core._context import _dummy_init as dummy_init
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -138,6 +142,14 @@ def test_dpo_starts_from_the_sft_checkpoint(train, trainers, sft_config, dpo_con
         assert tokenizer.decode(ids[mask == 1]).endswith("<|im_end|><eos>")
 
 
+def test_cdpo_runs_through_trl(train, dpo_config):
+    """At the first step policy and reference agree, where cDPO is log 2 whatever the smoothing."""
+    changes = {"hyperparameters__dpo_loss": "cdpo", f"{ARGS}label_smoothing": 0.2, f"{ARGS}max_steps": 2}
+    first, second = losses(train(dpo_finetune, dpo_config, **changes))
+    assert first == pytest.approx(math.log(2), rel=1e-5)
+    assert second != pytest.approx(DPO_LOSSES[1], rel=1e-2)  # and not plain DPO's afterwards
+
+
 def test_dpo_without_a_checkpoint_says_so(train, dpo_config):
     reports = train(dpo_finetune, dpo_config, **{f"{ARGS}max_steps": 1})
     statuses = [report["status"] for report in reports["status"]]
@@ -229,3 +241,31 @@ def test_fractions_of_an_epoch_end_with_a_checkpoint(train, sft_config):
     progress = [report["progress"] for report in reports["progress"]]
     assert progress[-1] == max(progress) == 1.0
     assert len(reports["checkpoint"]) == len(reports["validation"]) == 1
+
+
+def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path, monkeypatch):
+    """No arguments, hyperparameters and latest checkpoint from the cluster's info; the contexts are Core API's dummies,
+    in the place of those that speak to a master."""
+    hparams = json.loads(json.dumps(sft_config["hyperparameters"]))
+    hparams["training_args"] |= {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "trainer")}
+    trial_info = SimpleNamespace(trial_id=7, hparams=hparams, _config=sft_config)
+    info = SimpleNamespace(task_type="TRIAL", latest_checkpoint=None, trial=trial_info)
+    storage, uploaded = tmp_path / "storage", []
+
+    def init(**kwargs):
+        assert kwargs == {"distributed": None, "tensorboard_mode": det.core.TensorboardMode.MANUAL}
+        context = dummy_init(checkpoint_storage=str(storage))
+        original = context.checkpoint.upload
+        context.checkpoint.upload = lambda *args, **kwargs: uploaded.append(original(*args, **kwargs))
+        return context
+
+    monkeypatch.setattr(det, "get_cluster_info", lambda: info)
+    monkeypatch.setattr("trial.core.init", init)
+    assert call(sft_finetune.main)[0] == 0
+    info.latest_checkpoint = uploaded[0]  # as after a restart of the trial: steps 3 and 4 are done again
+    assert call(sft_finetune.main)[0] == 0
+    at_2, at_4, again_at_4 = (next((storage / ckpt_uuid).glob("checkpoint-*")) for ckpt_uuid in uploaded)
+    assert [folder.name for folder in (at_2, at_4, again_at_4)] == ["checkpoint-2", "checkpoint-4", "checkpoint-4"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (at_4, again_at_4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((at_4.parent / "metadata.json").read_text()) == {"steps_completed": 4, "trial_id": 7}
