@@ -119,6 +119,29 @@ class Experiment:
         file = self.folder / "trials.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
+    def run(self, model_def: Path) -> int:
+        """Run the trials that are not completed yet, one after another; returns how many failed."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        failed = 0
+        with Progress(
+            *columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}"), console=console, transient=True
+        ) as progress:
+            for trial_id in range(1, len(self.trials) + 1):
+                if trial_id in self.results:
+                    console.print(f"{self.describe(trial_id)}: completed before, kept")
+                    continue
+                started = time.monotonic()
+                result = self.run_trial(trial_id, model_def, progress)
+                self.keep(result)
+                outcome = f"{self.describe(trial_id)}: {result['state']} after {time.monotonic() - started:.0f} s"
+                if result["state"] == "ERROR":
+                    failed += 1
+                    outcome += f": {result['error']} (see {result['log']})"
+                elif self.searcher.metric in result["best_metrics"]:
+                    outcome += f", {self.searcher.metric} {result['best_metrics'][self.searcher.metric]:.4g}"
+                console.print(outcome, markup=False)
+        return failed
+
     def run_trial(self, trial_id: int, model_def: Path, progress: Progress) -> dict[str, Any]:
         """Run one trial to its end and return its line of `trials.jsonl`, with the `error` of a failed one."""
         hparams = self.trials[trial_id - 1]
@@ -262,9 +285,7 @@ def last_line(log: Path) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=None
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config_file", metavar="CONFIG.yaml", help="the experiment, as for det e create")
     parser.add_argument(
         "model_def", metavar="MODEL_DEF", nargs="?", default=".", help="folder the entrypoint runs in (default: .)"
@@ -299,28 +320,7 @@ def main() -> int:
     check_trials(Path(script).name, trials)
     experiment.open_folder()
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    failed = 0
-    with Progress(*columns, TextColumn("{task.fields[status]}"), console=console, transient=True) as progress:
-        for trial_id in range(1, len(trials) + 1):
-            if trial_id in experiment.results:
-                console.print(f"{experiment.describe(trial_id)}: completed before, kept")
-                continue
-            started = time.monotonic()
-            result = experiment.run_trial(trial_id, model_def, progress)
-            experiment.keep(result)
-            outcome = f"{experiment.describe(trial_id)}: {result['state']} after {time.monotonic() - started:.0f} s"
-            if result["state"] == "ERROR":
-                failed += 1
-                outcome += f": {result['error']} (see {result['log']})"
-            elif experiment.searcher.metric in result["best_metrics"]:
-                outcome += f", {experiment.searcher.metric} {result['best_metrics'][experiment.searcher.metric]:.4g}"
-            console.print(outcome, markup=False)
+    failed = experiment.run(model_def)
 
     os.chdir(started_in)
     console.print(experiment.table())
