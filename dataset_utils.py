@@ -23,6 +23,7 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils import logging as datasets_logging
 from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerBase
 
@@ -208,10 +209,15 @@ def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., 
         if path.suffix not in FILE_FORMATS:
             raise UserError(f"data set {name}: a file must end in one of {', '.join(FILE_FORMATS)}")
         if subset is not None:
-            raise UserError(f"data set {name}: a single file has no subset {subset!r}")
+            raise UserError(
+                f"dataset_subsets names subset {subset!r}, which the single file {name} does not have: for all of its"
+                " rows leave dataset_subsets out, for some set it to [{ratio: 0.5}]"
+            )
         args, kwargs = [FILE_FORMATS[path.suffix]], {"data_files": {"train": name}}
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # its retries are no news; the failure itself is told below, in one line
+    # The libraries' own words on a failure (and each retry) are no news: it is told below, in one line.
+    verbosity, hub_verbosity = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
+    datasets_logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity_error()
     try:
         splits = load_dataset(*args, **kwargs)
         if not isinstance(splits, DatasetDict) or ("train" not in splits and len(splits) > 1):
@@ -223,11 +229,13 @@ def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., 
     except StopIteration:  # datasets 5.2 lets it out of a builder that met nothing but empty files
         raise UserError(f"data set {described}: it has no rows") from None
     except DatasetGenerationError as error:
-        raise UserError(f"data set {described}: {_malformed(args, kwargs, error)}") from error
+        told = _malformed(args, kwargs) or f"data set {described}: {one_line(error.__cause__ or error)}"
+        raise UserError(told) from error
     except (OSError, ValueError) as error:
         raise UserError(f"data set {described}: {_not_loaded(name, subset, error)}") from error
     finally:
-        hub_logging.set_verbosity(verbosity)
+        datasets_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
     if len(rows) == 0:
         raise UserError(f"data set {described}: it has no rows")
 
@@ -256,17 +264,18 @@ def _not_loaded(name: str, subset: str | None, error: Exception) -> str:
     return f"no such file or folder, and not to be had from the hub ({one_line(error)})"
 
 
-def _malformed(args: list[str], kwargs: dict[str, Any], error: Exception) -> str:
+def _malformed(args: list[str], kwargs: dict[str, Any]) -> str | None:
     """What `load_dataset` could not read: the file and the line, where they are local and hold a row a line."""
     for file in _local_files(args, kwargs):
         for number, line in _json_lines(file) or []:
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as reason:
-                return f"{file} line {number}: not JSON ({reason.msg})"
+                problem = f"{reason.msg.removesuffix(' at')} at column {reason.colno}"
+                return f"{file} line {number}: not JSON ({problem})"
             if not isinstance(row, dict):
                 return f"{file} line {number}: not a JSON object"
-    return one_line(error.__cause__ or error)
+    return None
 
 
 def _local_files(args: list[str], kwargs: dict[str, Any], split: str = "train") -> list[str]:
@@ -365,5 +374,5 @@ def _check_alternation(prompt: list[Message]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "null or missing" if value is None else repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

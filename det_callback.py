@@ -1,5 +1,6 @@
 """Determined's callback for the Trainer, mended where release 0.38.1 and transformers 5 disagree."""
 
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import determined.transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trial import Trial
+
+logger = logging.getLogger(__name__)
 
 
 class DetCallback(determined.transformers.DetCallback):
@@ -50,6 +53,7 @@ class DetCallback(determined.transformers.DetCallback):
         self.core_context.distributed.broadcast_local(None)
         self.core_context.checkpoint.download(self.latest_checkpoint, folder)
         args.resume_from_checkpoint = str(next(folder.glob("checkpoint-*")))
+        logger.info("resuming from checkpoint %s, %s", self.latest_checkpoint, Path(args.resume_from_checkpoint).name)
 
     def on_log(
         self,

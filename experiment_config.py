@@ -10,7 +10,24 @@ from typing import Any
 from determined.cli.ntsc import parse_config_overrides
 from determined.common.util import yaml_safe_load
 
-from user_error import UserError, one_line
+from user_error import UserError, nearest, one_line
+
+# Determined's schema of an experiment (schemas/expconf/v0/experiment.json), which its master checks.
+EXPERIMENT_KEYS = (
+    "bind_mounts", "checkpoint_policy", "checkpoint_storage", "data", "data_layer", "debug", "description", "entrypoint",
+    "environment", "hyperparameters", "integrations", "internal", "labels", "log_policies", "max_restarts",
+    "min_checkpoint_period", "min_validation_period", "name", "optimizations", "pbs", "perform_initial_validation",
+    "preemption_timeout", "profiling", "project", "records_per_epoch", "reproducibility", "resources",
+    "retention_policy", "scheduling_unit", "searcher", "security", "slurm", "tensorboard_storage", "workspace",
+)  # fmt: skip
+# The keys of each type of hyperparameter, beside `type`.
+SPACE_KEYS = {
+    "const": ("val",),
+    "categorical": ("vals",),
+    "int": ("minval", "maxval", "count"),
+    "double": ("minval", "maxval", "count"),
+    "log": ("minval", "maxval", "base", "count"),
+}
 
 
 def read_experiment_config(path: str, overrides: list[str] = ()) -> dict[str, Any]:
@@ -34,6 +51,9 @@ def read_experiment_config(path: str, overrides: list[str] = ()) -> dict[str, An
         config = parse_config_overrides(config, overrides)
     except Exception as error:
         raise UserError(f"--config: {one_line(error)}") from error
+    for key in config:
+        if key not in EXPERIMENT_KEYS:
+            raise UserError(f"config {path}: {key} is no key of an experiment{nearest(key, EXPERIMENT_KEYS)}")
     for key in ("hyperparameters", "searcher"):
         if not isinstance(config.get(key), dict):
             raise UserError(f"config {path}: {key} is missing or no mapping")
@@ -105,6 +125,11 @@ def _assemble(level: dict[str, Any], point: Iterator[Any]) -> dict[str, Any]:
 def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
     """The grid points of one hyperparameter; None where a range has no `count`."""
     kind = space["type"]
+    if kind not in SPACE_KEYS:
+        raise UserError(f"{key}.type {kind!r} is none of {', '.join(SPACE_KEYS)}")
+    for name in space:
+        if name not in ("type", *SPACE_KEYS[kind]):
+            raise UserError(f"{key}.{name} is no key of a {kind} hyperparameter{nearest(name, SPACE_KEYS[kind])}")
     try:
         if kind == "const":
             return [space["val"]]
@@ -112,8 +137,6 @@ def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
             if not isinstance(space["vals"], list) or not space["vals"]:
                 raise UserError(f"{key}.vals {space['vals']!r} is no list of values")
             return space["vals"]
-        if kind not in ("int", "double", "log"):
-            raise UserError(f"{key}.type {kind!r} is none of const, categorical, int, double, log")
         low, high, count = space["minval"], space["maxval"], space.get("count")
         base = space["base"] if kind == "log" else None
     except KeyError as missing:

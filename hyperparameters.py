@@ -13,7 +13,7 @@ import types
 import typing
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -114,6 +114,8 @@ class TrainerArgs:
     """What both kinds of experiment derive from `args`, TRL's config of the run."""
 
     args: SFTConfig | DPOConfig
+    # What TRL reports at an evaluation, and so what searcher.metric can be.
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
     @property
     def split_seed(self) -> int:
@@ -154,6 +156,12 @@ class SFTHyperparameters(TrainerArgs):
 @dataclass
 class DPOHyperparameters(TrainerArgs):
     """`hyperparameters` of a DPO experiment. `args` is the DPOConfig they amount to."""
+
+    eval_metrics: ClassVar[tuple[str, ...]] = (
+        *TrainerArgs.eval_metrics,
+        *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),
+        *(f"eval_{name}/{side}" for name in ("logps", "logits") for side in ("chosen", "rejected")),
+    )
 
     datasets: list[str]
     model_name: str | None = None
@@ -265,7 +273,7 @@ def _wrong_type(value: Any, hint: Any, key: str) -> UserError:
     if _is_enum(hint):
         wanted = "one of " + ", ".join(member.value for member in hint)
     elif typing.get_origin(hint) is list:
-        wanted = "a list"
+        wanted = "a list, as in [a, b]"
     elif wanted is None:
         wanted = str(hint).replace("typing.", "").replace("transformers.trainer_utils.", "")
     return UserError(f"{key} is {value!r}, which is not {wanted}")

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -68,20 +69,25 @@ class Searcher:
         return min(scored, key=lambda item: sign * metrics_of(item)[self.metric], default=None)
 
 
-def check_trials(script: str, trials: list[dict[str, Any]]) -> None:
+def check_trials(script: str, trials: list[dict[str, Any]], metric: str) -> None:
     """Find a user's mistakes before anything is written: those of each trial's hyperparameters, data and model.
 
     It knows this project's two entrypoints; what another script wants is its own business.
     """
-    if script == "sft_finetune.py":
-        parsed = [parse_hyperparameters(SFTHyperparameters, hparams) for hparams in trials]
+    cls = {"sft_finetune.py": SFTHyperparameters, "dpo_finetune.py": DPOHyperparameters}.get(script)
+    if cls is None:
+        return
+    if metric not in cls.eval_metrics:
+        known = ", ".join(cls.eval_metrics)
+        raise UserError(f"searcher.metric {metric!r} is not reported by {script}, which has {known}")
+    parsed = [parse_hyperparameters(cls, hparams) for hparams in trials]
+    if cls is SFTHyperparameters:
         loads = {str((h.dataset, h.dataset_subsets, h.split_seed)): h for h in parsed}
         for h in loads.values():
             load_sft_dataset(h.dataset, h.dataset_subsets, h.split_seed)
         for h in parsed:
             check_source(h.model_name, "model_name")
-    elif script == "dpo_finetune.py":
-        parsed = [parse_hyperparameters(DPOHyperparameters, hparams) for hparams in trials]
+    else:
         for h in parsed:
             if h.model_ckpt:
                 local_checkpoint(h.model_ckpt, "model_ckpt")
@@ -106,8 +112,9 @@ class Experiment:
         """Make the folder, or take up a run of the same experiment in it."""
         stored = self.folder / "experiment.json"
         if stored.exists():
-            if json.loads(stored.read_text(encoding="utf-8")) != as_json(self.config):
-                raise UserError(f"{self.folder} holds a run of another config; remove it, or choose another --output")
+            key = first_difference(json.loads(stored.read_text(encoding="utf-8")), as_json(self.config))
+            if key is not None:
+                raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
             for result in self._read_results():
                 if result["state"] == "COMPLETED":
                     self.results[result["trial_id"]] = result
@@ -131,12 +138,14 @@ class Experiment:
                     console.print(f"{self.describe(trial_id)}: completed before, kept")
                     continue
                 started = time.monotonic()
+                if not console.is_terminal:  # where there is no bar to show that it is at work
+                    console.print(f"{self.describe(trial_id)}: started, log in {self.log_of(trial_id)}", markup=False)
                 result = self.run_trial(trial_id, model_def, progress)
                 self.keep(result)
                 outcome = f"{self.describe(trial_id)}: {result['state']} after {time.monotonic() - started:.0f} s"
                 if result["state"] == "ERROR":
                     failed += 1
-                    outcome += f": {result['error']} (see {result['log']})"
+                    outcome += f": {result['error']} (see {self.log_of(trial_id)})"
                 elif self.searcher.metric in result["best_metrics"]:
                     outcome += f", {self.searcher.metric} {result['best_metrics'][self.searcher.metric]:.4g}"
                 console.print(outcome, markup=False)
@@ -159,7 +168,10 @@ class Experiment:
             "PYTHONUNBUFFERED": "1",
         }
         bar = progress.add_task(self.describe(trial_id), total=1.0, status="starting")
-        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        saved = [r for r in read_reports(folder / "reports.jsonl") if r["kind"] == "checkpoint"]
+        if saved:
+            console.print(f"{self.describe(trial_id)}: resumes from step {saved[-1]['steps_completed']}", markup=False)
+        with self.log_of(trial_id).open("a", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=model_def, env=environment, stdout=log, stderr=log)
             try:
                 while process.poll() is None:
@@ -170,10 +182,15 @@ class Experiment:
                 process.wait()
                 raise
         progress.remove_task(bar)
-        result = summarize(trial_id, hparams, read_reports(folder / "reports.jsonl"), self.searcher)
-        if process.returncode == 0:
-            return {**result, "state": "COMPLETED"}
-        return {**result, "state": "ERROR", "error": last_line(folder / "log.txt"), "log": str(folder / "log.txt")}
+        reports = read_reports(folder / "reports.jsonl")
+        result = summarize(trial_id, hparams, reports, self.searcher)
+        if process.returncode != 0:
+            return {**result, "state": "ERROR", "error": last_line(self.log_of(trial_id))}
+        delete_superseded(reports, best=result["checkpoint_uuid"])
+        return {**result, "state": "COMPLETED"}
+
+    def log_of(self, trial_id: int) -> Path:
+        return self.folder / "trials" / str(trial_id) / "log.txt"
 
     def _show(self, reports: list[dict[str, Any]], progress: Progress, bar: Any) -> None:
         last = {report["kind"]: report for report in reports}
@@ -196,7 +213,7 @@ class Experiment:
 
     def keep(self, result: dict[str, Any]) -> None:
         """Write `trials.jsonl` anew with `result` in it, and the best checkpoint so far."""
-        line = {name: result[name] for name in result if name not in ("error", "log")}
+        line = {name: result[name] for name in result if name != "error"}
         self.results[result["trial_id"]] = line
         lines = [json.dumps(self.results[trial_id]) + "\n" for trial_id in sorted(self.results)]
         write_whole(self.folder / "trials.jsonl", "".join(lines))
@@ -247,6 +264,27 @@ def summarize(
     }
 
 
+def delete_superseded(reports: list[dict[str, Any]], best: str | None) -> None:
+    """Of a completed trial's checkpoints keep the best and the latest, as a cluster does unless it is told otherwise.
+
+    (Determined's checkpoint_storage has save_trial_best: 1 and save_trial_latest: 1 by default.)
+    """
+    saved = [report["uuid"] for report in reports if report["kind"] == "checkpoint"]
+    for superseded in set(saved) - {best, *saved[-1:]}:
+        shutil.rmtree(local_checkpoint_storage() / superseded, ignore_errors=True)
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    """The dotted name of the first key in which two configs differ; None where they are the same."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            found = first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else key
+
+
 def next_command(experiment: Experiment, config_path: str, model_def: str) -> str | None:
     """The command that a user would type next, or None for an entrypoint that is not this project's."""
     best, script = experiment.best(), Path(entrypoint_script(experiment.config)[0]).name
@@ -256,7 +294,7 @@ def next_command(experiment: Experiment, config_path: str, model_def: str) -> st
     if script == "sft_finetune.py":
         dpo_config = Path(config_path).with_name(Path(config_path).name.replace("sft", "dpo"))
         if not dpo_config.exists() or dpo_config == Path(config_path):
-            dpo_config = Path("dpo.yaml")
+            dpo_config = Path("dpo.yaml")  # with preference data of the user's choice
         # The base model goes along, for the comparison at the end to set against the tuned ones.
         overrides = {"model_ckpt": checkpoint, "model_name": hparams["model_name"]}
         words = [word for key, value in overrides.items() for word in ("--config", f"hyperparameters.{key}={value}")]
@@ -309,7 +347,7 @@ def main() -> int:
     model_def = Path(args.model_def).resolve()
     script = entrypoint_script(config)[0]
     if not (model_def / script).is_file():
-        raise UserError(f"entrypoint script {script}: not in {model_def}")
+        raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
     name = str(config.get("name", Path(args.config_file).stem)).replace("/", "_")
     folder = Path(args.output or Path("local_runs") / name).resolve()
     experiment = Experiment(config, trials, folder)
@@ -317,7 +355,7 @@ def main() -> int:
     hide_progress_bars_in_logs()
     started_in = Path.cwd()
     os.chdir(model_def)  # relative paths in the YAML are the script's
-    check_trials(Path(script).name, trials)
+    check_trials(Path(script).name, trials, experiment.searcher.metric)
     experiment.open_folder()
 
     failed = experiment.run(model_def)
@@ -326,7 +364,14 @@ def main() -> int:
     console.print(experiment.table())
     best = experiment.best()
     if best:
-        console.print(f"Best: trial {best['trial_id']}, checkpoint {best['checkpoint_uuid']}")
+        value = best["best_metrics"][experiment.searcher.metric]
+        equals = [
+            str(trial_id)
+            for trial_id, result in sorted(experiment.results.items())
+            if result["best_metrics"].get(experiment.searcher.metric) == value and trial_id != best["trial_id"]
+        ]
+        tie = f" (as good: {', '.join(equals)}; the first is taken)" if equals else ""
+        console.print(f"Best: trial {best['trial_id']}{tie}, checkpoint {best['checkpoint_uuid']}")
     command = next_command(experiment, args.config_file, args.model_def)
     if command:
         console.print(f"Next: {command}", markup=False)

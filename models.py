@@ -38,7 +38,8 @@ def load_model_and_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
         model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
     except (OSError, ValueError) as error:
-        raise UserError(f"{key} {source!r}: {one_line(error)}") from error
+        missing = "" if Path(source).exists() else "no such folder, and not to be had from the hub: "
+        raise UserError(f"{key} {source!r}: {missing}{one_line(error)}") from error
     finally:
         hub_logging.set_verbosity(verbosity)
     if tokenizer.pad_token_id is None:

@@ -67,10 +67,10 @@ def test_shapes_of_preference_data(row, prompt):
     [
         ({"prompt": "q", "chosen": "c"}, "column 'rejected' is missing; it has prompt, chosen"),
         ({"chosen": "c", "rejected": "r"}, "column 'prompt' is missing"),
-        ({"prompt": None, "chosen": "c", "rejected": "r"}, "column 'prompt' is None, not text"),
+        ({"prompt": None, "chosen": "c", "rejected": "r"}, "column 'prompt' is null or missing, not text"),
         (
             {"prompt": "q", "chosen": "c", "rejected": None},
-            "column 'rejected' is None, neither text nor a list of turns",
+            "column 'rejected' is null or missing, neither text nor a list of turns",
         ),
         (
             {"prompt": "q", "chosen": "c", "rejected": [USER, says("r")]},
@@ -132,10 +132,13 @@ def test_folders_and_files_of_every_format(tmp_path):
     ("rows", "message"),
     [
         ([], "train.jsonl: it has no rows"),
-        (["{}x"], r"train.jsonl line 1: not JSON \(Extra data\)"),
+        (["{}x"], r"train.jsonl line 1: not JSON \(Extra data at column 3\)"),
         ([pairs(1)[0], "", '{"prompt": "q", '], "train.jsonl line 3: not JSON"),
         ([pairs(1)[0], "[1]"], "train.jsonl line 2"),
-        ([*pairs(3), {"prompt": None, "chosen": "c", "rejected": "r"}], "train.jsonl line 4: column 'prompt' is None"),
+        (
+            [*pairs(3), {"prompt": None, "chosen": "c", "rejected": "r"}],
+            "train.jsonl line 4: column 'prompt' is null or missing",
+        ),
         ([{"prompt": "q", "chosen": "c"}] * 3, "column 'rejected' is missing; it has prompt, chosen"),
         (pairs(1), "1 row is too few"),
     ],

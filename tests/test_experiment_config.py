@@ -65,7 +65,8 @@ def test_axes(space, values):
             "hyperparameters.h.count '3' is not a number",
         ),
         (grid(h={"type": "int", "minval": 1, "maxval": 2, "count": 0}), "hyperparameters.h.count 0 is not at least 1"),
-        (grid(h={"type": "gaussian"}), "hyperparameters.h.type 'gaussian'"),
+        (grid(h={"type": "gaussian"}), "hyperparameters.h.type 'gaussian' is none of const, categorical"),
+        (grid(h={"type": "categorical", "vals": [1], "val": 2}), r"h.val is no key of a categorical .*mean 'vals'"),
         ({**grid(), "searcher": {"name": "adaptive_asha"}}, "searcher.name 'adaptive_asha'"),
         (
             {**grid(h={"type": "categorical", "vals": [1, 2]}), "searcher": {"name": "single"}},
@@ -95,6 +96,11 @@ def test_entrypoint_script_is_found_behind_a_launcher():
         ("- a\n", [], "not a mapping"),
         ("name: x\n", [], "hyperparameters is missing"),
         ("hyperparameters: {}\nsearcher: grid\n", [], "searcher is missing or no mapping"),
+        (
+            "hyperparameters: {}\nsearcher: {}\n",
+            ["hyperparameter.a=1"],
+            r"hyperparameter is no key .*'hyperparameters'",
+        ),
         ("hyperparameters: {}\n", ["a.b"], "'a.b' is not key=value"),
     ],
 )

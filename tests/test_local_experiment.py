@@ -10,7 +10,8 @@ from conftest import run_script
 
 import inference
 import local_experiment
-from checkpoints import local_checkpoint
+from checkpoints import local_checkpoint, local_checkpoint_storage
+from hyperparameters import DPOHyperparameters, SFTHyperparameters
 
 GRID = {
     "searcher__name": "grid",
@@ -37,6 +38,7 @@ def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tin
     assert (trial["trial_id"], trial["state"], trial["steps_completed"]) == (1, "COMPLETED", 4)
     assert trial["hparams"] == sft_config["hyperparameters"]
     assert trial["metrics"]["eval_loss"] == trial["best_metrics"]["eval_loss"] > 0
+    assert set(SFTHyperparameters.eval_metrics) <= set(trial["metrics"])
     uuid = trial["checkpoint_uuid"]
     assert local_checkpoint(uuid, "test").name == "checkpoint-4"
     assert (sft_folder / "best_checkpoint").read_text().strip() == uuid
@@ -51,6 +53,7 @@ def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tin
     assert [trial["hparams"]["dpo_beta"] for trial in trials] == [0.1, 0.05]
     assert all(trial["hparams"]["model_ckpt"] == uuid for trial in trials)
     assert len({trial["checkpoint_uuid"] for trial in trials}) == 2
+    assert set(DPOHyperparameters.eval_metrics) <= set(trials[0]["metrics"])
     assert 0 <= trials[0]["best_metrics"]["eval_rewards/accuracies"] <= 1
     best = (dpo_folder / "best_checkpoint").read_text().strip()
     (command,) = re.findall(r"^Next: python inference.py (.*)$", out, flags=re.MULTILINE)
@@ -70,7 +73,7 @@ def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tin
     assert trials_in(dpo_folder) == trials
     status, _, err = call(local_experiment.main, sft, "--output", dpo_folder)
     assert status == 2
-    assert "holds a run of another config" in err
+    assert "holds a run with another entrypoint; remove it" in err
 
 
 def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo_config, tmp_path):
@@ -83,7 +86,7 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
     failed, completed = trials_in(tmp_path / "out")
     assert (failed["state"], failed["checkpoint_uuid"], failed["metrics"]) == ("ERROR", None, {})
     assert completed["state"] == "COMPLETED"
-    error = next(line for line in out.splitlines() if line.startswith("trial 1 of 2"))
+    error = next(line for line in out.splitlines() if line.startswith("trial 1 of 2") and "ERROR" in line)
     assert re.search(r"ERROR after \d+ s: ValueError: .*min_lr.*see .*trials/1/log\.txt", error)
 
 
@@ -99,6 +102,11 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
         ("entrypoint=python nowhere.py", "entrypoint script nowhere.py: not in"),
         ("searcher.name=adaptive_asha", "searcher.name 'adaptive_asha'"),
         ("searcher.metric=", "searcher.metric is missing"),
+        (
+            "searcher.metric=eval_reward/accuracies",
+            "searcher.metric 'eval_reward/accuracies' is not reported by dpo_fin",
+        ),
+        ("hyperparameter.dpo_beta=1", "hyperparameter is no key of an experiment (did you mean 'hyperparameters'?)"),
         ("searcher=grid", "searcher is missing or no mapping"),
         ("searcher", "--config 'searcher' is not key=value"),
     ],
@@ -117,10 +125,12 @@ def test_mistakes_cost_nothing(call, write_config, dpo_config, tmp_path, overrid
 
 def test_stderr_is_one_line_in_a_process_of_its_own(write_config, dpo_config, tmp_path):
     """No library's warning keeps the error company, as it could in a test's own process without being seen."""
-    changes = {f"{ARGS}activation_checkpointing": None, "hyperparameters__datasets": ["/no/such.jsonl"]}
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "q", "chosen": "c", "rejected": "r"}\n{"prompt": "q", "chosen"\n')
+    changes = {f"{ARGS}activation_checkpointing": None, "hyperparameters__datasets": [str(data)]}
     failed = run_script("local_experiment.py", write_config(dpo_config, **changes), "--output", tmp_path / "out")
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr == "error: data set /no/such.jsonl: no such file or folder\n"
+    assert failed.stderr == f"error: {data} line 2: not JSON (Expecting ':' delimiter at column 25)\n"
 
 
 def test_the_best_trial_is_the_searchers():
@@ -153,3 +163,20 @@ def test_a_trial_is_ranked_by_what_it_saved():
     assert line["metrics"] == {"eval_loss": 2.0}
     assert line["best_metrics"] == {"eval_loss": 1.0}
     assert line["steps_completed"] == 4
+
+
+def test_superseded_checkpoints_are_deleted():
+    names = ["first", "best", "middle", "latest"]
+    for name in names:
+        (local_checkpoint_storage() / name).mkdir(parents=True)
+    reports = [{"kind": "checkpoint", "steps_completed": step, "uuid": name} for step, name in enumerate(names)]
+    local_experiment.delete_superseded(reports, best="best")
+    assert [(local_checkpoint_storage() / name).exists() for name in names] == [False, True, False, True]
+
+
+def test_first_difference_names_the_key():
+    old = {"name": "x", "hyperparameters": {"a": 1, "b": {"c": [1]}}}
+    assert local_experiment.first_difference(old, old) is None
+    new = {"name": "x", "hyperparameters": {"a": 1, "b": {"c": [1, 2]}}}
+    assert local_experiment.first_difference(old, new) == "hyperparameters.b.c"
+    assert local_experiment.first_difference(old, {**old, "debug": True}) == "debug"

@@ -183,7 +183,7 @@ def pre_train(
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.01,
-        logging_steps=100,
+        logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
@@ -213,6 +213,9 @@ def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
     )
     (folder / "instructions" / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n", encoding="utf-8")
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    print("pre-training a tiny Gemma on plain text, about a minute", flush=True)
     # The tokenizer must know every character of a chat, as a real one would.
     tokenizer = train_tokenizer([*texts, *(structured(task) for task in tasks), *SYSTEMS, "<|im_start|>assistant\n"])
     model = pre_train(texts, tokenizer, epochs, hidden_size)
