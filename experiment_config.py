@@ -14,11 +14,12 @@ from user_error import UserError, nearest, one_line
 
 # Determined's schema of an experiment (schemas/expconf/v0/experiment.json), which its master checks.
 EXPERIMENT_KEYS = (
-    "bind_mounts", "checkpoint_policy", "checkpoint_storage", "data", "data_layer", "debug", "description", "entrypoint",
-    "environment", "hyperparameters", "integrations", "internal", "labels", "log_policies", "max_restarts",
-    "min_checkpoint_period", "min_validation_period", "name", "optimizations", "pbs", "perform_initial_validation",
-    "preemption_timeout", "profiling", "project", "records_per_epoch", "reproducibility", "resources",
-    "retention_policy", "scheduling_unit", "searcher", "security", "slurm", "tensorboard_storage", "workspace",
+    "bind_mounts", "checkpoint_policy", "checkpoint_storage", "data", "data_layer", "debug", "description",
+    "entrypoint", "environment", "hyperparameters", "integrations", "internal", "labels", "log_policies",
+    "max_restarts", "min_checkpoint_period", "min_validation_period", "name", "optimizations", "pbs",
+    "perform_initial_validation", "preemption_timeout", "profiling", "project", "records_per_epoch",
+    "reproducibility", "resources", "retention_policy", "scheduling_unit", "searcher", "security", "slurm",
+    "tensorboard_storage", "workspace",
 )  # fmt: skip
 # The keys of each type of hyperparameter, beside `type`.
 SPACE_KEYS = {

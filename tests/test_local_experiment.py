@@ -1,17 +1,23 @@
 """The local experiment, end to end: trials in processes of their own, what it writes, and how it fails."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import run_script
+from conftest import REPO, run_script
 
 import inference
 import local_experiment
 from checkpoints import local_checkpoint, local_checkpoint_storage
 from hyperparameters import DPOHyperparameters, SFTHyperparameters
+from trial import read_reports
 
 GRID = {
     "searcher__name": "grid",
@@ -163,6 +169,28 @@ def test_a_trial_is_ranked_by_what_it_saved():
     assert line["metrics"] == {"eval_loss": 2.0}
     assert line["best_metrics"] == {"eval_loss": 1.0}
     assert line["steps_completed"] == 4
+
+
+def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path):
+    """Ctrl-C, as a terminal sends it: to the experiment and its trial. The same command again then finishes."""
+    changes = {f"{ARGS}max_steps": 40, f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 10}
+    config = write_config(sft_config, **changes)
+    command = [sys.executable, "local_experiment.py", config, "--output", str(tmp_path / "out")]
+    first = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not any(r["kind"] == "checkpoint" for r in read_reports(tmp_path / "out" / "trials" / "1" / "reports.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert (first.returncode, err) == (130, "interrupted: the same command again goes on from here\n")
+    assert not (tmp_path / "out" / "trials.jsonl").exists()
+
+    again = run_script(*command[1:])
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"trial 1 of 1: resumes from step [1234]0", again.stdout)
+    (trial,) = trials_in(tmp_path / "out")
+    assert (trial["state"], trial["steps_completed"]) == ("COMPLETED", 40)
 
 
 def test_superseded_checkpoints_are_deleted():

@@ -34,6 +34,7 @@ from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -191,7 +192,9 @@ def pre_train(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(model, args, data_collator=collator, train_dataset=Dataset.from_dict({"input_ids": blocks})).train()
+    trainer = Trainer(model, args, data_collator=collator, train_dataset=Dataset.from_dict({"input_ids": blocks}))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return model
 
 
