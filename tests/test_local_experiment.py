@@ -173,10 +173,13 @@ def test_a_trial_is_ranked_by_what_it_saved():
 
 def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path):
     """Ctrl-C, as a terminal sends it: to the experiment and its trial. The same command again then finishes."""
-    changes = {f"{ARGS}max_steps": 40, f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 10}
+    changes = {f"{ARGS}max_steps": 100, f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 10}
     config = write_config(sft_config, **changes)
     command = [sys.executable, "local_experiment.py", config, "--output", str(tmp_path / "out")]
-    first = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit SIG_IGN
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(r["kind"] == "checkpoint" for r in read_reports(tmp_path / "out" / "trials" / "1" / "reports.jsonl")):
         assert time.monotonic() < deadline
@@ -188,9 +191,9 @@ def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path):
 
     again = run_script(*command[1:])
     assert again.returncode == 0, again.stderr
-    assert re.search(r"trial 1 of 1: resumes from step [1234]0", again.stdout)
+    assert re.search(r"trial 1 of 1: resumes from step [1-9]0", again.stdout)
     (trial,) = trials_in(tmp_path / "out")
-    assert (trial["state"], trial["steps_completed"]) == ("COMPLETED", 40)
+    assert (trial["state"], trial["steps_completed"]) == ("COMPLETED", 100)
 
 
 def test_superseded_checkpoints_are_deleted():
