@@ -23,11 +23,10 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.exceptions import DatasetGenerationError
-from datasets.utils import logging as datasets_logging
-from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerBase
 
 from chat_format import Message, encode
+from hub import looks_like_path, quiet_lookup
 from hyperparameters import DatasetSubset
 from user_error import UserError, nearest, one_line
 
@@ -200,8 +199,7 @@ def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., 
     """The rows of a data set, and a function that says in words where a row of it stands."""
     path = Path(name)
     described = name if subset is None else f"{name} (subset {subset})"
-    looks_local = path.suffix in FILE_FORMATS or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not path.exists() and looks_local:
+    if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(name)):
         raise UserError(f"data set {name}: no such file or folder")
     args = [name, subset]
     kwargs: dict[str, Any] = {}
@@ -214,18 +212,9 @@ def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., 
                 " rows leave dataset_subsets out, for some set it to [{ratio: 0.5}]"
             )
         args, kwargs = [FILE_FORMATS[path.suffix]], {"data_files": {"train": name}}
-    # The libraries' own words on a failure (and each retry) are no news: it is told below, in one line.
-    verbosity, hub_verbosity = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
-    datasets_logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity_error()
     try:
-        splits = load_dataset(*args, **kwargs)
-        if not isinstance(splits, DatasetDict) or ("train" not in splits and len(splits) > 1):
-            raise UserError(f"data set {described}: no train split among {', '.join(splits)}")
-        split = "train" if "train" in splits else next(iter(splits))
-        rows = splits[split]
-    except UserError:
-        raise
+        with quiet_lookup():
+            splits = load_dataset(*args, **kwargs)
     except StopIteration:  # datasets 5.2 lets it out of a builder that met nothing but empty files
         raise UserError(f"data set {described}: it has no rows") from None
     except DatasetGenerationError as error:
@@ -233,9 +222,10 @@ def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., 
         raise UserError(told) from error
     except (OSError, ValueError) as error:
         raise UserError(f"data set {described}: {_not_loaded(name, subset, error)}") from error
-    finally:
-        datasets_logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
+    if "train" not in splits and len(splits) > 1:
+        raise UserError(f"data set {described}: no train split among {', '.join(splits)}")
+    split = "train" if "train" in splits else next(iter(splits))
+    rows = splits[split]
     if len(rows) == 0:
         raise UserError(f"data set {described}: it has no rows")
 

@@ -183,11 +183,12 @@ class Experiment:
                 raise
         progress.remove_task(bar)
         reports = read_reports(folder / "reports.jsonl")
-        result = summarize(trial_id, hparams, reports, self.searcher)
         if process.returncode != 0:
-            return {**result, "state": "ERROR", "error": last_line(self.log_of(trial_id))}
+            result = summarize(trial_id, "ERROR", hparams, reports, self.searcher)
+            return {**result, "error": last_line(self.log_of(trial_id))}
+        result = summarize(trial_id, "COMPLETED", hparams, reports, self.searcher)
         delete_superseded(reports, best=result["checkpoint_uuid"])
-        return {**result, "state": "COMPLETED"}
+        return result
 
     def log_of(self, trial_id: int) -> Path:
         return self.folder / "trials" / str(trial_id) / "log.txt"
@@ -225,6 +226,20 @@ class Experiment:
         completed = [result for result in self.results.values() if result["state"] == "COMPLETED"]
         return self.searcher.best(sorted(completed, key=lambda r: r["trial_id"]), lambda r: r["best_metrics"])
 
+    def winner(self) -> str | None:
+        """`Best: trial 1 (as good: 3, 6; the first is taken), checkpoint ...`; None where no trial has the metric."""
+        best = self.best()
+        if best is None:
+            return None
+        metric = self.searcher.metric
+        equals = [
+            str(trial_id)
+            for trial_id, result in sorted(self.results.items())
+            if trial_id != best["trial_id"] and result["best_metrics"].get(metric) == best["best_metrics"][metric]
+        ]
+        tie = f" (as good: {', '.join(equals)}; the first is taken)" if equals else ""
+        return f"Best: trial {best['trial_id']}{tie}, checkpoint {best['checkpoint_uuid']}"
+
     def table(self) -> Table:
         metrics = list(dict.fromkeys([self.searcher.metric, *SHOWN_METRICS]))
         metrics = [m for m in metrics if any(m in result["best_metrics"] for result in self.results.values())]
@@ -246,16 +261,16 @@ class Experiment:
 
 
 def summarize(
-    trial_id: int, hparams: dict[str, Any], reports: list[dict[str, Any]], searcher: Searcher
+    trial_id: int, state: str, hparams: dict[str, Any], reports: list[dict[str, Any]], searcher: Searcher
 ) -> dict[str, Any]:
-    """A trial's line of `trials.jsonl`, but for its state, from what it reported."""
+    """A trial's line of `trials.jsonl`, from what it reported."""
     # By step: after a resume the steps since the checkpoint are reported once more.
     validations = {r["steps_completed"]: r["metrics"] for r in reports if r["kind"] == "validation"}
     checkpoints = {r["steps_completed"]: r["uuid"] for r in reports if r["kind"] == "checkpoint"}
     best_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
     return {
         "trial_id": trial_id,
-        "state": None,
+        "state": state,
         "hparams": hparams,
         "steps_completed": max((r["steps_completed"] for r in reports if "steps_completed" in r), default=0),
         "metrics": validations[max(validations)] if validations else {},
@@ -362,16 +377,9 @@ def main() -> int:
 
     os.chdir(started_in)
     console.print(experiment.table())
-    best = experiment.best()
-    if best:
-        value = best["best_metrics"][experiment.searcher.metric]
-        equals = [
-            str(trial_id)
-            for trial_id, result in sorted(experiment.results.items())
-            if result["best_metrics"].get(experiment.searcher.metric) == value and trial_id != best["trial_id"]
-        ]
-        tie = f" (as good: {', '.join(equals)}; the first is taken)" if equals else ""
-        console.print(f"Best: trial {best['trial_id']}{tie}, checkpoint {best['checkpoint_uuid']}")
+    winner = experiment.winner()
+    if winner:
+        console.print(winner)
     command = next_command(experiment, args.config_file, args.model_def)
     if command:
         console.print(f"Next: {command}", markup=False)

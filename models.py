@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hub import looks_like_path, quiet_lookup
 from user_error import UserError, one_line
 
 
@@ -15,7 +15,7 @@ def check_source(source: str, key: str) -> None:
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{key} {source!r}: a folder without a config.json is no model")
-    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+    if not path.is_dir() and looks_like_path(source):
         raise UserError(f"{key} {source!r}: no such folder")
 
 
@@ -32,16 +32,13 @@ def load_model_and_tokenizer(
     shared = {
         k: v for k, v in model_init_kwargs.items() if k in ("revision", "subfolder", "token", "trust_remote_code")
     }
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # its retries are no news; the failure itself is told below, in one line
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
+        with quiet_lookup():
+            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+            model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
     except (OSError, ValueError) as error:
         missing = "" if Path(source).exists() else "no such folder, and not to be had from the hub: "
         raise UserError(f"{key} {source!r}: {missing}{one_line(error)}") from error
-    finally:
-        hub_logging.set_verbosity(verbosity)
     if tokenizer.pad_token_id is None:
         # Labels are ours (-100 where unsupervised), so padding with EOS hides no EOS from the loss.
         tokenizer.pad_token = tokenizer.eos_token

@@ -164,7 +164,7 @@ def test_a_trial_is_ranked_by_what_it_saved():
         {"kind": "validation", "steps_completed": 4, "metrics": {"eval_loss": 2.0}},
         {"kind": "checkpoint", "steps_completed": 4, "uuid": "at-4"},
     ]
-    line = local_experiment.summarize(1, {}, reports, searcher)
+    line = local_experiment.summarize(1, "COMPLETED", {}, reports, searcher)
     assert line["checkpoint_uuid"] == "at-2"
     assert line["metrics"] == {"eval_loss": 2.0}
     assert line["best_metrics"] == {"eval_loss": 1.0}
