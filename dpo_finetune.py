@@ -11,7 +11,7 @@ from trl import DPOTrainer
 from chat_format import set_chat_format
 from checkpoints import download_ckpt
 from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
-from det_callback import DetCallback
+from det_callback import run
 from hyperparameters import DPOHyperparameters
 from models import load_model_and_tokenizer
 from trial import Trial, open_trial
@@ -25,8 +25,17 @@ class TokenizedDPOTrainer(DPOTrainer):
     and `max_target_length` are gone). SFTTrainer accepts tokenized rows; this can go once DPOTrainer does too.
     """
 
+    def __init__(self, trial: Trial, **kwargs: Any) -> None:
+        self.trial = trial
+        super().__init__(**kwargs)
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL calls this for each batch of the pass before training, which no callback sees."""
+        self.trial.stop_if_preempted()
+        return super().compute_ref_log_probs(*args, **kwargs)
 
 
 def train(trial: Trial[DPOHyperparameters]) -> None:
@@ -55,17 +64,16 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         num_proc=args.dataset_num_proc,
     )
     trainer = TokenizedDPOTrainer(
+        trial,
         model=model,
         ref_model=reference,
         args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset["test"],
         processing_class=tokenizer,
-        callbacks=[DetCallback(trial, args)],
     )
 
-    trial.status("training")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    run(trainer, trial)
 
 
 @exit_on_user_error

@@ -4,7 +4,7 @@ from trl import SFTTrainer
 
 from chat_format import add_chat_tokens, set_chat_format
 from dataset_utils import load_sft_dataset, tokenize_sft_dataset
-from det_callback import DetCallback
+from det_callback import run
 from hyperparameters import SFTHyperparameters
 from models import load_model_and_tokenizer
 from trial import Trial, open_trial
@@ -32,11 +32,9 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
         train_dataset=dataset["train"],
         eval_dataset=dataset["test"],
         processing_class=tokenizer,
-        callbacks=[DetCallback(trial, args)],
     )
 
-    trial.status("training")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    run(trainer, trial)
 
 
 @exit_on_user_error

@@ -48,10 +48,32 @@ class Trial(Generic[Hyperparameters]):
     on_cluster: bool
 
     def status(self, text: str) -> None:
-        """Say what the trial is busy with, in its log and, off the cluster, to whoever follows its reports."""
-        logger.info(text)
-        if not self.on_cluster:
+        """Say what the trial is busy with: in its log, and in the Web UI or to whoever follows its reports."""
+        if self.core_context.distributed.rank == 0:
+            logger.info(text)
             self.core_context.train.set_status(text)
+
+    def should_preempt(self) -> bool:
+        """Whether the cluster wants its slots back: paused, or outranked. Every rank asks, in step with the others.
+
+        Once it is told, the cluster starts the trial again when there is room, however this process ends.
+        """
+        return self.core_context.preempt.should_preempt()
+
+    def stop_if_preempted(self) -> None:
+        """End the trial here if the cluster wants its slots back; for where there is nothing to save."""
+        if self.should_preempt():
+            logger.info("preempted, with nothing new to save")
+            raise TrialStopped
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoint to resume from is downloaded to, out of the Trainer's reach."""
+        return Path(self.hparams.args.output_dir) / "resumed_from"
+
+
+class TrialStopped(Exception):
+    """Ends a trial early, in good order, from within the libraries' loops; `open_trial` catches it."""
 
 
 @contextmanager
@@ -66,7 +88,7 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
         opened = _open_on_cluster(cls, info, distributed)
     else:
         opened = _open_on_this_machine(cls, _parse_arguments(default_config, description), distributed)
-    with opened as trial:
+    with opened as trial, contextlib.suppress(TrialStopped):
         yield trial
 
 

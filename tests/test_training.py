@@ -187,7 +187,7 @@ def test_bf16_is_autocast_over_float32_weights(train, trainers, sft_config):
 
 
 def test_later_callbacks_see_whole_logs(tmp_path):
-    logs = {"loss": 1.0, "epoch": 0.5, "train_runtime": 3.0}
+    logs = {"loss": 1.0, "epoch": 0.5, "eval_runtime": 3.0}
     callback = object.__new__(DetCallback)
     seen = {}
     upstream = DetCallback.__mro__[1]
@@ -196,7 +196,7 @@ def test_later_callbacks_see_whole_logs(tmp_path):
         callback.on_log(None, None, None, logs=logs)
     finally:
         upstream.on_log = original
-    assert seen == logs == {"loss": 1.0, "epoch": 0.5, "train_runtime": 3.0}
+    assert seen == logs == {"loss": 1.0, "epoch": 0.5, "eval_runtime": 3.0}
 
 
 def test_a_search_needs_local_experiment(call, write_config, dpo_config, tmp_path):

@@ -1,0 +1,122 @@
+"""A trial that is stopped, anywhere and however often, ends bit for bit as one that was never touched.
+
+The same through the cluster's own machinery, and with SIGKILL, is in test_cluster.py.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dpo_finetune
+import sft_finetune
+from checkpoints import local_checkpoint
+from trial import Trial, read_reports
+
+ARGS = "hyperparameters__training_args__"
+# Logs, evaluations and checkpoints out of step with each other.
+STEPS = {
+    f"{ARGS}max_steps": 5,
+    f"{ARGS}gradient_accumulation_steps": 2,
+    f"{ARGS}per_device_eval_batch_size": 64,  # an evaluation is one batch
+    f"{ARGS}logging_steps": 3,
+    f"{ARGS}eval_strategy": "steps",
+    f"{ARGS}eval_steps": 2,
+    f"{ARGS}save_strategy": "steps",
+    f"{ARGS}save_steps": 4,
+}
+EPOCHS = {f"{ARGS}{name}_strategy": "epoch" for name in ("logging", "eval", "save")}
+EPOCHS |= {f"{ARGS}max_steps": None, f"{ARGS}num_train_epochs": 2, f"{ARGS}gradient_accumulation_steps": 2}
+CASES = {
+    # NEFTune's noise is drawn from the random numbers, as dropout would be: they must resume as well.
+    "sft": (sft_finetune, STEPS | {f"{ARGS}neftune_noise_alpha": 5.0}),
+    "sft-epochs": (sft_finetune, EPOCHS),
+    "dpo": (dpo_finetune, STEPS),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def small(tiny, request, case):
+    """The experiment, of three steps an epoch for SFT."""
+    script, changes = CASES[case]
+    config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
+    if script is sft_finetune:
+        changes = changes | {"hyperparameters__dataset_subsets": [{"subset": "home", "number_of_samples": 30}]}
+    return script, config, changes
+
+
+@pytest.fixture
+def run_trial(small, call, write_config, tmp_path):
+    script, config, changes = small
+
+    def run(output):
+        status, _, err = call(script.main, "--config", write_config(config, **changes), "--output", tmp_path / output)
+        assert status == 0, err
+        return read_reports(tmp_path / output / "reports.jsonl")
+
+    return run
+
+
+def metrics_by_step(reports):
+    """What was reported last for each step: a step that is done again after a resume is reported again."""
+    kinds = ("training", "validation")
+    return {(r["kind"], r["steps_completed"]): r["metrics"] for r in reports if r["kind"] in kinds}
+
+
+def steps_saved(reports):
+    return [report["steps_completed"] for report in reports if report["kind"] == "checkpoint"]
+
+
+def last_weights(reports):
+    uuid = [report["uuid"] for report in reports if report["kind"] == "checkpoint"][-1]
+    return load_file(local_checkpoint(uuid, "test") / "model.safetensors")
+
+
+def test_stopped_everywhere(run_trial, monkeypatch, case):
+    untouched = run_trial("untouched")
+    before = last_weights(untouched)
+    # How often each start is let go on when it asks; an evaluation asks once.
+    for patience in (3, 4) if case != "dpo" else (4,):
+        polls = starts = 0
+
+        def should_preempt(self, patience=patience):
+            nonlocal polls
+            polls += self.training
+            return polls >= patience
+
+        def status(self, text):
+            self.training = text == "training"
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trial, "should_preempt", should_preempt)
+            patch.setattr(Trial, "status", status)
+            while starts == 0 or polls >= patience:
+                polls, starts = 0, starts + 1
+                reports = run_trial(f"stopped-{patience}")
+                assert starts <= 12, steps_saved(reports)
+        assert starts > 2
+        assert metrics_by_step(reports) == metrics_by_step(untouched)
+        after = last_weights(reports)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stopped_during_the_reference_pass(call, write_config, dpo_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trial, "should_preempt", lambda self: True)
+    path = write_config(dpo_config)
+    assert call(dpo_finetune.main, "--config", path, "--output", tmp_path / "out")[0] == 0
+    kinds = {report["kind"] for report in read_reports(tmp_path / "out" / "reports.jsonl")}
+    assert kinds == {"hparams", "status"}  # no step, no checkpoint, and the next start begins anew
+
+
+def test_a_trial_that_had_reached_its_end_trains_no_further(call, write_config, sft_config, tmp_path):
+    """As when it is killed after its last checkpoint and before its end."""
+    for _ in range(2):
+        status, _, err = call(sft_finetune.main, "--config", write_config(sft_config), "--output", tmp_path / "out")
+        assert status == 0, err
+        reports = read_reports(tmp_path / "out" / "reports.jsonl")
+        assert steps_saved(reports) == [4]
+        assert len(metrics_by_step(reports)) == 5
