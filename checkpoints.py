@@ -10,6 +10,7 @@ from determined.errors import CheckpointNotFound
 from huggingface_hub.constants import HF_HOME
 
 from hyperparameters import check_uuid
+from ranks import once_per_node
 from user_error import UserError
 
 # What a model folder needs to load: weights, configuration, tokenizer and chat template. All else of a checkpoint
@@ -44,16 +45,12 @@ def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
     """
     check_uuid(ckpt_uuid, "model_ckpt")
     folder = Path(HF_HOME) / "determined" / ckpt_uuid
-    distributed = core_context.distributed
-    mistake = None
-    if distributed.local_rank == 0 and not folder.exists():
-        try:
+
+    def download() -> None:
+        if not folder.exists():
             _download_whole(ckpt_uuid, folder, core_context)
-        except UserError as error:
-            mistake = str(error)
-    mistake = distributed.broadcast_local(mistake)  # where the other ranks wait, and learn of a mistake
-    if mistake is not None:
-        raise UserError(mistake)
+
+    once_per_node(core_context.distributed, download)
     return str(model_folder(folder, ckpt_uuid))
 
 

@@ -6,6 +6,7 @@ the weights and the logged metrics of one that was never touched (bit for bit wh
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,19 +85,25 @@ class DetCallback(determined.transformers.DetCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up what the checkpoint left: the means being logged, and an evaluation that was due."""
+        """Take up what was left to do at the step of the checkpoint."""
+        last = state.global_step >= state.max_steps
         if args.resume_from_checkpoint is not None:
             self.last_save = state.global_step
             args.eval_on_start = False  # this is no start
             self._load_log_state(Path(args.resume_from_checkpoint), args)
-            if self.evaluation_due:
-                self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
-                self.evaluation_due = False
+            if last or state.epoch.is_integer():
+                # Killed after saving, maybe before the Trainer did what it does at the end of an epoch or of training.
+                evaluated = any("eval_loss" in e and e["step"] == state.global_step for e in state.log_history)
+                self.evaluation_due |= not evaluated and (last or args.eval_strategy == "epoch")
+                control.should_log = args.logging_strategy == "epoch"
+            control.should_evaluate, self.evaluation_due = self.evaluation_due, False
+            self.trainer._maybe_log_save_evaluate(
+                self.trainer._tr_loss, None, self.trainer.model_wrapped, None, state.epoch, None, time.time()
+            )
         self.trial.stop_if_preempted()
-        if state.global_step >= state.max_steps:
-            # Killed between its last checkpoint and its end. The Trainer (5.23) would train a step more.
+        if last:
             logger.info("the checkpoint is that of the last step; nothing is left to train")
-            raise TrialStopped
+            raise TrialStopped  # the Trainer (5.23) would train a step more
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report progress, and look for the signal to stop.

@@ -41,7 +41,7 @@ class TokenizedDPOTrainer(DPOTrainer):
 def train(trial: Trial[DPOHyperparameters]) -> None:
     hparams, args = trial.hparams, trial.hparams.args
 
-    dataset = load_dpo_dataset(hparams.datasets, hparams.split_seed)
+    rows = load_dpo_dataset(hparams.datasets, hparams.split_seed)
 
     trial.status(hparams.start)
     source = download_ckpt(hparams.model_ckpt, trial.core_context) if hparams.model_ckpt else hparams.model_name
@@ -55,13 +55,15 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         reference.eval().requires_grad_(False)
 
     trial.status("preparing the training" + (", reference log-probs first" if reference is None else ""))
-    dataset = tokenize_dpo_dataset(
-        dataset,
-        tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=hparams.max_prompt_length,
-        max_target_length=hparams.max_target_length,
-        num_proc=args.dataset_num_proc,
+    dataset = trial.shared_dataset(
+        lambda: tokenize_dpo_dataset(
+            rows,
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=hparams.max_prompt_length,
+            max_target_length=hparams.max_target_length,
+            num_proc=args.dataset_num_proc,
+        )
     )
     trainer = TokenizedDPOTrainer(
         trial,

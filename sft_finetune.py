@@ -14,7 +14,7 @@ from user_error import exit_on_user_error
 def train(trial: Trial[SFTHyperparameters]) -> None:
     hparams, args = trial.hparams, trial.hparams.args
 
-    dataset = load_sft_dataset(hparams.dataset, hparams.dataset_subsets, hparams.split_seed)
+    rows = load_sft_dataset(hparams.dataset, hparams.dataset_subsets, hparams.split_seed)
 
     trial.status(f"loading {hparams.model_name}")
     model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
@@ -23,8 +23,10 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     set_chat_format(model, tokenizer)
 
     trial.status("preparing the training")
-    dataset = tokenize_sft_dataset(
-        dataset, tokenizer, hparams.data_collator.on_completions_only, args.max_length, args.dataset_num_proc
+    dataset = trial.shared_dataset(
+        lambda: tokenize_sft_dataset(
+            rows, tokenizer, hparams.data_collator.on_completions_only, args.max_length, args.dataset_num_proc
+        )
     )
     trainer = SFTTrainer(
         model=model,

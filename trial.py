@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,14 @@ from typing import Any, Generic
 import datasets
 import determined as det
 import transformers
+from datasets import DatasetDict
 from determined import core
 from determined.common.storage import SharedFSStorageManager
 
 from checkpoints import local_checkpoint_storage
 from experiment_config import expand_trials, read_experiment_config
 from hyperparameters import Hyperparameters, parse_hyperparameters
+from ranks import once_per_node
 from user_error import UserError
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,20 @@ class Trial(Generic[Hyperparameters]):
         if self.should_preempt():
             logger.info("preempted, with nothing new to save")
             raise TrialStopped
+
+    def shared_dataset(self, make: Callable[[], DatasetDict]) -> DatasetDict:
+        """What `make` returns, made by each node's first rank, and read from its disk by all of them.
+
+        (TRL's reference pass, for one, leaves its results beside a dataset's file, where every rank must find them.)
+        """
+        folder = Path(self.hparams.args.output_dir) / "dataset"
+
+        def save() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            make().save_to_disk(folder)
+
+        once_per_node(self.core_context.distributed, save)
+        return DatasetDict.load_from_disk(folder)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -128,7 +144,9 @@ def _open_on_this_machine(
         core_context.train = LocalTrainContext(reports, trials[0])
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, reports)
         yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
-    shutil.rmtree(hparams.args.output_dir, ignore_errors=True)  # every checkpoint in it is in the storage by now
+        if core_context.distributed.local_rank == 0:
+            # The last upload ended with every rank in step, so every checkpoint in it is in the storage by now.
+            shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
 
 
 def hide_progress_bars_in_logs() -> None:
