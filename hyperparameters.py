@@ -250,6 +250,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
             raise _wrong_type(value, hint, key)
         return [convert(item, options[0], f"{key}[{index}]") for index, item in enumerate(value)]
     if _is_enum(hint):
+        if value is False and "no" in [member.value for member in hint]:
+            return "no"  # `eval_strategy: no`, which YAML 1.1 (a cluster's master reads that) takes for false
         if value not in [member.value for member in hint]:
             raise _wrong_type(value, hint, key)
         return value

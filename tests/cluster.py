@@ -1,0 +1,332 @@
+"""A stand-in for a Determined cluster: a master that answers over HTTP, and containers for its trials.
+
+Only the master is made up. What talks to it is Determined's own: its CLI and SDK, and in the container its
+`prep_container`, launchers and Core API. A container is a namespace with a `/run` of its own, so Linux is needed.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from determined.common import util
+
+from experiment_config import expand_trials
+
+# What a container does before the entrypoint, in Determined's order. The hook is sourced under `set -e`, as there.
+CONTAINER = """
+set -e
+mount -t tmpfs tmpfs /run
+PRIVATE_TMP
+mkdir -p /run/determined/info /run/determined/train
+cd FOLDER
+python3 -m determined.exec.prep_container --proxy --download_context_directory
+source startup-hook.sh
+python3 -m determined.exec.prep_container --rendezvous --resources
+exec python3 -m determined.exec.launch
+"""
+NOW = "2026-01-01T00:00:00Z"
+
+
+def containers_work() -> bool:
+    """Whether this machine lets us make namespaces with a mount of their own."""
+    if not (sys.platform == "linux" and shutil.which("unshare")):
+        return False
+    return subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True).returncode == 0
+
+
+@dataclass
+class Trial:
+    """What the master knows of a trial."""
+
+    id: int
+    experiment_id: int
+    hparams: dict[str, Any]
+    reports: list[dict[str, Any]] = field(default_factory=list)  # as trial.py writes them off the cluster
+    starts: int = 0
+    preempt: bool = False
+    acknowledged: int = 0
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [report for report in self.reports if report["kind"] == kind]
+
+
+class Master:
+    """The master: `url` is where it listens, `experiments` and `trials` what it was given and told, by id.
+
+    `watch` is called with each report of a trial before it is kept: an exception in it loses the report.
+    """
+
+    def __init__(self, storage: Path) -> None:
+        self.storage = storage
+        self.experiments: dict[int, dict[str, Any]] = {}
+        self.trials: dict[int, Trial] = {}
+        self.watch: Callable[[Trial, dict[str, Any]], None] = lambda trial, report: None
+        self.unknown: list[str] = []  # requests that it has no answer to
+        master = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                length = int(self.headers.get("Content-Length", 0))
+                body = json.loads(self.rfile.read(length) or "{}") if length else {}
+                parts = urlsplit(self.path)
+                status, payload = master.answer(self.command, parts.path, parse_qs(parts.query), body)
+                whole = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(whole)))
+                self.end_headers()
+                self.wfile.write(whole)
+
+            do_GET = do_POST = do_PATCH = do_PUT = answer  # noqa: N815
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "Master":
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, method: str, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> tuple[int, Any]:
+        for route, handler in ROUTES.items():
+            match = re.fullmatch(route, f"{method} {path}")
+            if match:
+                try:
+                    return 200, handler(self, *(int(g) if g.isdigit() else g for g in match.groups()), query=query, body=body)
+                except KeyError as missing:
+                    return 404, {"error": {"code": 5, "reason": "NotFound", "error": f"{missing} not found"}}
+        self.unknown.append(f"{method} {path}")
+        return 404, {"error": {"code": 5, "reason": "NotFound", "error": f"no answer to {method} {path}"}}
+
+    # What the CLI does.
+
+    def info(self, query: Any, body: Any) -> dict[str, Any]:
+        return {"cluster_id": "stand-in", "master_id": "stand-in", "version": "0.38.1", "telemetry": {"enabled": False}}
+
+    def login(self, query: Any, body: Any) -> dict[str, Any]:
+        return {"token": "token", "user": {"active": True, "admin": False, "username": "determined"}}
+
+    def create(self, query: Any, body: dict[str, Any]) -> dict[str, Any]:
+        config = util.yaml_safe_load(body["config"])
+        config["checkpoint_storage"] = {"type": "directory", "container_path": str(self.storage)}
+        files = {item["path"]: base64.b64decode(item.get("content") or "") for item in body["modelDefinition"]}
+        experiment_id = len(self.experiments) + 1
+        self.experiments[experiment_id] = {"config": config, "files": files, "body": body, "raw": body["modelDefinition"]}
+        for hparams in expand_trials(config):
+            trial_id = len(self.trials) + 1
+            self.trials[trial_id] = Trial(trial_id, experiment_id, hparams)
+        return {"experiment": self._experiment(experiment_id), "config": config, "warnings": []}
+
+    # What a container does.
+
+    def run_started(self, query: Any, body: Any) -> dict[str, Any]:
+        return {}
+
+    def context_directory(self, task_id: str, query: Any, body: Any) -> dict[str, Any]:
+        experiment = self.experiments[self._trial(task_id).experiment_id]
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+            for item in experiment["raw"]:
+                entry = tarfile.TarInfo(item["path"])
+                entry.type, entry.mode = bytes([item["type"]]), item["mode"]
+                content = experiment["files"][item["path"]]
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        return {"b64Tgz": base64.b64encode(packed.getvalue()).decode()}
+
+    def rendezvous(self, allocation_id: str, resources_id: str, query: Any, body: Any) -> dict[str, Any]:
+        slots = int(resources_id.split("-")[-1])
+        return {"rendezvousInfo": {"addresses": ["127.0.0.1"], "rank": 0, "slots": [slots]}}
+
+    def nothing(self, *args: Any, query: Any, body: Any) -> dict[str, Any]:
+        return {}
+
+    def preemption(self, allocation_id: str, query: dict[str, list[str]], body: Any) -> dict[str, Any]:
+        trial = self._trial(allocation_id)
+        deadline = time.monotonic() + float(query["timeout_seconds"][0])
+        while not trial.preempt and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return {"preempt": trial.preempt}
+
+    def acknowledge(self, allocation_id: str, query: Any, body: Any) -> dict[str, Any]:
+        self._trial(allocation_id).acknowledged += 1
+        return {}
+
+    def metrics(self, trial_id: int, query: Any, body: dict[str, Any]) -> dict[str, Any]:
+        metrics = body["metrics"]
+        report = {"kind": body["group"], "steps_completed": metrics["stepsCompleted"]}
+        return self._report(self.trials[trial_id], report | {"metrics": metrics["metrics"]["avgMetrics"]})
+
+    def progress(self, trial_id: int, query: Any, body: Any) -> dict[str, Any]:
+        return self._report(self.trials[trial_id], {"kind": "progress", "progress": body})
+
+    def status(self, trial_id: int, query: Any, body: dict[str, Any]) -> dict[str, Any]:
+        return self._report(self.trials[trial_id], {"kind": "status", "status": body["state"]})
+
+    def checkpoint(self, query: Any, body: dict[str, Any]) -> dict[str, Any]:
+        trial = self._trial(body["allocationId"])
+        report = {"kind": "checkpoint", "uuid": body["uuid"], **body["metadata"], "resources": body["resources"]}
+        return self._report(trial, report)
+
+    # What the SDK asks for.
+
+    def get_experiment(self, experiment_id: int, query: Any, body: Any) -> dict[str, Any]:
+        return {"experiment": self._experiment(experiment_id), "config": self.experiments[experiment_id]["config"]}
+
+    def get_trial(self, trial_id: int, query: Any, body: Any) -> dict[str, Any]:
+        trial = self.trials[trial_id]
+        return {
+            "trial": {
+                **{"id": trial_id, "experimentId": trial.experiment_id, "hparams": trial.hparams, "startTime": NOW},
+                **{"state": "STATE_COMPLETED", "restarts": 0, "totalBatchesProcessed": 0, "bestValidation": None},
+            }
+        }
+
+    def experiment_checkpoints(self, experiment_id: int, query: Any, body: Any) -> dict[str, Any]:
+        self.experiments[experiment_id]
+        return self._checkpoints([t for t in self.trials.values() if t.experiment_id == experiment_id])
+
+    def trial_checkpoints(self, trial_id: int, query: Any, body: Any) -> dict[str, Any]:
+        return self._checkpoints([self.trials[trial_id]])
+
+    def get_checkpoint(self, uuid: str, query: Any, body: Any) -> dict[str, Any]:
+        return {"checkpoint": self._all_checkpoints(list(self.trials.values()))[uuid]}
+
+    def _checkpoints(self, trials: list[Trial]) -> dict[str, Any]:
+        """Validated ones only, the best by the searcher's metric first: what the API promises without a sort key."""
+        found = [c for c in self._all_checkpoints(trials).values() if c["training"]["searcherMetric"] is not None]
+        config = self.experiments[trials[0].experiment_id]["config"] if trials else {"searcher": {}}
+        sign = 1 if config["searcher"].get("smaller_is_better", True) else -1
+        found.sort(key=lambda c: sign * c["training"]["searcherMetric"])
+        return {"checkpoints": found, "pagination": {"total": len(found), "offset": 0, "limit": len(found)}}
+
+    def _all_checkpoints(self, trials: list[Trial]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for trial in trials:
+            config = self.experiments[trial.experiment_id]["config"]
+            validations = {r["steps_completed"]: r["metrics"] for r in trial.of_kind("validation")}
+            for report in trial.of_kind("checkpoint"):
+                metrics = validations.get(report["steps_completed"], {})
+                found[report["uuid"]] = {
+                    **{"uuid": report["uuid"], "metadata": {}, "resources": report["resources"]},
+                    **{"state": "STATE_COMPLETED", "reportTime": NOW, "taskId": f"{trial.id}.1", "allocationId": "1"},
+                    "training": {
+                        **{"trialId": trial.id, "experimentId": trial.experiment_id, "experimentConfig": config},
+                        **{"hparams": trial.hparams, "validationMetrics": {"avgMetrics": metrics}},
+                        "searcherMetric": metrics.get(config["searcher"]["metric"]),
+                    },
+                }
+        return found
+
+    def _experiment(self, experiment_id: int) -> dict[str, Any]:
+        experiment = self.experiments[experiment_id]
+        return {
+            **{"id": experiment_id, "name": experiment["config"].get("name", ""), "config": experiment["config"]},
+            **{"archived": False, "jobId": "1", "numTrials": 1, "originalConfig": experiment["body"]["config"]},
+            **{"projectId": 1, "projectOwnerId": 1, "searcherType": "single", "startTime": NOW, "username": "u"},
+            "state": "STATE_COMPLETED",
+        }
+
+    def _trial(self, name: str) -> Trial:
+        """The trial of a task or allocation, which we name `<trial>.<start>`."""
+        return self.trials[int(str(name).split(".")[0])]
+
+    def _report(self, trial: Trial, report: dict[str, Any]) -> dict[str, Any]:
+        self.watch(trial, report)
+        trial.reports.append(report)
+        return {}
+
+
+ROUTES = {
+    "GET /info": Master.info,
+    "POST /api/v1/auth/login": Master.login,
+    "POST /api/v1/experiments": Master.create,
+    "POST /api/v1/runs/start": Master.run_started,
+    r"GET /api/v1/tasks/([^/]+)/context_directory": Master.context_directory,
+    r"GET /api/v1/allocations/([^/]+)/resources/([^/]+)/rendezvous": Master.rendezvous,
+    r"POST /api/v1/allocations/([^/]+)/acceleratorData": Master.nothing,
+    r"GET /api/v1/allocations/([^/]+)/signals/preemption": Master.preemption,
+    r"POST /api/v1/allocations/([^/]+)/signals/ack_preemption": Master.acknowledge,
+    r"POST /api/v1/trials/(\d+)/metrics": Master.metrics,
+    r"POST /api/v1/trials/(\d+)/progress": Master.progress,
+    r"POST /api/v1/trials/(\d+)/runner/metadata": Master.status,
+    r"POST /api/v1/checkpoints": Master.checkpoint,
+    r"GET /api/v1/experiments/(\d+)": Master.get_experiment,
+    r"GET /api/v1/experiments/(\d+)/checkpoints": Master.experiment_checkpoints,
+    r"GET /api/v1/trials/(\d+)": Master.get_trial,
+    r"GET /api/v1/trials/(\d+)/checkpoints": Master.trial_checkpoints,
+    r"GET /api/v1/checkpoints/([^/]+)": Master.get_checkpoint,
+}
+
+
+class Container:
+    """A container of a trial, started anew as a cluster would: nothing in it but what the master and the agent give."""
+
+    def __init__(self, master: Master, trial: Trial, slots: int, keep: list[Path], folder: Path, **env: str) -> None:
+        trial.starts += 1
+        self.trial = trial
+        allocation = f"{trial.id}.{trial.starts}"
+        config = master.experiments[trial.experiment_id]["config"]
+        config["resources"] = config.get("resources", {}) | {"slots_per_trial": slots}
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": "/tmp",
+            **{"DET_MASTER": master.url, "DET_CLUSTER_ID": "stand-in", "DET_AGENT_ID": "agent"},
+            **{"DET_SLOT_IDS": json.dumps(list(range(slots))), "DET_TASK_ID": f"{trial.id}.task"},
+            **{"DET_ALLOCATION_ID": allocation, "DET_SESSION_TOKEN": "token", "DET_TASK_TYPE": "TRIAL"},
+            **{"DET_USER": "determined", "DET_TRIAL_ID": str(trial.id), "DET_EXPERIMENT_ID": str(trial.experiment_id)},
+            **{"DET_TRIAL_SEED": "0", "DET_HPARAMS": json.dumps(trial.hparams)},
+            **{"DET_EXPERIMENT_CONFIG": json.dumps(config), "DET_TRIAL_RUN_ID": str(trial.starts)},
+            **{"DET_RESOURCES_ID": f"resources-{slots}", "DET_RESOURCES_TYPE": "docker-container"},
+            "DET_STEPS_COMPLETED": "0",
+            **dict(variable.split("=", 1) for variable in config["environment"]["environment_variables"]),
+            **env,
+        }
+        saved = trial.of_kind("checkpoint")
+        if saved:
+            environment["DET_LATEST_CHECKPOINT"] = saved[-1]["uuid"]
+            environment["DET_STEPS_COMPLETED"] = str(saved[-1]["steps_completed"])
+        folder = folder / allocation
+        folder.mkdir(parents=True)
+        self.log = folder.with_suffix(".log")
+        # A /tmp of its own too, in which what the test keeps outside it stays to be seen.
+        private_tmp = [f"mkdir -p /run/kept/{i} && mount --bind {path} /run/kept/{i}" for i, path in enumerate(keep)]
+        private_tmp += ["mount -t tmpfs tmpfs /tmp"]
+        private_tmp += [f"mkdir -p {path} && mount --bind /run/kept/{i} {path}" for i, path in enumerate(keep)]
+        script = CONTAINER.replace("PRIVATE_TMP", "\n".join(private_tmp)).replace("FOLDER", str(folder))
+        with self.log.open("w") as log:
+            command = ["unshare", "-rm", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script]
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL to everything in it, as when its machine goes away."""
+        self.process.send_signal(signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit status, with a preemption signal that was acknowledged taken back."""
+        status = self.process.wait(timeout=300)
+        self.trial.preempt = False
+        return status
