@@ -1,17 +1,24 @@
 """Checkpoints by UUID: fetched from Determined's storage, or from the store that stands in for it on this machine."""
 
 import os
+import tarfile
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 import determined as det
-from determined.errors import CheckpointNotFound
+from determined.common import api, storage
+from determined.errors import CheckpointNotFound, NoDirectStorageAccess
+from determined.experimental import Determined, client
 from huggingface_hub.constants import HF_HOME
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from hyperparameters import check_uuid
 from ranks import once_per_node
-from user_error import UserError
+from user_error import UserError, one_line
 
 # What a model folder needs to load: weights, configuration, tokenizer and chat template. All else of a checkpoint
 # (optimizer.pt, rng_state.pth, training_args.bin) is large, or a pickle that could run code, or both.
@@ -20,6 +27,8 @@ MODEL_FILES = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+# What `inference.py` can be told to take from a cluster, and what the number or UUID after it is of.
+CLUSTER_SOURCES = {"exp": "experiment", "trial": "trial", "ckpt": "checkpoint"}
 
 
 def local_checkpoint_storage() -> Path:
@@ -44,42 +53,138 @@ def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
     for an id that is no UUID, an unknown one and a checkpoint without weights.
     """
     check_uuid(ckpt_uuid, "model_ckpt")
-    folder = Path(HF_HOME) / "determined" / ckpt_uuid
 
-    def download() -> None:
-        if not folder.exists():
-            _download_whole(ckpt_uuid, folder, core_context)
-
-    once_per_node(core_context.distributed, download)
-    return str(model_folder(folder, ckpt_uuid))
-
-
-def _download_whole(ckpt_uuid: str, folder: Path, core_context: det.core.Context) -> None:
-    """Download into a scratch folder and rename it to `folder`, which is so there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{ckpt_uuid}.", dir=folder.parent) as scratch:
-        partial = Path(scratch) / ckpt_uuid
+    def fetch(folder: Path) -> None:
         try:
             core_context.checkpoint.download(
-                ckpt_uuid, partial, download_mode=det.core.DownloadMode.NoSharedDownload, selector=is_model_file
+                ckpt_uuid, folder, download_mode=det.core.DownloadMode.NoSharedDownload, selector=is_model_file
             )
         except CheckpointNotFound:
             raise UserError(f"model_ckpt {ckpt_uuid}: no such checkpoint") from None
-        model_folder(partial, ckpt_uuid)
+
+    once_per_node(core_context.distributed, lambda: _fetch_once(ckpt_uuid, fetch, "model_ckpt"))
+    return str(model_folder(_cached(ckpt_uuid), ckpt_uuid))
+
+
+def _cached(ckpt_uuid: str) -> Path:
+    return Path(HF_HOME) / "determined" / ckpt_uuid
+
+
+def _fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:
+    """Have `fetch` fill a scratch folder and rename it to the checkpoint's, which is so there whole or not at all."""
+    folder = _cached(ckpt_uuid)
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{ckpt_uuid}.", dir=folder.parent) as scratch:
+        partial = Path(scratch) / ckpt_uuid
+        fetch(partial)
+        model_folder(partial, ckpt_uuid, key)
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.exists():  # else another trial on this machine was quicker, with the same files
+            if not folder.exists():  # else another process on this machine was quicker, with the same files
                 raise
 
 
 def local_checkpoint(ckpt_uuid: str, key: str) -> Path:
     """The model folder of a local run's checkpoint, where it is. Raises `UserError` as `download_ckpt` does."""
     check_uuid(ckpt_uuid, key)
-    storage = local_checkpoint_storage()
-    if not (storage / ckpt_uuid).is_dir():
-        raise UserError(f"{key} {ckpt_uuid}: no such checkpoint in {storage}")
-    return model_folder(storage / ckpt_uuid, ckpt_uuid, key)
+    store = local_checkpoint_storage()
+    if not (store / ckpt_uuid).is_dir():
+        raise UserError(f"{key} {ckpt_uuid}: no such checkpoint in {store}")
+    return model_folder(store / ckpt_uuid, ckpt_uuid, key)
+
+
+def cluster_checkpoint(source: str, key: str) -> Path:
+    """The model folder of a checkpoint on the cluster that the environment variable DET_MASTER names.
+
+    `source` is `exp:12` or `trial:34`, for the best checkpoint by the experiment's searcher metric, or `ckpt:UUID`.
+    The model files alone are fetched, once, to where `download_ckpt` keeps them. Raises `UserError` where there is no
+    such checkpoint, or no master to ask.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "ckpt":
+        check_uuid(name, key)
+    elif not name.isdecimal():
+        raise UserError(f"{key} {source!r}: after {kind}: comes the number of the {CLUSTER_SOURCES[kind]}")
+    if kind != "ckpt" or not _cached(name).exists():
+        with _told_in_one_line(source, key):
+            checkpoint = _find_on_cluster(kind, name)
+            if checkpoint is None:
+                raise UserError(
+                    f"{key} {source}: the {CLUSTER_SOURCES[kind]} has no checkpoint yet that was validated as well"
+                )
+            if checkpoint.state is not client.CheckpointState.COMPLETED:
+                raise UserError(f"{key} {source}: the checkpoint is {checkpoint.state.name.lower()}")
+            _fetch_once(checkpoint.uuid, lambda folder: _fetch_from_cluster(checkpoint, folder), key)
+            name = checkpoint.uuid
+    return model_folder(_cached(name), name, key)
+
+
+@contextmanager
+def _told_in_one_line(source: str, key: str) -> Iterator[None]:
+    master = api.canonicalize_master_url(api.get_default_master_url())
+    try:
+        yield
+    except api.errors.MasterNotFoundException:
+        raise UserError(
+            f"{key} {source}: no Determined master at {master} (the environment variable DET_MASTER names it)"
+        ) from None
+    except api.errors.UnauthenticatedException:
+        raise UserError(f"{key} {source}: {master} wants you to log in (det user login)") from None
+    except api.errors.NotFoundException:
+        raise UserError(f"{key} {source}: {master} has no such {CLUSTER_SOURCES[source.partition(':')[0]]}") from None
+    except (api.errors.BadRequestException, api.errors.BadResponseException) as error:
+        raise UserError(f"{key} {source}: {master}: {one_line(error)}") from error
+
+
+def _find_on_cluster(kind: str, name: str) -> client.Checkpoint | None:
+    cluster = Determined()
+    if kind == "ckpt":
+        return cluster.get_checkpoint(name)
+    owner = cluster.get_experiment(int(name)) if kind == "exp" else cluster.get_trial(int(name))
+    # Without a sort key the API sorts by the searcher's metric, the best first, and has only what was validated.
+    return next(iter(owner.list_checkpoints(max_results=1)), None)
+
+
+def _fetch_from_cluster(checkpoint: client.Checkpoint, folder: Path) -> None:
+    """Download the model files, from the storage where this machine can reach it, else through the master.
+
+    The SDK's own `download` knows no selector: it would fetch the optimizer's state too, twice the model's size.
+    """
+    total = sum(int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name))
+    with _shows_download(f"checkpoint {checkpoint.uuid}", folder, total):
+        try:
+            manager = storage.build(checkpoint.training.experiment_config["checkpoint_storage"], container_path=None)
+            manager.download(checkpoint.uuid, str(folder), selector=is_model_file)
+        except (CheckpointNotFound, NoDirectStorageAccess, OSError):
+            headers = {"Accept": "application/gzip"}
+            response = checkpoint._session.get(f"/checkpoints/{checkpoint.uuid}", headers=headers, stream=True)
+            with tarfile.open(fileobj=response.raw, mode="r|*") as packed:
+                for member in packed:
+                    if member.isfile() and is_model_file(member.name):
+                        packed.extract(member, folder, filter="data")
+
+
+@contextmanager
+def _shows_download(description: str, folder: Path, total: int) -> Iterator[None]:
+    """A progress bar while the files in `folder` grow to `total` bytes."""
+    done = threading.Event()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(description, total=total)
+
+        def watch() -> None:
+            while not done.wait(timeout=0.2):
+                progress.update(task, completed=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+            progress.update(task, completed=total)
+        finally:
+            done.set()
 
 
 def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt") -> Path:

@@ -4,6 +4,7 @@ A trial resumes exactly: stopped at any step, in the middle of an evaluation too
 the weights and the logged metrics of one that was never touched (bit for bit where the hardware computes so).
 """
 
+import json
 import logging
 import shutil
 import time
@@ -192,21 +193,20 @@ class DetCallback(determined.transformers.DetCallback):
         """What the next logged means are made of: the sums since the last log, which the Trainer's checkpoints lack."""
         trainer = self.trainer
         log_state = {
-            "tr_loss": trainer._tr_loss,
+            "tr_loss": trainer._tr_loss.item(),
             "globalstep_last_logged": trainer._globalstep_last_logged,
             "metrics": dict(trainer._metrics["train"]),
             "total_train_tokens": trainer._total_train_tokens,
             "evaluation_due": self.evaluation_due,
         }
-        torch.save(log_state, _log_state_file(checkpoint, args))
+        _log_state_file(checkpoint, args).write_text(json.dumps(log_state))
 
     def _load_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
         file = _log_state_file(checkpoint, args)
         if not file.exists():  # saved by more or fewer ranks: the first means logged are of the steps from here on
             return
-        log_state = torch.load(file, map_location=args.device, weights_only=True)
-        trainer = self.trainer
-        trainer._tr_loss = log_state["tr_loss"]
+        log_state, trainer = json.loads(file.read_text()), self.trainer
+        trainer._tr_loss = torch.tensor(log_state["tr_loss"], device=args.device)
         trainer._globalstep_last_logged = log_state["globalstep_last_logged"]
         trainer._metrics["train"].update(log_state["metrics"])
         trainer._total_train_tokens = log_state["total_train_tokens"]
@@ -229,4 +229,4 @@ class DetCallback(determined.transformers.DetCallback):
 
 
 def _log_state_file(checkpoint: Path, args: TrainingArguments) -> Path:
-    return checkpoint / f"log_state_{args.process_index}.pt"
+    return checkpoint / f"log_state_{args.process_index}.json"

@@ -3,8 +3,16 @@
     python inference.py --model base=local_runs/tiny/base --model sft=UUID --model dpo=UUID \\
         --dataset local_runs/tiny/questions --output_file comparison.csv
 
-A SOURCE is a hub id, a folder, or the checkpoint UUID of a local run. A model whose tokenizer has no chat template, as
-a base model's, is given the plain text of the question; the others are prompted as they were trained.
+A SOURCE is one of
+
+    google/gemma-2b       a hub id, or a folder
+    UUID                  a checkpoint of a local run
+    exp:12, trial:34      on the cluster that DET_MASTER names: the experiment's or trial's best checkpoint by the
+                          searcher's metric; --exp_id 12 and --trial_id 34 are short for it
+    ckpt:UUID             a checkpoint of that cluster
+
+A model whose tokenizer has no chat template, as a base model's, is given the plain text of the question; the others are
+prompted as they were trained. What comes from a cluster or a hub is kept, and downloaded once.
 """
 
 import argparse
@@ -23,7 +31,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat_format import Message, decode_answer, encode, generation_stops, plain_text
-from checkpoints import local_checkpoint
+from checkpoints import CLUSTER_SOURCES, cluster_checkpoint, local_checkpoint
 from dataset_utils import load_dpo_dataset
 from hyperparameters import DEFAULT_SPLIT_SEED
 from models import check_source, load_model_and_tokenizer
@@ -102,10 +110,15 @@ def parse_models(arguments: list[str]) -> dict[str, str]:
 
 
 def resolve_source(source: str, key: str) -> str:
-    """A folder or hub id as it is; a checkpoint UUID as the folder that holds its model."""
-    looks_like_uuid = len(source) == 36 and source.count("-") == 4
-    if looks_like_uuid and not Path(source).exists():
-        return str(local_checkpoint(source, key))
+    """A folder or hub id as it is; a checkpoint, of a local run or of a cluster, as the folder that holds its model."""
+    if not Path(source).exists():
+        if source.partition(":")[0] in CLUSTER_SOURCES and ":" in source:
+            return str(cluster_checkpoint(source, key))
+        if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
+            try:
+                return str(local_checkpoint(source, key))
+            except UserError as error:
+                raise UserError(f"{error}; if it is on a cluster, give ckpt:{source}") from None
     check_source(source, key)
     return source
 
@@ -131,7 +144,16 @@ def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME=SOURCE", action="append", required=True, help="repeatable")
+    parser.add_argument("--model", metavar="NAME=SOURCE", action="append", help="repeatable")
+    for kind in ("exp", "trial"):
+        parser.add_argument(
+            *(f"--{kind}_id", f"--{kind}-id"),
+            metavar="N",
+            dest="model",
+            action="append",
+            type=f"{kind}:{{0}}={kind}:{{0}}".format,
+            help=f"the same as --model {kind}:N={kind}:N",
+        )
     parser.add_argument(
         "--dataset",
         default="Intel/orca_dpo_pairs",
@@ -150,7 +172,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: %(default)s)")
     parser.add_argument("--output_file", "--output-file", metavar="F.csv", help="also write the table there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.model:
+        parser.error("which models? Give --model NAME=SOURCE, --exp_id or --trial_id")
+    return args
 
 
 @exit_on_user_error

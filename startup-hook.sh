@@ -1,12 +1,46 @@
 # Determined sources this in every container, on every start, before the entrypoint. It installs what requirements.txt
-# asks for beside two packages that must stay as they are: the image's torch, built for its CUDA, and the determined
-# that the cluster put there, which speaks its master's language. When all is there already, pip only looks.
+# asks for and the image lacks, beside two packages that must stay as they are: the image's torch, built for its CUDA,
+# and the determined that the cluster put there, which speaks its master's language. Where all is there it only looks.
 kept_packages=$(mktemp)
 wanted_packages=$(mktemp)
-python3 -m pip freeze 2>/dev/null | grep -iE '^(torch|determined)==' >"$kept_packages" || true
-grep -vE '^(torch|determined)[<>=]' requirements.txt >"$wanted_packages"
-python3 -m pip install -q --disable-pip-version-check -r "$wanted_packages" -c "$kept_packages" || {
-  echo "startup-hook.sh: the packages of requirements.txt could not be installed, see pip's message above" >&2
-  exit 1
-}
+python3 - "$kept_packages" "$wanted_packages" <<'PYTHON' || exit 1
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+
+if sys.version_info < (3, 11):
+    found = ".".join(map(str, sys.version_info[:2]))
+    sys.exit(f"startup-hook.sh: the image has Python {found}, and 3.11 or newer is needed; choose another environment.image")
+kept, wanted = [], []
+for line in Path("requirements.txt").read_text().splitlines():
+    text = line.partition("#")[0].strip()
+    if not text:
+        continue
+    requirement = Requirement(text)
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        found = None
+    fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+    if requirement.name == "torch" and not fits:
+        sys.exit(f"startup-hook.sh: the image has torch {found}, and {text} is needed; choose another environment.image")
+    if requirement.name in ("torch", "determined"):
+        kept += [f"{requirement.name}=={found}"] if found else []
+    elif not fits:
+        wanted.append(text)
+for path, lines in zip(sys.argv[1:], (kept, wanted)):
+    Path(path).write_text("".join(line + "\n" for line in lines))
+PYTHON
+if [ -s "$wanted_packages" ]; then
+  # pip finds versions for all of them before it installs the first.
+  python3 -m pip install -q --disable-pip-version-check -r "$wanted_packages" -c "$kept_packages" || {
+    echo "startup-hook.sh: could not install $(tr '\n' ' ' <"$wanted_packages")(pip says why, above)" >&2
+    exit 1
+  }
+fi
 rm -f "$kept_packages" "$wanted_packages"

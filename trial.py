@@ -154,6 +154,7 @@ def hide_progress_bars_in_logs() -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+        os.environ["TQDM_DISABLE"] = "1"  # TRL's, over the reference pass
 
 
 def _parse_arguments(default_config: str, description: str) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """How this bundle reports a user's mistake: one line on stderr that names it, and exit status 2."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -19,7 +20,8 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print("error:", one_line(error), file=sys.stderr, flush=True)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, where several ranks make the mistake
+                print("error:", one_line(error), file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapper

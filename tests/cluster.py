@@ -5,6 +5,7 @@ Only the master is made up. What talks to it is Determined's own: its CLI and SD
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -46,7 +47,9 @@ def containers_work() -> bool:
     """Whether this machine lets us make namespaces with a mount of their own."""
     if not (sys.platform == "linux" and shutil.which("unshare")):
         return False
-    return subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True).returncode == 0
+    )
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Master:
     """
 
     def __init__(self, storage: Path) -> None:
-        self.storage = storage
+        self.storage = self.hidden_storage = storage  # the second is where it itself finds the files
         self.experiments: dict[int, dict[str, Any]] = {}
         self.trials: dict[int, Trial] = {}
         self.watch: Callable[[Trial, dict[str, Any]], None] = lambda trial, report: None
@@ -91,9 +94,10 @@ class Master:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(whole)))
                 self.end_headers()
-                self.wfile.write(whole)
+                with contextlib.suppress(ConnectionError):  # a container that was killed does not listen
+                    self.wfile.write(whole)
 
-            do_GET = do_POST = do_PATCH = do_PUT = answer  # noqa: N815
+            do_GET = do_POST = do_PATCH = do_PUT = answer
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -115,7 +119,9 @@ class Master:
             match = re.fullmatch(route, f"{method} {path}")
             if match:
                 try:
-                    return 200, handler(self, *(int(g) if g.isdigit() else g for g in match.groups()), query=query, body=body)
+                    return 200, handler(
+                        self, *(int(g) if g.isdigit() else g for g in match.groups()), query=query, body=body
+                    )
                 except KeyError as missing:
                     return 404, {"error": {"code": 5, "reason": "NotFound", "error": f"{missing} not found"}}
         self.unknown.append(f"{method} {path}")
@@ -129,12 +135,20 @@ class Master:
     def login(self, query: Any, body: Any) -> dict[str, Any]:
         return {"token": "token", "user": {"active": True, "admin": False, "username": "determined"}}
 
+    def me(self, query: Any, body: Any) -> dict[str, Any]:
+        return {"user": self.login(None, None)["user"]}
+
     def create(self, query: Any, body: dict[str, Any]) -> dict[str, Any]:
         config = util.yaml_safe_load(body["config"])
         config["checkpoint_storage"] = {"type": "directory", "container_path": str(self.storage)}
         files = {item["path"]: base64.b64decode(item.get("content") or "") for item in body["modelDefinition"]}
         experiment_id = len(self.experiments) + 1
-        self.experiments[experiment_id] = {"config": config, "files": files, "body": body, "raw": body["modelDefinition"]}
+        self.experiments[experiment_id] = {
+            "config": config,
+            "files": files,
+            "body": body,
+            "raw": body["modelDefinition"],
+        }
         for hparams in expand_trials(config):
             trial_id = len(self.trials) + 1
             self.trials[trial_id] = Trial(trial_id, experiment_id, hparams)
@@ -181,7 +195,7 @@ class Master:
         return self._report(self.trials[trial_id], report | {"metrics": metrics["metrics"]["avgMetrics"]})
 
     def progress(self, trial_id: int, query: Any, body: Any) -> dict[str, Any]:
-        return self._report(self.trials[trial_id], {"kind": "progress", "progress": body})
+        return self._report(self.trials[trial_id], {"kind": "progress", "progress": body["progress"]})
 
     def status(self, trial_id: int, query: Any, body: dict[str, Any]) -> dict[str, Any]:
         return self._report(self.trials[trial_id], {"kind": "status", "status": body["state"]})
@@ -215,13 +229,19 @@ class Master:
     def get_checkpoint(self, uuid: str, query: Any, body: Any) -> dict[str, Any]:
         return {"checkpoint": self._all_checkpoints(list(self.trials.values()))[uuid]}
 
+    def checkpoint_files(self, uuid: str, query: Any, body: Any) -> bytes:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+            tar.add(self.hidden_storage / uuid, arcname=".")
+        return packed.getvalue()
+
     def _checkpoints(self, trials: list[Trial]) -> dict[str, Any]:
         """Validated ones only, the best by the searcher's metric first: what the API promises without a sort key."""
         found = [c for c in self._all_checkpoints(trials).values() if c["training"]["searcherMetric"] is not None]
         config = self.experiments[trials[0].experiment_id]["config"] if trials else {"searcher": {}}
         sign = 1 if config["searcher"].get("smaller_is_better", True) else -1
         found.sort(key=lambda c: sign * c["training"]["searcherMetric"])
-        return {"checkpoints": found, "pagination": {"total": len(found), "offset": 0, "limit": len(found)}}
+        return {"checkpoints": found, "pagination": {"total": len(found), "startIndex": 0, "endIndex": len(found)}}
 
     def _all_checkpoints(self, trials: list[Trial]) -> dict[str, dict[str, Any]]:
         found = {}
@@ -263,6 +283,7 @@ class Master:
 ROUTES = {
     "GET /info": Master.info,
     "POST /api/v1/auth/login": Master.login,
+    "GET /api/v1/me": Master.me,
     "POST /api/v1/experiments": Master.create,
     "POST /api/v1/runs/start": Master.run_started,
     r"GET /api/v1/tasks/([^/]+)/context_directory": Master.context_directory,
@@ -279,6 +300,7 @@ ROUTES = {
     r"GET /api/v1/trials/(\d+)": Master.get_trial,
     r"GET /api/v1/trials/(\d+)/checkpoints": Master.trial_checkpoints,
     r"GET /api/v1/checkpoints/([^/]+)": Master.get_checkpoint,
+    r"GET /checkpoints/([^/]+)": Master.checkpoint_files,
 }
 
 

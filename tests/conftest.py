@@ -16,6 +16,7 @@ import yaml
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "examples" / "tiny")]
+os.environ["PYTHONPATH"] = str(REPO)  # for the server of processes.py
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of the hub's client, which reads it once
 
 TRAINING_ARGS = {

@@ -3,8 +3,11 @@
 The same through the cluster's own machinery, and with SIGKILL, is in test_cluster.py.
 """
 
+import signal
+
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 
 import dpo_finetune
@@ -120,3 +123,39 @@ def test_a_trial_that_had_reached_its_end_trains_no_further(call, write_config, 
         reports = read_reports(tmp_path / "out" / "reports.jsonl")
         assert steps_saved(reports) == [4]
         assert len(metrics_by_step(reports)) == 5
+
+
+# Where a trial of four steps, saved every second, is killed at each of its starts; the last one is let live.
+DEATHS = [
+    ("torch.save", 2),  # saving step 2: the optimizer's state is there, the rest not yet
+    ("shutil.copy2", 4),  # uploading step 2
+    ("trial.append_report", 9),  # step 2 is saved, step 3 done
+    ("shutil.copy2", 5),  # downloading step 2
+    ("shutil.copy2", 17),  # downloading step 2 is done; uploading step 4
+    None,
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "ranks", "fsdp"),
+    [("sft_finetune", 1, False), ("dpo_finetune", 2, False), ("sft_finetune", 2, True), ("dpo_finetune", 2, True)],
+)
+def test_killed_at_any_moment(write_config, request, tmp_path, script, ranks, fsdp):
+    config = request.getfixturevalue("sft_config" if script == "sft_finetune" else "dpo_config")
+    changes = {f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 2, f"{ARGS}logging_steps": 3}
+    if fsdp:
+        changes |= {f"{ARGS}fsdp": True, f"{ARGS}fsdp_config": {"transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}}
+    path = write_config(config, **changes)
+    outcomes = {}
+    for name, deaths in {"untouched": [None], "killed": DEATHS if ranks == 1 else [*DEATHS[1:3], None]}.items():
+        for die in deaths:
+            log = tmp_path / f"{name}.log"
+            arguments = ("--config", path, "--output", tmp_path / name)
+            status = run_ranks(script, *arguments, log=log, ranks=ranks, die=die, fsdp=fsdp)
+            assert status == (-signal.SIGKILL if die else 0), log.read_text()
+        outcomes[name] = read_reports(tmp_path / name / "reports.jsonl")
+    untouched, killed = outcomes["untouched"], outcomes["killed"]
+    assert steps_saved(untouched) == steps_saved(killed) == [2, 4]
+    assert metrics_by_step(untouched) == metrics_by_step(killed)
+    before, after = last_weights(untouched), last_weights(killed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
