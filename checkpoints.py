@@ -144,8 +144,8 @@ def _find_on_cluster(kind: str, name: str) -> client.Checkpoint | None:
     if kind == "ckpt":
         return cluster.get_checkpoint(name)
     owner = cluster.get_experiment(int(name)) if kind == "exp" else cluster.get_trial(int(name))
-    # Without a sort key the API sorts by the searcher's metric, the best first, and has only what was validated.
-    return next(iter(owner.list_checkpoints(max_results=1)), None)
+    # Without a sort key the API sorts by the searcher's metric, the best first. Where it has no metric, it has no rank.
+    return next((c for c in owner.list_checkpoints() if c.training.validation_metrics.get("avgMetrics")), None)
 
 
 def _fetch_from_cluster(checkpoint: client.Checkpoint, folder: Path) -> None:

@@ -42,8 +42,10 @@ REFUSED = {
     "do_train": "a trial always trains",
     "do_eval": "set eval_strategy",
     "do_predict": "a trial predicts nothing",
+    "load_best_model_at_end": "the best checkpoint is found by searcher.metric, and kept",
     "pad_token": "the tokenizer's own padding token is used",
     "resume_from_checkpoint": "a trial resumes from its own latest checkpoint",
+    "save_only_model": "a trial resumes from its checkpoints, and needs the optimizer's state for it",
 }
 REFUSED_BY_SFT = REFUSED | {
     "assistant_only_loss": "set data_collator.on_completions_only",
@@ -191,6 +193,10 @@ class DPOHyperparameters(TrainerArgs):
         }
         training_args = check_training_args(DPOConfig, self.training_args, own, REFUSED_BY_DPO)
         self.args = build_training_args(DPOConfig, resolve_dpo_loss(training_args))
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        if self.args.precompute_ref_log_probs and machines > 1:
+            # TRL 1.16 writes them beside the dataset's file on the first machine, and reads them there on all.
+            raise UserError(f"precompute_ref_log_probs: true needs a trial on one machine; this one runs on {machines}")
 
     @property
     def start(self) -> str:
@@ -381,12 +387,16 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
     values = dict(training_args)
     values.setdefault("report_to", "none")  # the library's default is every tracker it finds installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # its bars, redrawn, would fill a log file
+    values.setdefault("save_total_limit", 1)  # on the trial's own disk: each is uploaded before the next is saved
     # transformers 5.23 warns of the old names, TRL's own default among them. This can go with transformers 6.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in values:
             values.setdefault(old.replace("gradient", "activation"), values.pop(old))
     values.setdefault("activation_checkpointing", True)
-    if values.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if values.get("fsdp") and processes > 1 and not torch.cuda.is_available():
+        logger.info("training_args.fsdp: accelerate shards on GPUs only; on CPUs every process keeps a whole model")
+    if values.get("fsdp") and processes == 1:
         logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
         values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
     if not values.get("fp16"):

@@ -97,7 +97,11 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
     """The trial that this process runs: the cluster's, or the one of the YAML and folder named on the command line."""
     logging.basicConfig(level=logging.INFO, format=det.LOG_FORMAT, stream=sys.stdout)
     hide_progress_bars_in_logs()
-    # torchrun and determined.launch.torch_distributed set RANK; a trial on one slot has no such launcher.
+    if os.environ.get("WORLD_SIZE") == "1":
+        # The launcher's process group of one would wrap the model in DDP, which holds the gradients twice.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    # torchrun and determined.launch.torch_distributed set RANK.
     distributed = core.DistributedContext.from_torch_distributed() if "RANK" in os.environ else None
     info = det.get_cluster_info()
     if info is not None and info.task_type == "TRIAL":

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -236,11 +237,11 @@ class Master:
         return packed.getvalue()
 
     def _checkpoints(self, trials: list[Trial]) -> dict[str, Any]:
-        """Validated ones only, the best by the searcher's metric first: what the API promises without a sort key."""
-        found = [c for c in self._all_checkpoints(trials).values() if c["training"]["searcherMetric"] is not None]
-        config = self.experiments[trials[0].experiment_id]["config"] if trials else {"searcher": {}}
-        sign = 1 if config["searcher"].get("smaller_is_better", True) else -1
-        found.sort(key=lambda c: sign * c["training"]["searcherMetric"])
+        """The best by the searcher's metric first, but for those without one: a database may well put them there."""
+        searcher = self.experiments[trials[0].experiment_id]["config"]["searcher"]
+        sign = 1 if searcher.get("smaller_is_better", True) else -1
+        found = list(self._all_checkpoints(trials).values())
+        found.sort(key=lambda c: sign * (c["training"]["searcherMetric"] or -sign * math.inf))
         return {"checkpoints": found, "pagination": {"total": len(found), "startIndex": 0, "endIndex": len(found)}}
 
     def _all_checkpoints(self, trials: list[Trial]) -> dict[str, dict[str, Any]]:

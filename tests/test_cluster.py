@@ -137,6 +137,7 @@ def test_sft_on_one_slot_preempted(master, start, untouched, sft_trial):
     assert [r["steps_completed"] for r in sft_trial.of_kind("checkpoint")][-1] == 4
     assert sft_trial.of_kind("progress")[-1]["progress"] == 1.0
     assert sft_trial.of_kind("status")[-1]["status"] == "training"
+    assert "DDP" not in second.log.read_text()  # a process group of one would cost memory and serve nothing
     assert same_as(untouched(sft_trial, "sft_finetune", 1), sft_trial, master)
 
 

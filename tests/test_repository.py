@@ -3,16 +3,24 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
+import make
 import pytest
-from conftest import REPO, run_script
+from conftest import REPO
+from determined.cli import cli
+from determined.cli._declarative_argparse import add_args
 from determined.common import context
 
+import dpo_finetune
 import inference
 import local_experiment
+import sft_finetune
 from experiment_config import expand_trials, read_experiment_config
 from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
 
@@ -46,13 +54,11 @@ def test_yamls_open_with_the_command_that_runs_them(name):
     assert f"python local_experiment.py {name}" in opening
 
 
-@pytest.mark.parametrize(
-    "script", ["sft_finetune", "dpo_finetune", "local_experiment", "inference", "examples/tiny/make"]
-)
-def test_help_teaches(script):
-    shown = run_script(f"{script}.py", "--help")
-    assert shown.returncode == 0
-    assert "default:" in shown.stdout
+@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune, local_experiment, inference, make])
+def test_help_teaches(call, script):
+    status, out, _ = call(script.main, "--help")
+    assert status == 0
+    assert "default:" in out
 
 
 def readme_commands() -> list[str]:
@@ -68,7 +74,13 @@ def test_readme_commands_are_real(command, monkeypatch):
         assert set(words[1:]) <= {"demo", "test"}
         assert f"make {words[1]}" in (REPO / ".ci" / "run").read_text()
         return
-    if words[0] in ("source", "det"):
+    if words[0] in ("source", "export"):
+        return
+    if words[0] == "det":
+        monkeypatch.chdir(REPO)
+        parser = cli.make_parser()
+        add_args(parser, cli.all_args_description)
+        parser.parse_args(words[1:])
         return
     assert words[0] == "python"
     assert (REPO / words[1]).exists()
@@ -101,17 +113,70 @@ def test_what_det_uploads(tmp_path):
     assert not any(name.startswith("tests/") for name in uploaded)
 
 
-def run_hook(folder):
+def run_hook(folder, **environment):
     """Source the hook as Determined does, under `set -e`, with no package index to be reached."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "-ec", f"source {REPO}/startup-hook.sh; echo done"]
-    environment = {**os.environ, "PATH": path, "PIP_NO_INDEX": "1"}
+    environment = {**os.environ, "PATH": path, "PIP_NO_INDEX": "1", **environment}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+def installed(folder, name, version):
+    """Make `name` look installed in `version`, to whoever has `folder` on its PYTHONPATH."""
+    metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def wheel(folder, name, version, *requirements):
+    """An empty package, as pip installs one."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    required = "".join(f"Requires-Dist: {requirement}\n" for requirement in requirements)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as packed:
+        packed.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{required}")
+        packed.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        packed.writestr(f"{info}/RECORD", "")
+
+
 def test_startup_hook_has_nothing_to_do_where_all_is_installed():
+    started = time.monotonic()
     hook = run_hook(REPO)
     assert hook.stdout.strip() == "done", hook.stderr
+    assert time.monotonic() - started < 2  # it does not even start pip
+
+
+def test_startup_hook_installs_what_is_missing_and_keeps_torch(tmp_path):
+    target = tmp_path / "target"
+    settings = {"PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_TARGET": str(target)}
+    wheel(tmp_path / "wheels", "something_missing", "1.5")
+    (tmp_path / "requirements.txt").write_text("torch>=2.6,<3  # the image's\nrich\nsomething-missing>=1\n")
+    hook = run_hook(tmp_path, **settings)
+    assert hook.stdout.strip() == "done", hook.stderr
+    assert [path.name for path in target.iterdir()] == ["something_missing-1.5.dist-info"]
+
+    # One that wants another torch is not to be had: nothing is installed, and the hook says so.
+    shutil.rmtree(target)
+    wheel(tmp_path / "wheels", "torch", "99.0")
+    wheel(tmp_path / "wheels", "wants_another", "1.0", "torch>=99")
+    (tmp_path / "requirements.txt").write_text("torch>=2.6\nsomething-missing>=1\nwants-another\n")
+    hook = run_hook(tmp_path, **settings)
+    assert hook.returncode == 1
+    assert hook.stderr.splitlines()[-1].startswith(
+        "startup-hook.sh: could not install something-missing>=1 wants-another (pip says why, above)"
+    )
+    assert not target.exists()
+
+
+def test_startup_hook_refuses_an_image_with_an_old_torch(tmp_path):
+    installed(tmp_path / "image", "torch", "2.3.1")
+    hook = run_hook(REPO, PYTHONPATH=str(tmp_path / "image"))
+    assert (hook.returncode, hook.stdout) == (1, "")
+    assert hook.stderr == (
+        "startup-hook.sh: the image has torch 2.3.1, and torch>=2.6,<3 is needed; choose another environment.image\n"
+    )
 
 
 def test_startup_hook_says_what_failed(tmp_path):
@@ -119,4 +184,4 @@ def test_startup_hook_says_what_failed(tmp_path):
     hook = run_hook(tmp_path)
     assert hook.returncode == 1
     assert "done" not in hook.stdout
-    assert hook.stderr.splitlines()[-1].startswith("startup-hook.sh: the packages of requirements.txt could not be")
+    assert hook.stderr.splitlines()[-1].startswith("startup-hook.sh: could not install no-such-package-anywhere==1 ")

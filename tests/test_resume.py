@@ -143,6 +143,8 @@ DEATHS = [
 def test_killed_at_any_moment(write_config, request, tmp_path, script, ranks, fsdp):
     config = request.getfixturevalue("sft_config" if script == "sft_finetune" else "dpo_config")
     changes = {f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 2, f"{ARGS}logging_steps": 3}
+    if script == "dpo_finetune":
+        changes |= {f"{ARGS}precompute_ref_batch_size": 32}
     if fsdp:
         changes |= {f"{ARGS}fsdp": True, f"{ARGS}fsdp_config": {"transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}}
     path = write_config(config, **changes)
@@ -156,6 +158,9 @@ def test_killed_at_any_moment(write_config, request, tmp_path, script, ranks, fs
         outcomes[name] = read_reports(tmp_path / name / "reports.jsonl")
     untouched, killed = outcomes["untouched"], outcomes["killed"]
     assert steps_saved(untouched) == steps_saved(killed) == [2, 4]
+    for report in killed:
+        if report["kind"] == "checkpoint":  # what accelerate saves only of a model that it has sharded
+            assert (local_checkpoint(report["uuid"], "test") / "pytorch_model_fsdp.bin").exists() == fsdp
     assert metrics_by_step(untouched) == metrics_by_step(killed)
     before, after = last_weights(untouched), last_weights(killed)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -248,7 +248,8 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
     in the place of those that speak to a master."""
     hparams = json.loads(json.dumps(sft_config["hyperparameters"]))
     hparams["training_args"] |= {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "trainer")}
-    trial_info = SimpleNamespace(trial_id=7, hparams=hparams, _config=sft_config)
+    searcher = {"name": "adaptive_asha", "metric": "eval_loss", "time_metric": "batches", "max_time": 4}
+    trial_info = SimpleNamespace(trial_id=7, hparams=hparams, _config=sft_config | {"searcher": searcher})
     info = SimpleNamespace(task_type="TRIAL", latest_checkpoint=None, trial=trial_info)
     storage, uploaded = tmp_path / "storage", []
 
