@@ -179,11 +179,14 @@ def test_dpo_on_two_slots_killed(master, create, start, untouched, sft_trial, ti
     assert same_as(untouched(trial, "dpo_finetune", 2), trial, master)
 
 
-@needs_containers
-def test_a_mistake_is_told_once_and_not_tried_again(create, start, tiny):
-    (trial,) = create("sft.yaml", hyperparameters__dataset="/no/such/file.jsonl")
-    container = start(trial, slots=2)
-    assert container.wait() != 0
-    (policy,) = yaml.safe_load((REPO / "sft.yaml").read_text())["log_policies"]
-    told = [line for line in container.log.read_text().splitlines() if re.search(policy["pattern"], line)]
-    assert [line.partition("error: ")[2] for line in told] == ["data set /no/such/file.jsonl: no such file or folder"]
+@pytest.mark.parametrize("config", ["sft.yaml", "dpo.yaml"])
+def test_a_mistake_is_told_once_and_not_tried_again(config, write_config, sft_config, tmp_path):
+    """The cluster looks for the line of a mistake in the log, where its launcher has put a rank before each line."""
+    (policy,) = yaml.safe_load((REPO / config).read_text())["log_policies"]
+    assert policy["action"] == {"type": "cancel_retries"}
+    path, log = write_config(sft_config, hyperparameters__dataset="/no/such/file.jsonl"), tmp_path / "log"
+    assert run_ranks("sft_finetune", "--config", path, "--output", tmp_path / "out", log=log, ranks=2) == 2
+    told = [line for line in log.read_text().splitlines() if re.search(policy["pattern"], line)]
+    assert told == ["error: data set /no/such/file.jsonl: no such file or folder"]
+    assert re.search(policy["pattern"], f"[rank=0] {told[0]}")
+    assert not re.search(policy["pattern"], "[rank=0] {'loss': 0.1} the squared error: 0.2")
