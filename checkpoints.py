@@ -1,24 +1,27 @@
 """Checkpoints by UUID: fetched from Determined's storage, or from the store that stands in for it on this machine."""
 
 import os
+import shutil
 import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from math import isfinite
 from pathlib import Path
 
 import determined as det
 from determined.common import api, storage
-from determined.errors import CheckpointNotFound, NoDirectStorageAccess
+from determined.errors import CheckpointNotFound
 from determined.experimental import Determined, client
 from huggingface_hub.constants import HF_HOME
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from urllib3.exceptions import HTTPError
 
 from hyperparameters import check_uuid
 from ranks import once_per_node
-from user_error import UserError, one_line
+from user_error import PassingError, UserError, one_line
 
 # What a model folder needs to load: weights, configuration, tokenizer and chat template. All else of a checkpoint
 # (optimizer.pt, rng_state.pth, training_args.bin) is large, or a pickle that could run code, or both.
@@ -60,7 +63,7 @@ def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
                 ckpt_uuid, folder, download_mode=det.core.DownloadMode.NoSharedDownload, selector=is_model_file
             )
         except CheckpointNotFound:
-            raise UserError(f"model_ckpt {ckpt_uuid}: no such checkpoint") from None
+            raise PassingError(f"model_ckpt {ckpt_uuid}: no such checkpoint in the storage") from None
 
     once_per_node(core_context.distributed, lambda: _fetch_once(ckpt_uuid, fetch, "model_ckpt"))
     return str(model_folder(_cached(ckpt_uuid), ckpt_uuid))
@@ -71,10 +74,14 @@ def _cached(ckpt_uuid: str) -> Path:
 
 
 def _fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:
-    """Have `fetch` fill a scratch folder and rename it to the checkpoint's, which is so there whole or not at all."""
+    """Have `fetch` fill a scratch folder and rename it to the checkpoint's, which is so there whole or not at all.
+
+    Raises `UserError` where it holds no weights, besides what `fetch` raises.
+    """
     folder = _cached(ckpt_uuid)
-    if folder.exists():
+    if _has_weights(folder):
         return
+    shutil.rmtree(folder, ignore_errors=True)  # what a cleaner of old files has left
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{ckpt_uuid}.", dir=folder.parent) as scratch:
         partial = Path(scratch) / ckpt_uuid
@@ -83,7 +90,7 @@ def _fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process on this machine was quicker, with the same files
+            if not _has_weights(folder):  # else another process on this machine was quicker, with the same files
                 raise
 
 
@@ -108,8 +115,8 @@ def cluster_checkpoint(source: str, key: str) -> Path:
         check_uuid(name, key)
     elif not name.isdecimal():
         raise UserError(f"{key} {source!r}: after {kind}: comes the number of the {CLUSTER_SOURCES[kind]}")
-    if kind != "ckpt" or not _cached(name).exists():
-        with _told_in_one_line(source, key):
+    if kind != "ckpt" or not _has_weights(_cached(name)):
+        with _cluster_errors_told(source, key):
             checkpoint = _find_on_cluster(kind, name)
             if checkpoint is None:
                 raise UserError(
@@ -117,54 +124,84 @@ def cluster_checkpoint(source: str, key: str) -> Path:
                 )
             if checkpoint.state is not client.CheckpointState.COMPLETED:
                 raise UserError(f"{key} {source}: the checkpoint is {checkpoint.state.name.lower()}")
-            _fetch_once(checkpoint.uuid, lambda folder: _fetch_from_cluster(checkpoint, folder), key)
+            _fetch_once(checkpoint.uuid, lambda folder: _fetch_from_cluster(checkpoint, folder, key), key)
             name = checkpoint.uuid
     return model_folder(_cached(name), name, key)
 
 
 @contextmanager
-def _told_in_one_line(source: str, key: str) -> Iterator[None]:
-    master = api.canonicalize_master_url(api.get_default_master_url())
+def _cluster_errors_told(source: str, key: str) -> Iterator[None]:
+    """Turn what the SDK raises where a master is missing, or says no, into a `UserError`."""
+    kind = CLUSTER_SOURCES[source.partition(":")[0]]
+    master = api.get_default_master_url()
     try:
+        master = api.canonicalize_master_url(master)
         yield
     except api.errors.MasterNotFoundException:
-        raise UserError(
-            f"{key} {source}: no Determined master at {master} (the environment variable DET_MASTER names it)"
-        ) from None
+        told = f"no Determined master at {master} (the environment variable DET_MASTER names it)"
+        raise UserError(f"{key} {source}: {told}") from None
     except api.errors.UnauthenticatedException:
         raise UserError(f"{key} {source}: {master} wants you to log in (det user login)") from None
     except api.errors.NotFoundException:
-        raise UserError(f"{key} {source}: {master} has no such {CLUSTER_SOURCES[source.partition(':')[0]]}") from None
-    except (api.errors.BadRequestException, api.errors.BadResponseException) as error:
+        raise UserError(f"{key} {source}: {master} has no such {kind}") from None
+    except (api.errors.BadRequestException, api.errors.BadResponseException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{key} {source}: {master}: {one_line(error)}") from error
 
 
 def _find_on_cluster(kind: str, name: str) -> client.Checkpoint | None:
+    """The checkpoint that a source names; None where an experiment or a trial has none that ranks.
+
+    Raises what the SDK raises: see `_cluster_errors_told`.
+    """
     cluster = Determined()
     if kind == "ckpt":
         return cluster.get_checkpoint(name)
     owner = cluster.get_experiment(int(name)) if kind == "exp" else cluster.get_trial(int(name))
-    # Without a sort key the API sorts by the searcher's metric, the best first. Where it has no metric, it has no rank.
-    return next((c for c in owner.list_checkpoints() if c.training.validation_metrics.get("avgMetrics")), None)
+    # Without a sort key the API sorts by the searcher's metric, the best first.
+    return next(filter(_ranks, owner.list_checkpoints()), None)
 
 
-def _fetch_from_cluster(checkpoint: client.Checkpoint, folder: Path) -> None:
+def _ranks(checkpoint: client.Checkpoint) -> bool:
+    """Whether it is still there, and was validated with a finite value of its searcher's metric."""
+    metrics = checkpoint.training.validation_metrics.get("avgMetrics") or {}
+    value = metrics.get(checkpoint.training.experiment_config["searcher"]["metric"])
+    return checkpoint.state is client.CheckpointState.COMPLETED and isinstance(value, float | int) and isfinite(value)
+
+
+def _fetch_from_cluster(checkpoint: client.Checkpoint, folder: Path, key: str) -> None:
     """Download the model files, from the storage where this machine can reach it, else through the master.
 
     The SDK's own `download` knows no selector: it would fetch the optimizer's state too, twice the model's size.
+    Raises `UserError` where neither works.
     """
-    total = sum(int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name))
-    with _shows_download(f"checkpoint {checkpoint.uuid}", folder, total):
+    wanted = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name)}
+    with _shows_download(f"checkpoint {checkpoint.uuid}", folder, sum(wanted.values())):
         try:
             manager = storage.build(checkpoint.training.experiment_config["checkpoint_storage"], container_path=None)
             manager.download(checkpoint.uuid, str(folder), selector=is_model_file)
-        except (CheckpointNotFound, NoDirectStorageAccess, OSError):
-            headers = {"Accept": "application/gzip"}
-            response = checkpoint._session.get(f"/checkpoints/{checkpoint.uuid}", headers=headers, stream=True)
-            with tarfile.open(fileobj=response.raw, mode="r|*") as packed:
-                for member in packed:
-                    if member.isfile() and is_model_file(member.name):
-                        packed.extract(member, folder, filter="data")
+        except Exception as direct:  # each kind of storage has its own
+            try:
+                _fetch_through_master(checkpoint, folder, set(wanted))
+            except (api.errors.BadRequestException, OSError, tarfile.TarError, HTTPError) as error:
+                told = f"{one_line(error)} (and from its storage: {one_line(direct)})"
+                raise UserError(f"{key}: checkpoint {checkpoint.uuid} cannot be downloaded: {told}") from error
+
+
+def _fetch_through_master(checkpoint: client.Checkpoint, folder: Path, wanted: set[str]) -> None:
+    """Read the archive that the master makes of the checkpoint, up to the last of the files that are wanted."""
+    response = checkpoint._session.get(
+        f"/checkpoints/{checkpoint.uuid}", headers={"Accept": "application/gzip"}, stream=True
+    )
+    with response, tarfile.open(fileobj=response.raw, mode="r|*") as packed:
+        for member in packed:
+            name = member.name.removeprefix("./")
+            if name in wanted:
+                packed.extract(member, folder, filter="data")
+                wanted.remove(name)
+            if not wanted:
+                return
 
 
 @contextmanager
@@ -177,14 +214,21 @@ def _shows_download(description: str, folder: Path, total: int) -> Iterator[None
 
         def watch() -> None:
             while not done.wait(timeout=0.2):
-                progress.update(task, completed=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+                with suppress(OSError):  # a file that gets its final name
+                    progress.update(task, completed=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
 
-        threading.Thread(target=watch, daemon=True).start()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         try:
             yield
-            progress.update(task, completed=total)
         finally:
             done.set()
+            watcher.join()
+        progress.update(task, completed=total)
+
+
+def _has_weights(folder: Path) -> bool:
+    return next(folder.rglob("*.safetensors"), None) is not None
 
 
 def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt") -> Path:

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from chat_format import Message, encode
 from hub import looks_like_path, quiet_lookup
 from hyperparameters import DatasetSubset
-from user_error import UserError, nearest, one_line
+from user_error import PassingError, UserError, nearest, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,8 @@ def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., 
         told = _malformed(args, kwargs) or f"data set {described}: {one_line(error.__cause__ or error)}"
         raise UserError(told) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"data set {described}: {_not_loaded(name, subset, error)}") from error
+        kind = PassingError if isinstance(error, OSError) and not path.exists() else UserError
+        raise kind(f"data set {described}: {_not_loaded(name, subset, error)}") from error
     if "train" not in splits and len(splits) > 1:
         raise UserError(f"data set {described}: no train split among {', '.join(splits)}")
     split = "train" if "train" in splits else next(iter(splits))

@@ -7,21 +7,23 @@ the weights and the logged metrics of one that was never touched (bit for bit wh
 import json
 import logging
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import determined.transformers
 import torch
+from determined.errors import CheckpointNotFound
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ranks import once_per_node
 from trial import Trial, TrialStopped
+from user_error import PassingError, UserError
 
 logger = logging.getLogger(__name__)
 
 
-def run(trainer: Trainer, trial: Trial) -> None:
+def train_until_preempted(trainer: Trainer, trial: Trial) -> None:
     """Train to the end, or until the cluster wants its slots back: then save, and leave the rest to the next start."""
     callback = DetCallback(trial, trainer)
     trainer.add_callback(callback)
@@ -43,13 +45,16 @@ class DetCallback(determined.transformers.DetCallback):
     def __init__(self, trial: Trial, trainer: Trainer) -> None:
         self.trial, self.trainer = trial, trainer
         self.preempted = False
+        self.save_at_epoch_end = False
         self.evaluation_due = False  # at the step of the checkpoint, and left to whoever resumes from it
         self.rng_state: torch.Tensor | None = None  # from before the evaluation at this step
-        self.required_metrics: list[str] = []  # upstream appends to it for adaptive_asha, and has forgotten to make it
+        # Upstream appends to it for adaptive_asha and has forgotten to make it. This can go once it has not.
+        self.required_metrics: list[str] = []
         if trial.on_cluster:
             super().__init__(trial.core_context, trainer.args)
         else:
             # Upstream's constructor raises RuntimeError off the cluster, though its methods work: set what it sets.
+            # This can go once it does not.
             TrainerCallback.__init__(self)
             self.info = SimpleNamespace(task_type="TRIAL", trial=SimpleNamespace(trial_id=trial.trial_id))
             self.searcher_metric, self.time_metric = trial.searcher_metric, None
@@ -70,61 +75,77 @@ class DetCallback(determined.transformers.DetCallback):
 
         Upstream reads `args.overwrite_output_dir`, which transformers 5 has removed (AttributeError), and resumes
         from the highest `checkpoint-N` in `output_dir`, which may be an older run's. This can go once it does neither.
+
+        Raises `UserError` where the storage no longer has it.
         """
         args.resume_from_checkpoint = None
-        if self.trial.latest_checkpoint is None:
+        latest, folder = self.trial.latest_checkpoint, self._resumed_from(args)
+        if latest is None:
             return
-        core_context, folder = self.trial.core_context, self.trial.checkpoint_folder
-        if core_context.distributed.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # whatever an interrupted download left there
-        core_context.distributed.broadcast_local(None)
-        core_context.checkpoint.download(self.trial.latest_checkpoint, folder)
-        args.resume_from_checkpoint = str(next(folder.glob("checkpoint-*")))
-        name = Path(args.resume_from_checkpoint).name
-        logger.info("resuming from checkpoint %s, %s", self.trial.latest_checkpoint, name)
+        core_context = self.trial.core_context
+        # Whatever an interrupted download left there.
+        once_per_node(core_context.distributed, lambda: shutil.rmtree(folder, ignore_errors=True))
+        try:
+            core_context.checkpoint.download(latest, folder)
+        except CheckpointNotFound:
+            raise PassingError(f"the trial's latest checkpoint, {latest}, is not in the storage") from None
+        saved = next(folder.glob("checkpoint-*"), None)
+        if saved is None:
+            raise UserError(f"the trial's latest checkpoint, {latest}, was not saved by this project")
+        args.resume_from_checkpoint = str(saved)
+        logger.info("resuming from checkpoint %s, %s", latest, saved.name)
+
+    def _resumed_from(self, args: TrainingArguments) -> Path:
+        return Path(args.output_dir) / "resumed_from"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up what was left to do at the step of the checkpoint."""
-        last = state.global_step >= state.max_steps
         if args.resume_from_checkpoint is not None:
             self.last_save = state.global_step
             args.eval_on_start = False  # this is no start
             self._load_log_state(Path(args.resume_from_checkpoint), args)
-            if last or state.epoch.is_integer():
-                # Killed after saving, maybe before the Trainer did what it does at the end of an epoch or of training.
-                evaluated = any("eval_loss" in e and e["step"] == state.global_step for e in state.log_history)
-                self.evaluation_due |= not evaluated and (last or args.eval_strategy == "epoch")
-                control.should_log = args.logging_strategy == "epoch"
-            control.should_evaluate, self.evaluation_due = self.evaluation_due, False
-            self.trainer._maybe_log_save_evaluate(
-                self.trainer._tr_loss, None, self.trainer.model_wrapped, None, state.epoch, None, time.time()
-            )
+            if self.evaluation_due:
+                # What the Trainer does where an evaluation is due; it has no public method for both.
+                self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+                self.evaluation_due = False
         self.trial.stop_if_preempted()
-        if last:
+        if state.global_step >= state.max_steps:
+            # Killed between its last checkpoint and its end. The Trainer (5.23) would train a step more; this can go
+            # once it does not.
             logger.info("the checkpoint is that of the last step; nothing is left to train")
-            raise TrialStopped  # the Trainer (5.23) would train a step more
+            raise TrialStopped
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report progress, and look for the signal to stop.
+        """Report progress, look for the signal to stop, and keep a checkpoint from being saved before its time.
 
         Upstream reports each whole percent only where `max_steps` is set, else each epoch; and the Trainer logs the
-        last steps only if their number divides by `logging_steps`.
+        last steps only if their number divides by `logging_steps`. These parts can go once both do better.
         """
         percent = 100 * state.global_step // state.max_steps
         if state.is_world_process_zero and percent > self.last_progress:
             self.last_progress = percent
             self.core_context.train.report_progress(percent / 100)
-        if state.global_step >= state.max_steps:
-            control.should_log = True
+        last = state.global_step >= state.max_steps
+        control.should_log |= last
         self.preempted = self.trial.should_preempt()
         if self.preempted:
             logger.info("preempted at step %d: saving", state.global_step)
             self.evaluation_due = control.should_evaluate
-            control.should_evaluate = control.should_save = False  # on_epoch_end, which comes next, sees to the saving
+            control.should_evaluate = False
             control.should_training_stop = True
+        if control.should_save and (last or self.preempted or state.epoch.is_integer()):
+            # The Trainer goes to on_epoch_end next. What it logs and evaluates there belongs into this checkpoint: one
+            # saved now would, if the trial is killed before that, never see it done.
+            control.should_save, self.save_at_epoch_end = False, True
         self._before_evaluation(control)
+        if args.resume_from_checkpoint is not None and state.global_step == self.last_save + 1:
+            # All is loaded from it by now.
+            once_per_node(
+                self.trial.core_context.distributed,
+                lambda: shutil.rmtree(self._resumed_from(args), ignore_errors=True),
+            )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,8 +153,11 @@ class DetCallback(determined.transformers.DetCallback):
         """Leave evaluations to the trial's next start when preempted, and have upstream see to the last save.
 
         Upstream is shown the number of steps instead of `args`, by which it tells the end of training just as well:
-        its progress is `epoch / num_train_epochs`, which fractional epochs take above 1, and Core API refuses.
+        its progress is `epoch / num_train_epochs`, which fractional epochs take above 1, and Core API refuses. This
+        can go once it does not.
         """
+        control.should_save |= self.save_at_epoch_end
+        self.save_at_epoch_end = False
         if self.preempted:
             last = state.global_step >= state.max_steps
             if not (last or state.epoch.is_integer()):  # the epoch was cut short: what is due at its end is not yet
@@ -176,7 +200,8 @@ class DetCallback(determined.transformers.DetCallback):
         """Upload the checkpoint, once every rank has put its part of the logs' state beside it.
 
         Upstream has every rank of a node offer every file, and Core API then hashes all of them on each to find them
-        the same: 30 GB for a 2-billion-parameter model. Here a node's first rank offers them all.
+        the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all. This can go
+        once upstream does so.
         """
         name = f"checkpoint-{state.global_step}"
         self._save_log_state(Path(args.output_dir) / name, args)
@@ -193,24 +218,27 @@ class DetCallback(determined.transformers.DetCallback):
         """What the next logged means are made of: the sums since the last log, which the Trainer's checkpoints lack."""
         trainer = self.trainer
         log_state = {
-            "tr_loss": trainer._tr_loss.item(),
+            "ranks": args.world_size,
+            "evaluation_due": self.evaluation_due,
             "globalstep_last_logged": trainer._globalstep_last_logged,
+            "tr_loss": trainer._tr_loss.item(),
             "metrics": dict(trainer._metrics["train"]),
             "total_train_tokens": trainer._total_train_tokens,
-            "evaluation_due": self.evaluation_due,
         }
-        _log_state_file(checkpoint, args).write_text(json.dumps(log_state))
+        _log_state_file(checkpoint, args.process_index).write_text(json.dumps(log_state))
 
     def _load_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
-        file = _log_state_file(checkpoint, args)
-        if not file.exists():  # saved by more or fewer ranks: the first means logged are of the steps from here on
+        # What all ranks must agree on, they all take from the first.
+        log_state = json.loads(_log_state_file(checkpoint, 0).read_text())
+        self.evaluation_due = log_state["evaluation_due"]
+        if log_state["ranks"] != args.world_size:
+            logger.info("resuming on %d ranks what %d have saved: not exactly", args.world_size, log_state["ranks"])
             return
-        log_state, trainer = json.loads(file.read_text()), self.trainer
-        trainer._tr_loss = torch.tensor(log_state["tr_loss"], device=args.device)
+        log_state, trainer = json.loads(_log_state_file(checkpoint, args.process_index).read_text()), self.trainer
         trainer._globalstep_last_logged = log_state["globalstep_last_logged"]
+        trainer._tr_loss = torch.tensor(log_state["tr_loss"], device=args.device)
         trainer._metrics["train"].update(log_state["metrics"])
         trainer._total_train_tokens = log_state["total_train_tokens"]
-        self.evaluation_due = log_state["evaluation_due"]
 
     def on_log(
         self,
@@ -224,9 +252,9 @@ class DetCallback(determined.transformers.DetCallback):
 
         The closing summary is not reported: it is of this process, which may have resumed, not of the trial.
         """
-        if "train_runtime" not in (logs or {}):
+        if "train_loss" not in (logs or {}):
             super().on_log(args, state, control, logs=dict(logs or {}), **kwargs)
 
 
-def _log_state_file(checkpoint: Path, args: TrainingArguments) -> Path:
-    return checkpoint / f"log_state_{args.process_index}.json"
+def _log_state_file(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"log_state_{rank}.json"

@@ -11,7 +11,7 @@ from trl import DPOTrainer
 from chat_format import set_chat_format
 from checkpoints import download_ckpt
 from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
-from det_callback import run
+from det_callback import train_until_preempted
 from hyperparameters import DPOHyperparameters
 from models import load_model_and_tokenizer
 from trial import Trial, open_trial
@@ -33,7 +33,7 @@ class TokenizedDPOTrainer(DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL calls this for each batch of the pass before training, which no callback sees."""
+        """TRL calls this for each batch of the pass before training. It can go once callbacks see that pass too."""
         self.trial.stop_if_preempted()
         return super().compute_ref_log_probs(*args, **kwargs)
 
@@ -75,7 +75,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         processing_class=tokenizer,
     )
 
-    run(trainer, trial)
+    train_until_preempted(trainer, trial)
 
 
 @exit_on_user_error

@@ -59,6 +59,8 @@ REFUSED_BY_DPO = REFUSED | {
     "label_smoothing_factor": "DPO's losses have label_smoothing",
     "truncation_mode": "prompts are cut from their left and answers from their right",
 }
+# Settings whose state is in no checkpoint, or left out on purpose: an order of rows drawn anew, a moving reference.
+INEXACT = {"train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "sync_ref_model": True}
 # Names that the published example or older releases used, where the nearest name would mislead.
 RENAMED = {
     "hyperparameters": {"model": "model_name"},
@@ -195,7 +197,8 @@ class DPOHyperparameters(TrainerArgs):
         self.args = build_training_args(DPOConfig, resolve_dpo_loss(training_args))
         machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         if self.args.precompute_ref_log_probs and machines > 1:
-            # TRL 1.16 writes them beside the dataset's file on the first machine, and reads them there on all.
+            # TRL 1.16 writes them beside the dataset's file on the first machine, and reads them there on all. This can
+            # go once it gathers them.
             raise UserError(f"precompute_ref_log_probs: true needs a trial on one machine; this one runs on {machines}")
 
     @property
@@ -212,6 +215,12 @@ Hyperparameters = TypeVar("Hyperparameters", SFTHyperparameters, DPOHyperparamet
 def parse_hyperparameters(cls: type[Hyperparameters], values: dict[str, Any]) -> Hyperparameters:
     """The `hyperparameters` of a trial as a `cls`. Raises `UserError` naming the key that is wrong."""
     return convert(values, cls, "hyperparameters")
+
+
+def check_searcher_metric(cls: type[Hyperparameters], metric: str) -> None:
+    if metric not in cls.eval_metrics:
+        known = ", ".join(cls.eval_metrics)
+        raise UserError(f"searcher.metric {metric!r} is not reported at evaluations, which have {known}")
 
 
 def check_uuid(value: str, key: str) -> None:
@@ -394,8 +403,8 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
             values.setdefault(old.replace("gradient", "activation"), values.pop(old))
     values.setdefault("activation_checkpointing", True)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if values.get("fsdp") and processes > 1 and not torch.cuda.is_available():
-        logger.info("training_args.fsdp: accelerate shards on GPUs only; on CPUs every process keeps a whole model")
+    if values.get("fsdp") and processes > 1 and not torch.accelerator.is_available():
+        logger.info("training_args.fsdp: accelerate ignores it on CPUs, where every process keeps a whole model")
     if values.get("fsdp") and processes == 1:
         logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
         values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
@@ -408,6 +417,11 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
         args = cls(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training_args: {one_line(error)}") from error
+    for name, value in INEXACT.items():
+        if getattr(args, name, None) == value:
+            logger.warning(
+                "training_args.%s: %s: a trial that is restarted will not end exactly as one that is not", name, value
+            )
     for name in ("dtype", "torch_dtype"):
         check_dtype((args.model_init_kwargs or {}).get(name, "float32"), f"training_args.model_init_kwargs.{name}")
     return args

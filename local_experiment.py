@@ -41,7 +41,7 @@ from rich.table import Table
 from checkpoints import local_checkpoint, local_checkpoint_storage
 from dataset_utils import load_dpo_dataset, load_sft_dataset
 from experiment_config import entrypoint_script, expand_trials, read_experiment_config, varying_hyperparameters
-from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from hyperparameters import DPOHyperparameters, SFTHyperparameters, check_searcher_metric, parse_hyperparameters
 from models import check_source
 from trial import as_json, hide_progress_bars_in_logs, read_reports
 from user_error import UserError, exit_on_user_error
@@ -77,9 +77,7 @@ def check_trials(script: str, trials: list[dict[str, Any]], metric: str) -> None
     cls = {"sft_finetune.py": SFTHyperparameters, "dpo_finetune.py": DPOHyperparameters}.get(script)
     if cls is None:
         return
-    if metric not in cls.eval_metrics:
-        known = ", ".join(cls.eval_metrics)
-        raise UserError(f"searcher.metric {metric!r} is not reported by {script}, which has {known}")
+    check_searcher_metric(cls, metric)
     parsed = [parse_hyperparameters(cls, hparams) for hparams in trials]
     if cls is SFTHyperparameters:
         loads = {str((h.dataset, h.dataset_subsets, h.split_seed)): h for h in parsed}

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hub import looks_like_path, quiet_lookup
-from user_error import UserError, one_line
+from user_error import PassingError, UserError, one_line
 
 
 def check_source(source: str, key: str) -> None:
@@ -37,8 +37,10 @@ def load_model_and_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
             model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
     except (OSError, ValueError) as error:
-        missing = "" if Path(source).exists() else "no such folder, and not to be had from the hub: "
-        raise UserError(f"{key} {source!r}: {missing}{one_line(error)}") from error
+        if Path(source).exists():
+            raise UserError(f"{key} {source!r}: {one_line(error)}") from error
+        told = f"{key} {source!r}: no such folder, and not to be had from the hub: {one_line(error)}"
+        raise PassingError(told) from error
     if tokenizer.pad_token_id is None:
         # Labels are ours (-100 where unsupervised), so padding with EOS hides no EOS from the loss.
         tokenizer.pad_token = tokenizer.eos_token

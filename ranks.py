@@ -14,7 +14,7 @@ def once_per_node(distributed: core.DistributedContext, work: Callable[[], objec
         try:
             work()
         except UserError as error:
-            mistake = str(error)
+            mistake = error
     mistake = distributed.broadcast_local(mistake)
     if mistake is not None:
-        raise UserError(mistake)
+        raise mistake

@@ -4,7 +4,7 @@ from trl import SFTTrainer
 
 from chat_format import add_chat_tokens, set_chat_format
 from dataset_utils import load_sft_dataset, tokenize_sft_dataset
-from det_callback import run
+from det_callback import train_until_preempted
 from hyperparameters import SFTHyperparameters
 from models import load_model_and_tokenizer
 from trial import Trial, open_trial
@@ -36,7 +36,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
         processing_class=tokenizer,
     )
 
-    run(trainer, trial)
+    train_until_preempted(trainer, trial)
 
 
 @exit_on_user_error

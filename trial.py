@@ -31,7 +31,7 @@ from determined.common.storage import SharedFSStorageManager
 
 from checkpoints import local_checkpoint_storage
 from experiment_config import expand_trials, read_experiment_config
-from hyperparameters import Hyperparameters, parse_hyperparameters
+from hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from ranks import once_per_node
 from user_error import UserError
 
@@ -72,6 +72,7 @@ class Trial(Generic[Hyperparameters]):
         """What `make` returns, made by each node's first rank, and read from its disk by all of them.
 
         (TRL's reference pass, for one, leaves its results beside a dataset's file, where every rank must find them.)
+        A `UserError` of `make` is raised on all of them.
         """
         folder = Path(self.hparams.args.output_dir) / "dataset"
 
@@ -81,11 +82,6 @@ class Trial(Generic[Hyperparameters]):
 
         once_per_node(self.core_context.distributed, save)
         return DatasetDict.load_from_disk(folder)
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """Where the checkpoint to resume from is downloaded to, out of the Trainer's reach."""
-        return Path(self.hparams.args.output_dir) / "resumed_from"
 
 
 class TrialStopped(Exception):
@@ -98,7 +94,8 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
     logging.basicConfig(level=logging.INFO, format=det.LOG_FORMAT, stream=sys.stdout)
     hide_progress_bars_in_logs()
     if os.environ.get("WORLD_SIZE") == "1":
-        # The launcher's process group of one would wrap the model in DDP, which holds the gradients twice.
+        # The launcher's process group of one would have accelerate wrap the model in DDP, which holds the gradients
+        # twice. This can go once it does not.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
     # torchrun and determined.launch.torch_distributed set RANK.
@@ -118,6 +115,7 @@ def _open_on_cluster(
 ) -> Iterator[Trial[Hyperparameters]]:
     hparams = parse_hyperparameters(cls, info.trial.hparams)
     metric = info.trial._config["searcher"]["metric"]
+    check_searcher_metric(cls, metric)
     # Metrics go to the Web UI; AUTO would import tensorboard, which nothing here needs.
     with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
         yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, on_cluster=True)
@@ -148,9 +146,9 @@ def _open_on_this_machine(
         core_context.train = LocalTrainContext(reports, trials[0])
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, reports)
         yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
-        if core_context.distributed.local_rank == 0:
-            # The last upload ended with every rank in step, so every checkpoint in it is in the storage by now.
-            shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
+        core_context.distributed.gather_local(None)  # until no rank looks into it any more
+        # Every checkpoint in it is in the storage by now.
+        once_per_node(core_context.distributed, lambda: shutil.rmtree(hparams.args.output_dir, ignore_errors=True))
 
 
 def hide_progress_bars_in_logs() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from determined.common import util
+from processes import free_ports
 
 from experiment_config import expand_trials
 
@@ -41,6 +42,7 @@ source startup-hook.sh
 python3 -m determined.exec.prep_container --rendezvous --resources
 exec python3 -m determined.exec.launch
 """
+PORTS = ("C10D_PORT", "INTER_TRAIN_PROCESS_COMM_PORT_1", "INTER_TRAIN_PROCESS_COMM_PORT_2")
 NOW = "2026-01-01T00:00:00Z"
 
 
@@ -241,7 +243,11 @@ class Master:
         searcher = self.experiments[trials[0].experiment_id]["config"]["searcher"]
         sign = 1 if searcher.get("smaller_is_better", True) else -1
         found = list(self._all_checkpoints(trials).values())
-        found.sort(key=lambda c: sign * (c["training"]["searcherMetric"] or -sign * math.inf))
+        found.sort(
+            key=lambda c: (
+                -math.inf if c["training"]["searcherMetric"] is None else sign * c["training"]["searcherMetric"]
+            )
+        )
         return {"checkpoints": found, "pagination": {"total": len(found), "startIndex": 0, "endIndex": len(found)}}
 
     def _all_checkpoints(self, trials: list[Trial]) -> dict[str, dict[str, Any]]:
@@ -325,6 +331,8 @@ class Container:
             **{"DET_EXPERIMENT_CONFIG": json.dumps(config), "DET_TRIAL_RUN_ID": str(trial.starts)},
             **{"DET_RESOURCES_ID": f"resources-{slots}", "DET_RESOURCES_TYPE": "docker-container"},
             "DET_STEPS_COMPLETED": "0",
+            # A cluster's containers have ports of their own; these share the machine's.
+            **dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True)),
             **dict(variable.split("=", 1) for variable in config["environment"]["environment_variables"]),
             **env,
         }

@@ -1,67 +1,119 @@
 """Entrypoints in processes of their own, one for each rank, forked from a server that has done the slow imports."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from determined.core import DistributedContext
 
 REPO = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sft_finetune", "dpo_finetune"])
 
 
-def run_ranks(
-    script: str, *arguments: object, log: Path, ranks: int = 1, die: tuple[str, int] | None = None, fsdp: bool = False
-) -> int:
-    """Run an entrypoint on `ranks` processes to its end, and return the first rank's exit status.
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
-    `die`: the dotted name of a function, and at which of its calls the first rank gets SIGKILL. As a launcher does, the
-    other ranks are killed when one has died. `fsdp`: let accelerate shard on CPUs (see `fsdp_on_cpu`).
+
+def run_ranks(script: str, *arguments: object, log: Path, ranks: int = 1, **interference: Any) -> int:
+    """Run an entrypoint on `ranks` processes to its end; returns the first rank's exit status, or another's failure.
+
+    As a launcher does, it kills the other ranks when one has failed. `interference`: see `_run`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    ports = free_ports(3)
     processes = []
     for rank in range(ranks):
         environment = {}
         if ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
             environment |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1"}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        call = (script, [str(a) for a in arguments], environment, str(log), die if rank == 0 else None, fsdp)
-        processes.append(CONTEXT.Process(target=_run, args=call))
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[2])}
+        call = (script, [str(a) for a in arguments], environment, ports, str(log), rank)
+        processes.append(CONTEXT.Process(target=_run, args=call, kwargs=interference))
         processes[-1].start()
-    processes[0].join(timeout=200)
-    if processes[0].exitcode != 0:
-        for process in processes:
-            process.kill()
+    deadline = time.monotonic() + 200
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            time.sleep(2)  # for the others to say what they have to say
+            break
+        time.sleep(0.02)
+    hung = [rank for rank, process in enumerate(processes) if process.exitcode is None]
     for process in processes:
-        process.join(timeout=30)
-    return processes[0].exitcode
+        process.kill()
+        process.join()
+    failures = [process.exitcode for rank, process in enumerate(processes) if rank not in hung and process.exitcode]
+    if hung and not failures:
+        raise TimeoutError(f"ranks {hung} of {script} hang; see {log}")
+    return failures[0] if failures else 0
 
 
 def _run(
-    script: str, arguments: list[str], environment: dict[str, str], log: str, die: tuple[str, int] | None, fsdp: bool
+    script: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    ports: list[int],
+    log: str,
+    rank: int,
+    die: tuple[str, int] | None = None,
+    preempt: int | None = None,
+    fsdp: bool = False,
 ) -> None:
+    """Be a rank. `die`: the dotted name of a function, and at which of its calls the first rank gets SIGKILL.
+
+    `preempt`: the poll for preemption, counted from the start of training, that is answered with yes, as all after it.
+    `fsdp`: let accelerate shard on CPUs (see `fsdp_on_cpu`).
+    """
     os.environ.update(environment)
     os.chdir(REPO)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     sys.argv = [f"{script}.py", *arguments]
-    if die is not None:
+    DistributedContext.__init__.__kwdefaults__ |= {"pub_port": ports[0], "pull_port": ports[1]}
+    if die is not None and rank == 0:
         _die_at(*die)
+    if preempt is not None:
+        _preempt_at(preempt)
     if fsdp:
         fsdp_on_cpu()
-    if "RANK" in environment:
+    if environment:
         torch.set_num_threads(1)  # ranks that share the cores by threads wait for each other most of the time
     importlib.import_module(script).main()
+
+
+def _preempt_at(poll: int) -> None:
+    """Have the first rank decide, and tell the others, as Core API's own preemption does."""
+    from determined.core import DummyPreemptContext
+
+    from trial import Trial
+
+    left, training = poll, False
+
+    def should_preempt(self: DummyPreemptContext, auto_ack: bool = True) -> bool:
+        nonlocal left
+        left -= training
+        return self._dist.broadcast(left <= 0 if self._dist.rank == 0 else None)
+
+    original = Trial.status
+
+    def status(self: Trial, text: str) -> None:
+        nonlocal training
+        training = text == "training"
+        original(self, text)
+
+    DummyPreemptContext.should_preempt, Trial.status = should_preempt, status
 
 
 def _die_at(name: str, calls: int) -> None:

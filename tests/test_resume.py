@@ -27,13 +27,15 @@ STEPS = {
     f"{ARGS}save_strategy": "steps",
     f"{ARGS}save_steps": 4,
 }
-EPOCHS = {f"{ARGS}{name}_strategy": "epoch" for name in ("logging", "eval", "save")}
+EPOCHS = {f"{ARGS}{name}_strategy": "epoch" for name in ("logging", "eval")}
 EPOCHS |= {f"{ARGS}max_steps": None, f"{ARGS}num_train_epochs": 2, f"{ARGS}gradient_accumulation_steps": 2}
 CASES = {
     # NEFTune's noise is drawn from the random numbers, as dropout would be: they must resume as well.
     "sft": (sft_finetune, STEPS | {f"{ARGS}neftune_noise_alpha": 5.0}),
-    "sft-epochs": (sft_finetune, EPOCHS),
-    "dpo": (dpo_finetune, STEPS),
+    "sft-epochs": (sft_finetune, EPOCHS | {f"{ARGS}save_strategy": "epoch"}),
+    # A save on an epoch's last step comes before the log and the evaluation of the epoch, in the Trainer's order.
+    "sft-mixed": (sft_finetune, EPOCHS | {f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 3}),
+    "dpo": (dpo_finetune, STEPS | {f"{ARGS}precompute_ref_batch_size": 32}),
 }
 
 
@@ -125,42 +127,81 @@ def test_a_trial_that_had_reached_its_end_trains_no_further(call, write_config, 
         assert len(metrics_by_step(reports)) == 5
 
 
-# Where a trial of four steps, saved every second, is killed at each of its starts; the last one is let live.
+# Where a trial of four steps, saved every second, is killed at each of its starts, and the steps that are saved by
+# then; the last start is let live.
 DEATHS = [
-    ("torch.save", 2),  # saving step 2: the optimizer's state is there, the rest not yet
-    ("shutil.copy2", 4),  # uploading step 2
-    ("trial.append_report", 9),  # step 2 is saved, step 3 done
-    ("shutil.copy2", 5),  # downloading step 2
-    ("shutil.copy2", 17),  # downloading step 2 is done; uploading step 4
-    None,
+    (("torch.save", 2), []),  # saving step 2: the optimizer's state is there, the rest not yet
+    (("shutil.copy2", 4), []),  # uploading step 2
+    (("trial.append_report", 9), [2]),  # in step 3
+    (("shutil.copy2", 5), [2]),  # downloading step 2
+    (("shutil.copy2", 17), [2]),  # uploading step 4
+    (None, [2, 4]),
 ]
+RANKS = [("sft_finetune", 1, False), ("dpo_finetune", 2, False), ("sft_finetune", 2, True), ("dpo_finetune", 2, True)]
 
 
-@pytest.mark.parametrize(
-    ("script", "ranks", "fsdp"),
-    [("sft_finetune", 1, False), ("dpo_finetune", 2, False), ("sft_finetune", 2, True), ("dpo_finetune", 2, True)],
-)
-def test_killed_at_any_moment(write_config, request, tmp_path, script, ranks, fsdp):
-    config = request.getfixturevalue("sft_config" if script == "sft_finetune" else "dpo_config")
+@pytest.fixture
+def run_on_ranks(write_config, request, tmp_path):
+    def prepare(script, ranks, fsdp, **changes):
+        config = request.getfixturevalue("sft_config" if script == "sft_finetune" else "dpo_config")
+        if script == "dpo_finetune":
+            changes |= {f"{ARGS}precompute_ref_batch_size": 32}
+        if fsdp:
+            changes |= {f"{ARGS}fsdp": True}
+            changes |= {f"{ARGS}fsdp_config": {"transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}}
+        path = write_config(config, **changes)
+
+        def run(output, expected=0, **interference):
+            log, folder = tmp_path / f"{output}.log", tmp_path / output
+            arguments = ("--config", path, "--output", folder)
+            status = run_ranks(script, *arguments, log=log, ranks=ranks, fsdp=fsdp, **interference)
+            assert status == expected, log.read_text()
+            return read_reports(folder / "reports.jsonl")
+
+        return run
+
+    return prepare
+
+
+@pytest.mark.parametrize(("script", "ranks", "fsdp"), RANKS)
+def test_killed_at_any_moment(run_on_ranks, script, ranks, fsdp):
     changes = {f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 2, f"{ARGS}logging_steps": 3}
-    if script == "dpo_finetune":
-        changes |= {f"{ARGS}precompute_ref_batch_size": 32}
-    if fsdp:
-        changes |= {f"{ARGS}fsdp": True, f"{ARGS}fsdp_config": {"transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}}
-    path = write_config(config, **changes)
-    outcomes = {}
-    for name, deaths in {"untouched": [None], "killed": DEATHS if ranks == 1 else [*DEATHS[1:3], None]}.items():
-        for die in deaths:
-            log = tmp_path / f"{name}.log"
-            arguments = ("--config", path, "--output", tmp_path / name)
-            status = run_ranks(script, *arguments, log=log, ranks=ranks, die=die, fsdp=fsdp)
-            assert status == (-signal.SIGKILL if die else 0), log.read_text()
-        outcomes[name] = read_reports(tmp_path / name / "reports.jsonl")
-    untouched, killed = outcomes["untouched"], outcomes["killed"]
-    assert steps_saved(untouched) == steps_saved(killed) == [2, 4]
+    run = run_on_ranks(script, ranks, fsdp, **changes)
+    untouched = run("untouched")
+    for die, saved in DEATHS if ranks == 1 else [*DEATHS[1:3], DEATHS[-1]]:
+        killed = run("killed", -signal.SIGKILL if die else 0, die=die)
+        assert steps_saved(killed) == saved
+    assert steps_saved(untouched) == [2, 4]
     for report in killed:
         if report["kind"] == "checkpoint":  # what accelerate saves only of a model that it has sharded
             assert (local_checkpoint(report["uuid"], "test") / "pytorch_model_fsdp.bin").exists() == fsdp
     assert metrics_by_step(untouched) == metrics_by_step(killed)
     before, after = last_weights(untouched), last_weights(killed)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("script", "ranks", "fsdp"), [RANKS[1], RANKS[2]])
+def test_two_ranks_stopped(run_on_ranks, script, ranks, fsdp):
+    """In step 2, in the evaluation of step 4, and between the two: each rank stops where the others do."""
+    evaluating = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 2, f"{ARGS}per_device_eval_batch_size": 32}
+    run = run_on_ranks(script, ranks, fsdp, **evaluating)
+    untouched = run("untouched")
+    evaluations = 1  # batches of an evaluation; those of DPO's data are all in one of 32 on each rank
+    first_start = 1 + 2 + evaluations  # before step 1, after steps 1 and 2, in the evaluation of step 2
+    assert steps_saved(run("stopped", preempt=first_start)) == [2]
+    # The evaluation that was broken off, before step 3, after step 3.
+    assert steps_saved(run("stopped", preempt=evaluations + 2)) == [2, 3]
+    stopped = run("stopped")
+    assert steps_saved(stopped) == [2, 3, 4]
+    assert metrics_by_step(untouched) == metrics_by_step(stopped)
+    before, after = last_weights(untouched), last_weights(stopped)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resumed_on_more_ranks(run_on_ranks):
+    """Not exactly, but it goes on: with an evaluation due, all ranks must go into it."""
+    evaluating = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 2, f"{ARGS}per_device_eval_batch_size": 32}
+    assert steps_saved(run_on_ranks("sft_finetune", 1, False, **evaluating)("out", preempt=4)) == [2]
+    reports = run_on_ranks("sft_finetune", 2, False, **evaluating)("out")
+    assert steps_saved(reports) == [2, 4]
+    assert ("validation", 2) in metrics_by_step(reports)

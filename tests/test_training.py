@@ -186,6 +186,15 @@ def test_bf16_is_autocast_over_float32_weights(train, trainers, sft_config):
     assert all(weight.dtype == torch.float32 for weight in weights_of(reports["checkpoint"][-1]).values())
 
 
+def test_a_launcher_with_one_slot_wraps_nothing(train, trainers, sft_config, monkeypatch):
+    """DDP would hold the gradients twice, for a process group of one."""
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 0}
+    for name, value in (launched | {"GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    train(sft_finetune, sft_config, **{f"{ARGS}max_steps": 1})
+    assert trainers[0].model_wrapped is trainers[0].model
+
+
 def test_later_callbacks_see_whole_logs(tmp_path):
     logs = {"loss": 1.0, "epoch": 0.5, "eval_runtime": 3.0}
     callback = object.__new__(DetCallback)
