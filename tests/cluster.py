@@ -333,7 +333,9 @@ class Container:
             "DET_STEPS_COMPLETED": "0",
             # A cluster's containers have ports of their own; these share the machine's.
             **dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True)),
-            **dict(variable.split("=", 1) for variable in config["environment"]["environment_variables"]),
+            **dict(
+                variable.split("=", 1) for variable in config.get("environment", {}).get("environment_variables", [])
+            ),
             **env,
         }
         saved = trial.of_kind("checkpoint")
