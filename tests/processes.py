@@ -46,7 +46,7 @@ def run_ranks(script: str, *arguments: object, log: Path, ranks: int = 1, **inte
     deadline = time.monotonic() + 200
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):
-            time.sleep(2)  # for the others to say what they have to say
+            time.sleep(0.2)  # about what a launcher takes to notice
             break
         time.sleep(0.02)
     hung = [rank for rank, process in enumerate(processes) if process.exitcode is None]

@@ -96,7 +96,7 @@ def test_two_ranks_of_a_node_share_one_download(checkpoint, known):
         thread.join(timeout=60)
     assert downloads == [0]
     assert outcomes[0] == outcomes[1]
-    assert outcomes[0].endswith("checkpoint-7" if known else "no such checkpoint")
+    assert outcomes[0].endswith("checkpoint-7" if known else "no such checkpoint in the storage")
 
 
 def test_what_is_no_checkpoint_gets_one_clear_line(core_context, tmp_path):
