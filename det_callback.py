@@ -197,22 +197,23 @@ class DetCallback(determined.transformers.DetCallback):
         self.on_save(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Upload the checkpoint, once every rank has put its part of the logs' state beside it.
+        """Upload the checkpoint, once every rank has put its part of the logs' state beside it, and keep no copy.
 
         Upstream has every rank of a node offer every file, and Core API then hashes all of them on each to find them
         the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all. This can go
         once upstream does so.
         """
-        name = f"checkpoint-{state.global_step}"
-        self._save_log_state(Path(args.output_dir) / name, args)
+        core_context, name = self.trial.core_context, f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir) / name
+        self._save_log_state(folder, args)
         self.last_save = state.global_step
-        first = self.trial.core_context.distributed.local_rank == 0
-        self.trial.core_context.checkpoint.upload(
+        core_context.checkpoint.upload(
             args.output_dir,
             metadata={"steps_completed": state.global_step, "trial_id": self.info.trial.trial_id},
             shard=True,
-            selector=lambda path: first and path.startswith(f"{name}/"),
+            selector=lambda path: core_context.distributed.local_rank == 0 and path.startswith(f"{name}/"),
         )
+        once_per_node(core_context.distributed, lambda: shutil.rmtree(folder, ignore_errors=True))
 
     def _save_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
         """What the next logged means are made of: the sums since the last log, which the Trainer's checkpoints lack."""

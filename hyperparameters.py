@@ -396,7 +396,6 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
     values = dict(training_args)
     values.setdefault("report_to", "none")  # the library's default is every tracker it finds installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # its bars, redrawn, would fill a log file
-    values.setdefault("save_total_limit", 1)  # on the trial's own disk: each is uploaded before the next is saved
     # transformers 5.23 warns of the old names, TRL's own default among them. This can go with transformers 6.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in values:

@@ -360,6 +360,6 @@ class Container:
 
     def wait(self) -> int:
         """Its exit status, with a preemption signal that was acknowledged taken back."""
-        status = self.process.wait(timeout=300)
+        status = self.process.wait(timeout=600)
         self.trial.preempt = False
         return status

@@ -43,7 +43,7 @@ def run_ranks(script: str, *arguments: object, log: Path, ranks: int = 1, **inte
         call = (script, [str(a) for a in arguments], environment, ports, str(log), rank)
         processes.append(CONTEXT.Process(target=_run, args=call, kwargs=interference))
         processes[-1].start()
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):
             time.sleep(0.2)  # about what a launcher takes to notice
