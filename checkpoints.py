@@ -124,6 +124,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
                 )
             if checkpoint.state is not client.CheckpointState.COMPLETED:
                 raise UserError(f"{key} {source}: the checkpoint is {checkpoint.state.name.lower()}")
+            print(f"{source}: trial {checkpoint.training.trial_id}, checkpoint {checkpoint.uuid}")
             _fetch_once(checkpoint.uuid, lambda folder: _fetch_from_cluster(checkpoint, folder, key), key)
             name = checkpoint.uuid
     return model_folder(_cached(name), name, key)

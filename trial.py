@@ -116,6 +116,10 @@ def _open_on_cluster(
     hparams = parse_hyperparameters(cls, info.trial.hparams)
     metric = info.trial._config["searcher"]["metric"]
     check_searcher_metric(cls, metric)
+    slots = len(info.slot_ids) * len(info.container_addrs)
+    if distributed is None and slots > 1:
+        launcher = "python -m determined.launch.torch_distributed"
+        raise UserError(f"the trial has {slots} slots and one process: begin the YAML's entrypoint with {launcher}")
     # Metrics go to the Web UI; AUTO would import tensorboard, which nothing here needs.
     with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
         yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, on_cluster=True)

@@ -344,7 +344,7 @@ class Container:
             environment["DET_STEPS_COMPLETED"] = str(saved[-1]["steps_completed"])
         folder = folder / allocation
         folder.mkdir(parents=True)
-        self.log = folder.with_suffix(".log")
+        self.log = folder.with_name(f"{allocation}.log")
         # A /tmp of its own too, in which what the test keeps outside it stays to be seen.
         private_tmp = [f"mkdir -p /run/kept/{i} && mount --bind {path} /run/kept/{i}" for i, path in enumerate(keep)]
         private_tmp += ["mount -t tmpfs tmpfs /tmp"]

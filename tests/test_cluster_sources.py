@@ -90,8 +90,8 @@ def test_the_published_flags(call, saved, tiny):
         *("--number-of-samples", 1, "--max-new-tokens", 2, "--device", "cpu"),
     )
     assert status == 0, err
-    assert "exp:1" in out
-    assert "trial:2" in out
+    assert f"exp:1: trial 1, checkpoint {saved['b']}" in out
+    assert f"trial:2: trial 2, checkpoint {saved['c']}" in out
 
 
 @pytest.mark.parametrize(

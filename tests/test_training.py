@@ -259,7 +259,13 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
     hparams["training_args"] |= {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "trainer")}
     searcher = {"name": "adaptive_asha", "metric": "eval_loss", "time_metric": "batches", "max_time": 4}
     trial_info = SimpleNamespace(trial_id=7, hparams=hparams, _config=sft_config | {"searcher": searcher})
-    info = SimpleNamespace(task_type="TRIAL", latest_checkpoint=None, trial=trial_info)
+    info = SimpleNamespace(task_type="TRIAL", latest_checkpoint=None, trial=trial_info, slot_ids=[0, 1])
+    info.container_addrs = ["127.0.0.1"]
+    monkeypatch.setattr(det, "get_cluster_info", lambda: info)
+    status, _, err = call(sft_finetune.main)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "the trial has 2 slots and one process: begin the YAML's entrypoint with python -m determined.launch" in err
+    info.slot_ids = [0]
     storage, uploaded = tmp_path / "storage", []
 
     def init(**kwargs):
@@ -269,7 +275,6 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
         context.checkpoint.upload = lambda *args, **kwargs: uploaded.append(original(*args, **kwargs))
         return context
 
-    monkeypatch.setattr(det, "get_cluster_info", lambda: info)
     monkeypatch.setattr("trial.core.init", init)
     assert call(sft_finetune.main)[0] == 0
     info.latest_checkpoint = uploaded[0]  # as after a restart of the trial: steps 3 and 4 are done again
