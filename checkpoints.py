@@ -138,6 +138,8 @@ def _cluster_errors_told(source: str, key: str) -> Iterator[None]:
     try:
         master = api.canonicalize_master_url(master)
         yield
+    except UserError:
+        raise
     except api.errors.MasterNotFoundException:
         told = f"no Determined master at {master} (the environment variable DET_MASTER names it)"
         raise UserError(f"{key} {source}: {told}") from None
@@ -146,8 +148,6 @@ def _cluster_errors_told(source: str, key: str) -> Iterator[None]:
     except api.errors.NotFoundException:
         raise UserError(f"{key} {source}: {master} has no such {kind}") from None
     except (api.errors.BadRequestException, api.errors.BadResponseException, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{key} {source}: {master}: {one_line(error)}") from error
 
 

@@ -140,12 +140,10 @@ class DetCallback(determined.transformers.DetCallback):
             # saved now would, if the trial is killed before that, never see it done.
             control.should_save, self.save_at_epoch_end = False, True
         self._before_evaluation(control)
-        if args.resume_from_checkpoint is not None and state.global_step == self.last_save + 1:
-            # All is loaded from it by now.
-            once_per_node(
-                self.trial.core_context.distributed,
-                lambda: shutil.rmtree(self._resumed_from(args), ignore_errors=True),
-            )
+        if args.resume_from_checkpoint is not None:  # all is loaded from it by now
+            args.resume_from_checkpoint = None
+            if self.trial.core_context.distributed.local_rank == 0:
+                shutil.rmtree(self._resumed_from(args), ignore_errors=True)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,7 +211,8 @@ class DetCallback(determined.transformers.DetCallback):
             shard=True,
             selector=lambda path: core_context.distributed.local_rank == 0 and path.startswith(f"{name}/"),
         )
-        once_per_node(core_context.distributed, lambda: shutil.rmtree(folder, ignore_errors=True))
+        if core_context.distributed.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _save_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
         """What the next logged means are made of: the sums since the last log, which the Trainer's checkpoints lack."""

@@ -105,8 +105,11 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
         opened = _open_on_cluster(cls, info, distributed)
     else:
         opened = _open_on_this_machine(cls, _parse_arguments(default_config, description), distributed)
-    with opened as trial, contextlib.suppress(TrialStopped):
-        yield trial
+    with opened as trial:
+        with contextlib.suppress(TrialStopped):
+            yield trial
+        # Core API's sockets, once closed, drop what the first rank has just told the others, who would wait for ever.
+        trial.hparams.args.distributed_state.wait_for_everyone()
 
 
 @contextmanager
@@ -150,9 +153,8 @@ def _open_on_this_machine(
         core_context.train = LocalTrainContext(reports, trials[0])
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, reports)
         yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
-        core_context.distributed.gather_local(None)  # until no rank looks into it any more
-        # Every checkpoint in it is in the storage by now.
-        once_per_node(core_context.distributed, lambda: shutil.rmtree(hparams.args.output_dir, ignore_errors=True))
+        if core_context.distributed.local_rank == 0:  # every checkpoint in it is in the storage by now
+            shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
 
 
 def hide_progress_bars_in_logs() -> None:

@@ -159,9 +159,6 @@ class Master:
 
     # What a container does.
 
-    def run_started(self, query: Any, body: Any) -> dict[str, Any]:
-        return {}
-
     def context_directory(self, task_id: str, query: Any, body: Any) -> dict[str, Any]:
         experiment = self.experiments[self._trial(task_id).experiment_id]
         packed = io.BytesIO()
@@ -292,7 +289,7 @@ ROUTES = {
     "POST /api/v1/auth/login": Master.login,
     "GET /api/v1/me": Master.me,
     "POST /api/v1/experiments": Master.create,
-    "POST /api/v1/runs/start": Master.run_started,
+    "POST /api/v1/runs/start": Master.nothing,
     r"GET /api/v1/tasks/([^/]+)/context_directory": Master.context_directory,
     r"GET /api/v1/allocations/([^/]+)/resources/([^/]+)/rendezvous": Master.rendezvous,
     r"POST /api/v1/allocations/([^/]+)/acceleratorData": Master.nothing,

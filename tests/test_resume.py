@@ -81,9 +81,14 @@ def last_weights(reports):
     return load_file(local_checkpoint(uuid, "test") / "model.safetensors")
 
 
+def assert_same_end(untouched, other):
+    assert metrics_by_step(untouched) == metrics_by_step(other)
+    before, after = last_weights(untouched), last_weights(other)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_stopped_everywhere(run_trial, monkeypatch, case):
     untouched = run_trial("untouched")
-    before = last_weights(untouched)
     # How often each start is let go on when it asks; an evaluation asks once.
     for patience in (3, 4) if case != "dpo" else (4,):
         polls = starts = 0
@@ -104,9 +109,7 @@ def test_stopped_everywhere(run_trial, monkeypatch, case):
                 reports = run_trial(f"stopped-{patience}")
                 assert starts <= 12, steps_saved(reports)
         assert starts > 2
-        assert metrics_by_step(reports) == metrics_by_step(untouched)
-        after = last_weights(reports)
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert_same_end(untouched, reports)
 
 
 def test_stopped_during_the_reference_pass(call, write_config, dpo_config, tmp_path, monkeypatch):
@@ -175,14 +178,12 @@ def test_killed_at_any_moment(run_on_ranks, script, ranks, fsdp):
     for report in killed:
         if report["kind"] == "checkpoint":  # what accelerate saves only of a model that it has sharded
             assert (local_checkpoint(report["uuid"], "test") / "pytorch_model_fsdp.bin").exists() == fsdp
-    assert metrics_by_step(untouched) == metrics_by_step(killed)
-    before, after = last_weights(untouched), last_weights(killed)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_end(untouched, killed)
 
 
 @pytest.mark.parametrize(("script", "ranks", "fsdp"), [RANKS[1], RANKS[2]])
 def test_two_ranks_stopped(run_on_ranks, script, ranks, fsdp):
-    """In step 2, in the evaluation of step 4, and between the two: each rank stops where the others do."""
+    """In the evaluation of step 2, then after step 3: each rank stops where the others do."""
     evaluating = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 2, f"{ARGS}per_device_eval_batch_size": 32}
     run = run_on_ranks(script, ranks, fsdp, **evaluating)
     untouched = run("untouched")
@@ -193,9 +194,7 @@ def test_two_ranks_stopped(run_on_ranks, script, ranks, fsdp):
     assert steps_saved(run("stopped", preempt=evaluations + 2)) == [2, 3]
     stopped = run("stopped")
     assert steps_saved(stopped) == [2, 3, 4]
-    assert metrics_by_step(untouched) == metrics_by_step(stopped)
-    before, after = last_weights(untouched), last_weights(stopped)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_end(untouched, stopped)
 
 
 def test_resumed_on_more_ranks(run_on_ranks):
