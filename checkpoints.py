@@ -1,9 +1,7 @@
 """Checkpoints by UUID: fetched from Determined's storage, or from the store that stands in for it on this machine."""
 
 import os
-import shutil
 import tarfile
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +19,7 @@ from urllib3.exceptions import HTTPError
 
 from hyperparameters import check_uuid
 from ranks import once_per_node
+from shared_cache import make_once
 from user_error import PassingError, UserError, one_line
 
 # What a model folder needs to load: weights, configuration, tokenizer and chat template. All else of a checkpoint
@@ -74,24 +73,18 @@ def _cached(ckpt_uuid: str) -> Path:
 
 
 def _fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:
-    """Have `fetch` fill a scratch folder and rename it to the checkpoint's, which is so there whole or not at all.
+    """Have `fetch` fill the checkpoint's folder, unless it is there or another process is at it already.
 
     Raises `UserError` where it holds no weights, besides what `fetch` raises.
     """
-    folder = _cached(ckpt_uuid)
-    if _has_weights(folder):
-        return
-    shutil.rmtree(folder, ignore_errors=True)  # what a cleaner of old files has left
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{ckpt_uuid}.", dir=folder.parent) as scratch:
-        partial = Path(scratch) / ckpt_uuid
-        fetch(partial)
-        model_folder(partial, ckpt_uuid, key)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not _has_weights(folder):  # else another process on this machine was quicker, with the same files
-                raise
+
+    def make(scratch: Path) -> None:
+        fetch(scratch)
+        model_folder(scratch, ckpt_uuid, key)
+
+    make_once(
+        _cached(ckpt_uuid), make, _has_weights, on_wait=lambda: print(f"checkpoint {ckpt_uuid}: on its way already")
+    )
 
 
 def local_checkpoint(ckpt_uuid: str, key: str) -> Path:
@@ -116,7 +109,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
     elif not name.isdecimal():
         raise UserError(f"{key} {source!r}: after {kind}: comes the number of the {CLUSTER_SOURCES[kind]}")
     if kind != "ckpt" or not _has_weights(_cached(name)):
-        with _cluster_errors_told(source, key):
+        with cluster_errors_told(f"{key} {source}", CLUSTER_SOURCES[kind]):
             checkpoint = _find_on_cluster(kind, name)
             if checkpoint is None:
                 raise UserError(
@@ -131,9 +124,8 @@ def cluster_checkpoint(source: str, key: str) -> Path:
 
 
 @contextmanager
-def _cluster_errors_told(source: str, key: str) -> Iterator[None]:
-    """Turn what the SDK raises where a master is missing, or says no, into a `UserError`."""
-    kind = CLUSTER_SOURCES[source.partition(":")[0]]
+def cluster_errors_told(what: str, kind: str) -> Iterator[None]:
+    """Turn what the SDK raises where a master is missing, or says no, into a `UserError` about `what`, of a `kind`."""
     master = api.get_default_master_url()
     try:
         master = api.canonicalize_master_url(master)
@@ -142,19 +134,19 @@ def _cluster_errors_told(source: str, key: str) -> Iterator[None]:
         raise
     except api.errors.MasterNotFoundException:
         told = f"no Determined master at {master} (the environment variable DET_MASTER names it)"
-        raise UserError(f"{key} {source}: {told}") from None
+        raise UserError(f"{what}: {told}") from None
     except api.errors.UnauthenticatedException:
-        raise UserError(f"{key} {source}: {master} wants you to log in (det user login)") from None
+        raise UserError(f"{what}: {master} wants you to log in (det user login)") from None
     except api.errors.NotFoundException:
-        raise UserError(f"{key} {source}: {master} has no such {kind}") from None
+        raise UserError(f"{what}: {master} has no such {kind}") from None
     except (api.errors.BadRequestException, api.errors.BadResponseException, OSError, ValueError) as error:
-        raise UserError(f"{key} {source}: {master}: {one_line(error)}") from error
+        raise UserError(f"{what}: {master}: {one_line(error)}") from error
 
 
 def _find_on_cluster(kind: str, name: str) -> client.Checkpoint | None:
     """The checkpoint that a source names; None where an experiment or a trial has none that ranks.
 
-    Raises what the SDK raises: see `_cluster_errors_told`.
+    Raises what the SDK raises: see `cluster_errors_told`.
     """
     cluster = Determined()
     if kind == "ckpt":

@@ -3,6 +3,7 @@
 `det e create dpo.yaml . --config hyperparameters.model_ckpt=UUID` runs it from the SFT checkpoint of that UUID.
 """
 
+import time
 from typing import Any
 
 from datasets import Dataset
@@ -14,26 +15,56 @@ from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
 from det_callback import train_until_preempted
 from hyperparameters import DPOHyperparameters
 from models import load_model_and_tokenizer
+from shared_cache import fingerprint
 from trial import Trial, open_trial
 from user_error import exit_on_user_error
 
 
 class TokenizedDPOTrainer(DPOTrainer):
-    """DPOTrainer on rows that are tokenized already.
+    """DPOTrainer on rows that are tokenized already, with one reference pass for all trials that share a cache folder.
 
     TRL 1.16 tokenizes every preference row itself and no longer cuts prompts and answers apart (`max_prompt_length`
-    and `max_target_length` are gone). SFTTrainer accepts tokenized rows; this can go once DPOTrainer does too.
+    and `max_target_length` are gone). SFTTrainer accepts tokenized rows; that part can go once DPOTrainer does too.
     """
 
     def __init__(self, trial: Trial, **kwargs: Any) -> None:
         self.trial = trial
+        self.reference_seconds: dict[str, float] = {}  # by split, of those that were not found
         super().__init__(**kwargs)
+        if self.precompute_ref_logps:
+            computed = " and ".join(self.reference_seconds)
+            seconds = sum(self.reference_seconds.values())
+            told = f"computed in {seconds:.1f} s ({computed})" if computed else "reused"
+            trial.status(f"reference log-probs {told}")
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Have TRL (1.16) find an earlier pass when it is the same, and only then.
+
+        TRL looks for it under the data set's fingerprint and a hash of the weights. That is as good as never the same,
+        and would not tell fp32 from bf16. So the fingerprint becomes a hash of what the token ids are made of (see
+        `Trial.tokenized`) and of all else that the numbers depend on, down to their last bit; beta, learning rate and
+        seed are not among it. This can go once TRL's key is as complete.
+        """
+        args, accelerator, config = self.args, self.accelerator, self.model.config
+        dataset._fingerprint = fingerprint(
+            *(dataset._fingerprint, config.to_json_string(), config._attn_implementation),
+            *(args.pad_to_multiple_of, args.ld_alpha, batch_size),
+            *(accelerator.mixed_precision, args.tf32, args.torch_compile, args.use_liger_kernel),
+            *(accelerator.device.type, str(accelerator.distributed_type), accelerator.num_processes),
+        )
+        with self.trial.one_at_a_time(dataset._fingerprint, "reference log-probs"):
+            started, self.reference_batches = time.monotonic(), 0
+            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+            if self.reference_batches:
+                self.reference_seconds[name] = time.monotonic() - started
+        return dataset
+
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
         """TRL calls this for each batch of the pass before training. It can go once callbacks see that pass too."""
+        self.reference_batches += 1
         self.trial.stop_if_preempted()
         return super().compute_ref_log_probs(*args, **kwargs)
 
@@ -55,15 +86,14 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         reference.eval().requires_grad_(False)
 
     trial.status("preparing the training" + (", reference log-probs first" if reference is None else ""))
-    dataset = trial.shared_dataset(
-        lambda: tokenize_dpo_dataset(
-            rows,
-            tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=hparams.max_prompt_length,
-            max_target_length=hparams.max_target_length,
-            num_proc=args.dataset_num_proc,
-        )
+    dataset = trial.tokenized(
+        tokenize_dpo_dataset,
+        rows,
+        tokenizer,
+        args.dataset_num_proc,
+        max_length=args.max_length,
+        max_prompt_length=hparams.max_prompt_length,
+        max_target_length=hparams.max_target_length,
     )
     trainer = TokenizedDPOTrainer(
         trial,

@@ -23,10 +23,13 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     set_chat_format(model, tokenizer)
 
     trial.status("preparing the training")
-    dataset = trial.shared_dataset(
-        lambda: tokenize_sft_dataset(
-            rows, tokenizer, hparams.data_collator.on_completions_only, args.max_length, args.dataset_num_proc
-        )
+    dataset = trial.tokenized(
+        tokenize_sft_dataset,
+        rows,
+        tokenizer,
+        args.dataset_num_proc,
+        on_completions_only=hparams.data_collator.on_completions_only,
+        max_length=args.max_length,
     )
     trainer = SFTTrainer(
         model=model,

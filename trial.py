@@ -11,11 +11,14 @@ Off the cluster a trial's reports go to `reports.jsonl` in its folder instead of
 
 import argparse
 import contextlib
+import inspect
 import json
 import logging
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +31,17 @@ import transformers
 from datasets import DatasetDict
 from determined import core
 from determined.common.storage import SharedFSStorageManager
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
 
+import chat_format
+import dataset_utils
 from checkpoints import local_checkpoint_storage
 from experiment_config import expand_trials, read_experiment_config
 from hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
+from locks import only_writer, open_lock, taken
 from ranks import once_per_node
+from shared_cache import fingerprint, hash_rows, hash_tokenizer, make_once
 from user_error import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +56,7 @@ class Trial(Generic[Hyperparameters]):
     trial_id: int
     searcher_metric: str | None
     latest_checkpoint: str | None  # UUID of the checkpoint to resume from
+    cache: Path  # what this and later trials need not make again; see shared_cache.py
     on_cluster: bool
 
     def status(self, text: str) -> None:
@@ -68,20 +78,71 @@ class Trial(Generic[Hyperparameters]):
             logger.info("preempted, with nothing new to save")
             raise TrialStopped
 
-    def shared_dataset(self, make: Callable[[], DatasetDict]) -> DatasetDict:
-        """What `make` returns, made by each node's first rank, and read from its disk by all of them.
+    def tokenized(
+        self,
+        tokenize: Callable[..., DatasetDict],
+        rows: DatasetDict,
+        tokenizer: PreTrainedTokenizerBase,
+        num_proc: int | None,
+        **options: Any,
+    ) -> DatasetDict:
+        """`tokenize(rows, tokenizer, **options)`, done once for all trials and starts that share a cache folder.
 
-        (TRL's reference pass, for one, leaves its results beside a dataset's file, where every rank must find them.)
-        A `UserError` of `make` is raised on all of them.
+        Every rank reads it from the disk, where TRL leaves beside it what it makes of it, reference log-probs too.
+        A `UserError` of `tokenize` is raised on all ranks.
         """
-        folder = Path(self.hparams.args.output_dir) / "dataset"
+        code = [inspect.getsource(module) for module in (chat_format, dataset_utils)]
+        hashes = [hash_rows(rows[part]) for part in sorted(rows)]
+        key = fingerprint(tokenize.__name__, code, hashes, hash_tokenizer(tokenizer), options)
+        folder = self.cache / key
 
-        def save() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            make().save_to_disk(folder)
+        def work() -> None:
+            made = make_once(
+                folder,
+                make=lambda scratch: tokenize(rows, tokenizer, num_proc=num_proc, **options).save_to_disk(scratch),
+                intact=_loads,
+                on_wait=lambda: self.status("waiting for another trial that tokenizes the data"),
+            )
+            self.status("data tokenized" if made else f"tokenized data reused ({folder})")
 
-        once_per_node(self.core_context.distributed, save)
-        return DatasetDict.load_from_disk(folder)
+        once_per_node(self.core_context.distributed, work)
+        dataset = DatasetDict.load_from_disk(folder)
+        for part in dataset:
+            # What TRL and datasets make of it, they find again by this: a hash of all that its token ids depend on,
+            # where theirs would be a random number.
+            dataset[part]._fingerprint = fingerprint(key, part)
+        return dataset
+
+    @contextmanager
+    def one_at_a_time(self, key: str, what: str) -> Iterator[None]:
+        """Be the only trial in here among those with the same cache folder and `key`; the others wait for its `what`.
+
+        All ranks enter together, on one machine. A trial that waits can be preempted.
+        """
+        distributed = self.core_context.distributed
+        first = distributed.rank == 0
+        lock = open_lock(self.cache / f"{key}.lock") if first else None
+        waits = False
+        while not distributed.broadcast(taken(lock) if first else None):
+            if not waits:
+                self.status(f"waiting for another trial's {what}")
+                waits = True
+            self.stop_if_preempted()
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            if first:
+                lock.release()
+
+
+def _loads(folder: Path) -> bool:
+    """Whether all of a data set is there: /tmp, for one, is cleaned of old files."""
+    try:
+        DatasetDict.load_from_disk(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class TrialStopped(Exception):
@@ -125,7 +186,8 @@ def _open_on_cluster(
         raise UserError(f"the trial has {slots} slots and one process: begin the YAML's entrypoint with {launcher}")
     # Metrics go to the Web UI; AUTO would import tensorboard, which nothing here needs.
     with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
-        yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, on_cluster=True)
+        cache = Path(HF_HOME) / "determined" / "cache"  # on a disk of the agent's, if HF_HOME is: see dpo.yaml
+        yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, cache, on_cluster=True)
 
 
 @contextmanager
@@ -141,18 +203,23 @@ def _open_on_this_machine(
     hparams = parse_hyperparameters(cls, trials[0])
     output = Path(args.output)
     reports = output / "reports.jsonl"
-    earlier = read_reports(reports)
-    if any(report["kind"] == "hparams" and report["hparams"] != as_json(trials[0]) for report in earlier):
-        raise UserError(f"{output} holds a trial with other hyperparameters; remove it, or choose another --output")
-    checkpoints = [report["uuid"] for report in earlier if report["kind"] == "checkpoint"]
-    latest = checkpoints[-1] if checkpoints else None
     metric = config["searcher"].get("metric")
     storage = local_checkpoint_storage()
+    cache = Path(args.cache or output / "cache")
     hparams.args.output_dir = str(output / "trainer")
-    with core.init(distributed=distributed, checkpoint_storage=str(storage)) as core_context:
+    with contextlib.ExitStack() as stack:
+        # One whose local_experiment.py was killed has some milliseconds to live.
+        lock = only_writer(output, patience=30)
+        once_per_node(distributed or core.DummyDistributedContext(), lambda: stack.enter_context(lock))
+        earlier = read_reports(reports)
+        if any(report["kind"] == "hparams" and report["hparams"] != as_json(trials[0]) for report in earlier):
+            raise UserError(f"{output} holds a trial with other hyperparameters; remove it, or choose another --output")
+        checkpoints = [report["uuid"] for report in earlier if report["kind"] == "checkpoint"]
+        latest = checkpoints[-1] if checkpoints else None
+        core_context = stack.enter_context(core.init(distributed=distributed, checkpoint_storage=str(storage)))
         core_context.train = LocalTrainContext(reports, trials[0])
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, reports)
-        yield Trial(hparams, core_context, args.trial_id, metric, latest, on_cluster=False)
+        yield Trial(hparams, core_context, args.trial_id, metric, latest, cache, on_cluster=False)
         if core_context.distributed.local_rank == 0:  # every checkpoint in it is in the storage by now
             shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
 
@@ -181,7 +248,23 @@ def _parse_arguments(default_config: str, description: str) -> argparse.Namespac
         help="the trial's folder: run again with the same one, it resumes (default: %(default)s)",
     )
     parser.add_argument("--trial-id", type=int, default=1, help="number written to its checkpoints (default: 1)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--cache", help="folder for tokenized data and reference log-probs, to share (default: OUTPUT/cache)"
+    )
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end when whoever started this does, as pipes tell it"
+    )
+    args = parser.parse_args()
+    if args.until_stdin_closes:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    return args
+
+
+def _end_with_stdin() -> None:
+    """End this process as SIGKILL would once the other end of its stdin is closed, which a killed parent does too."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
 
 
 class LocalTrainContext(core.DummyTrainContext):

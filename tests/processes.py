@@ -69,11 +69,12 @@ def _run(
     die: tuple[str, int] | None = None,
     preempt: int | None = None,
     fsdp: bool = False,
+    threads: int | None = None,
 ) -> None:
     """Be a rank. `die`: the dotted name of a function, and at which of its calls the first rank gets SIGKILL.
 
     `preempt`: the poll for preemption, counted from the start of training, that is answered with yes, as all after it.
-    `fsdp`: let accelerate shard on CPUs (see `fsdp_on_cpu`).
+    `fsdp`: let accelerate shard on CPUs (see `fsdp_on_cpu`). `threads`: of torch.
     """
     os.environ.update(environment)
     os.chdir(REPO)
@@ -88,8 +89,9 @@ def _run(
         _preempt_at(preempt)
     if fsdp:
         fsdp_on_cpu()
-    if environment:
-        torch.set_num_threads(1)  # ranks that share the cores by threads wait for each other most of the time
+    if environment or threads:
+        # Ranks that share the cores by threads wait for each other most of the time.
+        torch.set_num_threads(threads or 1)
     importlib.import_module(script).main()
 
 

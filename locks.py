@@ -1,0 +1,61 @@
+"""Locks between processes of one machine. A lock ends with the process that holds it, however that ends."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets.fingerprint import Hasher
+from filelock import FileLock, Timeout
+
+from user_error import UserError
+
+
+def open_lock(path: Path) -> FileLock:
+    """The lock whose file is `path`, not yet taken. Raises `UserError` where no file can be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}, and a lock is needed there") from error
+    return FileLock(path)
+
+
+def taken(lock: FileLock) -> bool:
+    """Take the lock if nobody holds it; whether it is ours now."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock `path`; `on_wait` is called once if another process must let go of it first."""
+    lock = open_lock(path)
+    if not taken(lock):
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def only_writer(folder: Path, patience: float = 0) -> Iterator[None]:
+    """Be the only process that writes to `folder`, which need not exist yet.
+
+    Raises `UserError` if another still does after `patience` seconds.
+    """
+    path = Path(tempfile.gettempdir()) / f"only-writer-{Hasher.hash(str(folder.resolve()))}.lock"
+    lock = open_lock(path)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise UserError(f"{folder}: another process is at work there") from None
+    try:
+        yield
+    finally:
+        lock.release()
