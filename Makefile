@@ -27,6 +27,7 @@ demo: setup
 	$(PY) inference.py --model base=$(TINY)/base --model sft=$$(cat local_runs/tiny-sft/best_checkpoint) \
 	    --model dpo=$$(cat local_runs/tiny-dpo/best_checkpoint) --dataset $(TINY)/questions \
 	    --number-of-samples 5 --output_file local_runs/tiny-comparison.csv
+	@echo "The grid as a picture, to open in a browser: $(CURDIR)/local_runs/tiny-dpo/report.html"
 
 lint: setup
 	$(PY) -m ruff check .

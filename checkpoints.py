@@ -3,6 +3,7 @@
 import os
 import tarfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -17,7 +18,6 @@ from huggingface_hub.constants import HF_HOME
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from urllib3.exceptions import HTTPError
 
-from hyperparameters import check_uuid
 from ranks import once_per_node
 from shared_cache import make_once
 from user_error import PassingError, UserError, one_line
@@ -40,6 +40,16 @@ def local_checkpoint_storage() -> Path:
     """
     default = Path(__file__).resolve().parent / "local_runs" / "checkpoints"
     return Path(os.environ.get("LOCAL_CHECKPOINT_STORAGE", default)).resolve()
+
+
+def check_uuid(value: str, key: str) -> None:
+    """Refuse what is no UUID: Determined's storage would take `""` for the whole store and `../x` for a way out."""
+    try:
+        valid = str(uuid.UUID(value)) == value.lower()
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"{key} {value!r} is no checkpoint UUID (32 hexadecimal digits as 8-4-4-4-12)")
 
 
 def is_model_file(path: str) -> bool:

@@ -95,11 +95,9 @@ def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def varying_hyperparameters(config: dict[str, Any]) -> list[str]:
-    """Dotted names of the hyperparameters that a grid varies, as in `training_args.learning_rate`."""
-    prefix = "hyperparameters."
-    return [
-        key.removeprefix(prefix) for key, values in _axes(config["hyperparameters"], prefix[:-1]) if len(values) > 1
-    ]
+    """Dotted names of the hyperparameters that a search varies, as in `training_args.learning_rate`."""
+    axes = _axes(config["hyperparameters"], "hyperparameters")
+    return [key.removeprefix("hyperparameters.") for key, values in axes if values is None or len(values) > 1]
 
 
 def _axes(level: dict[str, Any], path: str) -> Iterator[tuple[str, list[Any] | None]]:

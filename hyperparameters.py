@@ -11,7 +11,6 @@ import os
 import sys
 import types
 import typing
-import uuid
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +21,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
+from checkpoints import check_uuid
 from user_error import UserError, nearest, one_line
 
 logger = logging.getLogger(__name__)
@@ -221,16 +221,6 @@ def check_searcher_metric(cls: type[Hyperparameters], metric: str) -> None:
     if metric not in cls.eval_metrics:
         known = ", ".join(cls.eval_metrics)
         raise UserError(f"searcher.metric {metric!r} is not reported at evaluations, which have {known}")
-
-
-def check_uuid(value: str, key: str) -> None:
-    """Refuse what is no UUID: Determined's storage would take `""` for the whole store and `../x` for a way out."""
-    try:
-        valid = str(uuid.UUID(value)) == value.lower()
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"{key} {value!r} is no checkpoint UUID (32 hexadecimal digits as 8-4-4-4-12)")
 
 
 def check_positive(hparams: Any, *keys: str) -> None:

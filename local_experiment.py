@@ -10,63 +10,60 @@ receives
     trials.jsonl         a line a trial: trial_id, state, hparams, steps_completed, metrics (of the last validation),
                          best_metrics, checkpoint_uuid
     best_checkpoint      the UUID of the best trial's checkpoint
+    report.html          all of it as a picture, to open in a browser
     trials/<trial_id>/   its config.yaml, log.txt and reports.jsonl
+    cache/               what the trials share: tokenized data and reference log-probs. It may be removed at any time
 
 checkpoint_uuid is, of the checkpoints that were validated when they were saved, the best one by searcher.metric, and
 best_metrics are its metrics: what ranks a trial is what one gets from it. (The last step is always validated and
 saved.) Checkpoints are kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start
-from by UUID. Started again with the same config and DIR, finished trials are kept and an interrupted one goes on from
-its latest checkpoint.
+from by UUID.
+
+Interrupted in whatever way (Ctrl-C, a kill, a power cut) and started again with the same config and DIR, it keeps the
+finished trials and goes on with the others from their latest checkpoints.
 """
 
 import argparse
 import json
-import math
+import multiprocessing
 import os
-import shlex
+import runpy
 import shutil
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.live import Live
 from rich.table import Table
 
 from checkpoints import local_checkpoint, local_checkpoint_storage
 from dataset_utils import load_dpo_dataset, load_sft_dataset
-from experiment_config import entrypoint_script, expand_trials, read_experiment_config, varying_hyperparameters
+from experiment_config import entrypoint_script, expand_trials, read_experiment_config
+from experiment_results import Experiment, Report, read_reports, short_name, summarize, write_whole
 from hyperparameters import DPOHyperparameters, SFTHyperparameters, check_searcher_metric, parse_hyperparameters
+from locks import only_writer
 from models import check_source
-from trial import as_json, hide_progress_bars_in_logs, read_reports
+from report import render
+from trial import as_json, hide_progress_bars_in_logs
 from user_error import UserError, exit_on_user_error
 
 POLL_SECONDS = 0.2
 SHOWN_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+# Trials are forked from a process that has done the imports, eight seconds of them, where libraries stand that (on
+# macOS they do not).
+PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+IMPORTS = ["determined.transformers", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer"]
 
 console = Console(soft_wrap=True, highlight=False)
-
-
-class Searcher:
-    """The part of the searcher's config that ranks trials."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        searcher = config["searcher"]
-        if not searcher.get("metric"):
-            raise UserError("searcher.metric is missing: it ranks the trials")
-        self.metric: str = searcher["metric"]
-        self.smaller_is_better: bool = searcher.get("smaller_is_better", True)  # Determined's default
-
-    def best(self, items: list[Any], metrics_of: Callable[[Any], dict[str, float]]) -> Any | None:
-        """The item whose metrics are best, the first of equals; None where none has a finite value of the metric."""
-        scored = [item for item in items if math.isfinite(metrics_of(item).get(self.metric, math.nan))]
-        sign = 1 if self.smaller_is_better else -1
-        return min(scored, key=lambda item: sign * metrics_of(item)[self.metric], default=None)
 
 
 def check_trials(script: str, trials: list[dict[str, Any]], metric: str) -> None:
@@ -97,14 +94,54 @@ def check_trials(script: str, trials: list[dict[str, Any]], metric: str) -> None
             console.print(start, markup=False)
 
 
-class Experiment:
-    """An experiment's folder and what is known of its trials."""
+class RunningTrial:
+    """A trial's process and what it has reported so far."""
 
-    def __init__(self, config: dict[str, Any], trials: list[dict[str, Any]], folder: Path) -> None:
-        self.config, self.trials, self.folder = config, trials, folder
-        self.searcher = Searcher(config)
-        self.varying = varying_hyperparameters(config)
-        self.results: dict[int, dict[str, Any]] = {}
+    def __init__(self, process: BaseProcess, slot: int, folder: Path) -> None:
+        self.process, self.slot, self.started = process, slot, time.monotonic()
+        self.file, self.offset = folder / "reports.jsonl", 0
+        self.reports: list[Report] = []
+        self.progress: list[tuple[float, float]] = []  # when, and how far; of this process, not of an earlier start
+        self.read()
+        self.progress.clear()
+
+    def read(self) -> None:
+        """Take in the lines that were completed since the last time."""
+        if not self.file.exists():
+            return
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            *lines, rest = file.read().split(b"\n")
+            self.offset = file.tell() - len(rest)
+        for line in lines:
+            with suppress(ValueError):  # one that a kill cut short
+                self.reports.append(json.loads(line))
+                if self.reports[-1]["kind"] == "progress":
+                    self.progress.append((time.monotonic(), self.reports[-1]["progress"]))
+
+    def last(self, kind: str) -> Report:
+        return next((report for report in reversed(self.reports) if report["kind"] == kind), {})
+
+    def seconds_left(self) -> float | None:
+        """Of training, at its pace so far; None as long as there is none."""
+        if len(self.progress) < 2:
+            return None
+        (first_time, first), (last_time, last) = self.progress[0], self.progress[-1]
+        pace = (last_time - first_time) / (last - first) if last > first else 0.0
+        return max(0.0, pace * (1 - last) - (time.monotonic() - last_time))
+
+
+class LocalExperiment(Experiment):
+    """An experiment in a folder of this machine."""
+
+    def __init__(self, name: str, config: dict[str, Any], folder: Path, config_file: str, model_def: str) -> None:
+        super().__init__(name, config)
+        self.trials, self.folder, self.model_def = expand_trials(config), folder, model_def
+        # What follows on tiny/sft.yaml is tiny/dpo.yaml, else dpo.yaml with preference data of the user's choice.
+        beside = Path(config_file).with_name(Path(config_file).name.replace("sft", "dpo"))
+        self.dpo_config = str(beside if beside.exists() and beside != Path(config_file) else "dpo.yaml")
+        self.running: dict[int, RunningTrial] = {}
+        self.durations: list[float] = []  # in seconds, of the trials that this process has seen complete
 
     def open_folder(self) -> None:
         """Make the folder, or take up a run of the same experiment in it."""
@@ -115,7 +152,9 @@ class Experiment:
                 raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
             for result in self._read_results():
                 if result["state"] == "COMPLETED":
-                    self.results[result["trial_id"]] = result
+                    trial_id = result["trial_id"]
+                    self.results[trial_id] = result
+                    self.reports[trial_id] = read_reports(self.trial_folder(trial_id) / "reports.jsonl")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(stored, json.dumps(self.config, indent=2) + "\n")
@@ -124,157 +163,213 @@ class Experiment:
         file = self.folder / "trials.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
-    def run(self, model_def: Path) -> int:
-        """Run the trials that are not completed yet, one after another; returns how many failed."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    def run(self, model_def: Path, max_concurrent: int) -> int:
+        """Run the trials that are not completed yet, `max_concurrent` at a time; returns how many failed."""
+        waiting = [trial_id for trial_id in range(1, len(self.trials) + 1) if trial_id not in self.results]
+        for trial_id in self.results:
+            console.print(f"{self.describe(trial_id)}: completed before, kept")
         failed = 0
-        with Progress(
-            *columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}"), console=console, transient=True
-        ) as progress:
-            for trial_id in range(1, len(self.trials) + 1):
-                if trial_id in self.results:
-                    console.print(f"{self.describe(trial_id)}: completed before, kept")
-                    continue
-                started = time.monotonic()
-                if not console.is_terminal:  # where there is no bar to show that it is at work
-                    console.print(f"{self.describe(trial_id)}: started, log in {self.log_of(trial_id)}", markup=False)
-                result = self.run_trial(trial_id, model_def, progress)
-                self.keep(result)
-                outcome = f"{self.describe(trial_id)}: {result['state']} after {time.monotonic() - started:.0f} s"
-                if result["state"] == "ERROR":
-                    failed += 1
-                    outcome += f": {result['error']} (see {self.log_of(trial_id)})"
-                elif self.searcher.metric in result["best_metrics"]:
-                    outcome += f", {self.searcher.metric} {result['best_metrics'][self.searcher.metric]:.4g}"
-                console.print(outcome, markup=False)
+        with ExitStack() as stack:
+            live = Live(console=console, transient=True, auto_refresh=False)
+            if console.is_terminal:
+                stack.enter_context(live)
+            stack.callback(self.stop)  # at Ctrl-C, for one: no trial runs on unwatched
+            while waiting or self.running:
+                while waiting and len(self.running) < max_concurrent:
+                    self.start(waiting.pop(0), model_def, max_concurrent)
+                time.sleep(POLL_SECONDS)
+                for trial_id, trial in list(self.running.items()):
+                    ended = not trial.process.is_alive()
+                    trial.read()
+                    if ended:
+                        failed += self.finish(trial_id)["state"] == "ERROR"
+                live.update(self.progress_table(waiting), refresh=True)
         return failed
 
-    def run_trial(self, trial_id: int, model_def: Path, progress: Progress) -> dict[str, Any]:
-        """Run one trial to its end and return its line of `trials.jsonl`, with the `error` of a failed one."""
-        hparams = self.trials[trial_id - 1]
-        folder = self.folder / "trials" / str(trial_id)
+    def start(self, trial_id: int, model_def: Path, max_concurrent: int) -> None:
+        folder = self.trial_folder(trial_id)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self.config, "hyperparameters": hparams, "searcher": {**self.config["searcher"], "name": "single"}}
+        searcher = {**self.config["searcher"], "name": "single"}
+        config = {**self.config, "hyperparameters": self.trials[trial_id - 1], "searcher": searcher}
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        command = [
-            *(sys.executable, *entrypoint_script(self.config)),
-            *("--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)),
-        ]
-        environment = {
-            **os.environ,
-            "LOCAL_CHECKPOINT_STORAGE": str(local_checkpoint_storage()),
-            "PYTHONUNBUFFERED": "1",
-        }
-        bar = progress.add_task(self.describe(trial_id), total=1.0, status="starting")
-        saved = [r for r in read_reports(folder / "reports.jsonl") if r["kind"] == "checkpoint"]
+        script, *arguments = entrypoint_script(self.config)
+        arguments += ["--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)]
+        arguments += ["--cache", str(self.folder / "cache")]
+        environment = {**os.environ, "LOCAL_CHECKPOINT_STORAGE": str(local_checkpoint_storage())}
+        slot = min(set(range(max_concurrent)) - {trial.slot for trial in self.running.values()})
+        threads = None
+        if max_concurrent > 1:
+            # Trials that share the cores by threads would wait for each other most of the time.
+            threads = max(1, (os.cpu_count() or 1) // max_concurrent)
+            if torch.cuda.device_count() > 1:
+                environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % torch.cuda.device_count()))
+        process = PROCESSES.Process(
+            target=be_trial,
+            args=(script, arguments, str(model_def), environment, threads, str(self.log_of(trial_id))),
+            name=f"trial {trial_id}",
+        )
+        process.start()
+        trial = self.running[trial_id] = RunningTrial(process, slot, folder)
+        saved = trial.last("checkpoint")
         if saved:
-            console.print(f"{self.describe(trial_id)}: resumes from step {saved[-1]['steps_completed']}", markup=False)
-        with self.log_of(trial_id).open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(command, cwd=model_def, env=environment, stdout=log, stderr=log)
-            try:
-                while process.poll() is None:
-                    time.sleep(POLL_SECONDS)
-                    self._show(read_reports(folder / "reports.jsonl"), progress, bar)
-            except BaseException:  # Ctrl-C among them: the trial must not run on unwatched
-                process.terminate()
-                process.wait()
-                raise
-        progress.remove_task(bar)
-        reports = read_reports(folder / "reports.jsonl")
-        if process.returncode != 0:
-            result = summarize(trial_id, "ERROR", hparams, reports, self.searcher)
-            return {**result, "error": last_line(self.log_of(trial_id))}
-        result = summarize(trial_id, "COMPLETED", hparams, reports, self.searcher)
-        delete_superseded(reports, best=result["checkpoint_uuid"])
+            console.print(f"{self.describe(trial_id)}: resumes from step {saved['steps_completed']}", markup=False)
+        elif not console.is_terminal:  # where there is no table to show that it is at work
+            console.print(f"{self.describe(trial_id)}: started, log in {self.log_of(trial_id)}", markup=False)
+
+    def finish(self, trial_id: int) -> dict[str, Any]:
+        """Keep what a trial whose process has ended leaves behind, and return its line of `trials.jsonl`."""
+        trial = self.running.pop(trial_id)
+        state = "ERROR" if trial.process.exitcode else "COMPLETED"
+        result = summarize(trial_id, state, self.trials[trial_id - 1], trial.reports, self.searcher)
+        self.results[trial_id], self.reports[trial_id] = result, trial.reports
+        self.keep()
+        seconds = time.monotonic() - trial.started
+        outcome = f"{self.describe(trial_id)}: {state} after {seconds:.0f} s"
+        if state == "ERROR":
+            outcome += f": {last_line(self.log_of(trial_id))} (see {self.log_of(trial_id)})"
+        else:
+            self.durations.append(seconds)
+            delete_superseded(trial.reports, best=result["checkpoint_uuid"])
+            if self.searcher.metric in result["best_metrics"]:
+                outcome += f", {self.searcher.metric} {result['best_metrics'][self.searcher.metric]:.4g}"
+        console.print(outcome, markup=False)
         return result
 
-    def log_of(self, trial_id: int) -> Path:
-        return self.folder / "trials" / str(trial_id) / "log.txt"
+    def stop(self) -> None:
+        """End the trials that still run; each resumes from its latest checkpoint."""
+        for trial in self.running.values():
+            trial.process.terminate()
+        for trial in self.running.values():
+            trial.process.join()
 
-    def _show(self, reports: list[dict[str, Any]], progress: Progress, bar: Any) -> None:
-        last = {report["kind"]: report for report in reports}
-        status = last.get("status", {}).get("status", "starting")
-        metrics = last.get("validation", {}).get("metrics", {})
-        if self.searcher.metric in metrics:
-            status = f"{self.searcher.metric} {metrics[self.searcher.metric]:.4g}"
-        progress.update(bar, completed=last.get("progress", {}).get("progress", 0.0), status=status)
-
-    def describe(self, trial_id: int) -> str:
-        """`trial 2 of 9 (dpo_beta 0.1, learning_rate 5e-07)`."""
-        values = [f"{name.split('.')[-1]} {self.value(trial_id, name)}" for name in self.varying]
-        return f"trial {trial_id} of {len(self.trials)}" + (f" ({', '.join(values)})" if values else "")
-
-    def value(self, trial_id: int, name: str) -> str:
-        value: Any = self.trials[trial_id - 1]
-        for key in name.split("."):
-            value = value[key]
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    def keep(self, result: dict[str, Any]) -> None:
-        """Write `trials.jsonl` anew with `result` in it, and the best checkpoint so far."""
-        line = {name: result[name] for name in result if name != "error"}
-        self.results[result["trial_id"]] = line
+    def keep(self) -> None:
+        """Write `trials.jsonl`, the best checkpoint so far and the report anew."""
         lines = [json.dumps(self.results[trial_id]) + "\n" for trial_id in sorted(self.results)]
         write_whole(self.folder / "trials.jsonl", "".join(lines))
         best = self.best()
         if best:
             write_whole(self.folder / "best_checkpoint", best["checkpoint_uuid"] + "\n")
+        write_whole(self.report_file, render(self, self.dpo_config, self.model_def))
 
-    def best(self) -> dict[str, Any] | None:
-        completed = [result for result in self.results.values() if result["state"] == "COMPLETED"]
-        return self.searcher.best(sorted(completed, key=lambda r: r["trial_id"]), lambda r: r["best_metrics"])
+    @property
+    def report_file(self) -> Path:
+        return self.folder / "report.html"
+
+    def trial_folder(self, trial_id: int) -> Path:
+        return self.folder / "trials" / str(trial_id)
+
+    def log_of(self, trial_id: int) -> Path:
+        return self.trial_folder(trial_id) / "log.txt"
+
+    def describe(self, trial_id: int) -> str:
+        """`trial 2 of 9 (dpo_beta 0.1, learning_rate 5e-07)`."""
+        varied = self.varied(self.trials[trial_id - 1])
+        return f"trial {trial_id} of {len(self.trials)}" + (f" ({varied})" if varied else "")
 
     def winner(self) -> str | None:
         """`Best: trial 1 (as good: 3, 6; the first is taken), checkpoint ...`; None where no trial has the metric."""
         best = self.best()
         if best is None:
             return None
-        metric = self.searcher.metric
-        equals = [
-            str(trial_id)
-            for trial_id, result in sorted(self.results.items())
-            if trial_id != best["trial_id"] and result["best_metrics"].get(metric) == best["best_metrics"][metric]
-        ]
-        tie = f" (as good: {', '.join(equals)}; the first is taken)" if equals else ""
+        tie = f" (as good: {', '.join(map(str, self.ties()))}; the first is taken)" if self.ties() else ""
         return f"Best: trial {best['trial_id']}{tie}, checkpoint {best['checkpoint_uuid']}"
+
+    def progress_table(self, waiting: list[int]) -> Table:
+        """What all trials are at, to be watched."""
+        metric = self.searcher.metric
+        table = Table(box=box.SIMPLE, pad_edge=False, caption=self.outlook(waiting), caption_justify="left")
+        for name in ("trial", *map(short_name, self.varying)):
+            table.add_column(name, justify="right")
+        table.add_column("state", no_wrap=True, max_width=48, overflow="ellipsis")
+        for name in ("step", short_name(metric), "left"):
+            table.add_column(name, justify="right")
+        for trial_id, hparams in enumerate(self.trials, start=1):
+            state, step, metrics, left = "waiting", "", {}, ""
+            if trial_id in self.running:
+                trial = self.running[trial_id]
+                done = trial.progress[-1][1] if trial.progress else 0.0
+                state = trial.last("status").get("status", "starting")
+                state += f" {done:.0%}" if done else ""
+                step = str(trial.last("training").get("steps_completed", ""))
+                metrics, left = trial.last("validation").get("metrics", {}), in_minutes(trial.seconds_left())
+            elif trial_id in self.results:
+                result = self.results[trial_id]
+                state, step, metrics = result["state"], str(result["steps_completed"]), result["best_metrics"]
+            cells = [str(trial_id), *(self.value(hparams, name) for name in self.varying), state, step]
+            style = "bold" if trial_id in self.running else "dim" if state == "waiting" else None
+            table.add_row(*cells, f"{metrics[metric]:.4g}" if metric in metrics else "", left, style=style)
+        return table
+
+    def outlook(self, waiting: list[int]) -> str:
+        """How many trials are done, and about how long the rest will take, once one has shown it."""
+        done = f"{len(self.results)} of {len(self.trials)} trials done"
+        if not self.durations:
+            return done
+        each = sum(self.durations) / len(self.durations)
+        now = time.monotonic()
+        left = len(waiting) * each + sum(max(0.0, each - (now - trial.started)) for trial in self.running.values())
+        return f"{done}, about {in_minutes(left / max(1, len(self.running)))} left"
 
     def table(self) -> Table:
         metrics = list(dict.fromkeys([self.searcher.metric, *SHOWN_METRICS]))
         metrics = [m for m in metrics if any(m in result["best_metrics"] for result in self.results.values())]
         best = self.best()
-        title = f"{self.config.get('name', self.folder.name)}: validations best by {self.searcher.metric}"
+        title = f"{self.name}: validations best by {self.searcher.metric}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
         states = {result["state"] for result in self.results.values()}
         shown = ["trial", *self.varying, *(["state"] if states != {"COMPLETED"} else []), "steps", *metrics]
         for name in shown:
-            heading = name.removeprefix("training_args.").split("/")[-1]
+            heading = short_name(name)
             table.add_column(heading, justify="right", no_wrap=name == "state", overflow="fold")
         for trial_id, result in sorted(self.results.items()):
             cells = {"trial": str(trial_id), "state": result["state"], "steps": str(result["steps_completed"])}
-            cells |= {name: self.value(trial_id, name) for name in self.varying}
+            cells |= {name: self.value(result["hparams"], name) for name in self.varying}
             cells |= {m: f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics}
             style = "bold green" if best and trial_id == best["trial_id"] else None
             table.add_row(*(cells[name] for name in shown), style=style)
         return table
 
 
-def summarize(
-    trial_id: int, state: str, hparams: dict[str, Any], reports: list[dict[str, Any]], searcher: Searcher
-) -> dict[str, Any]:
-    """A trial's line of `trials.jsonl`, from what it reported."""
-    # By step: after a resume the steps since the checkpoint are reported once more.
-    validations = {r["steps_completed"]: r["metrics"] for r in reports if r["kind"] == "validation"}
-    checkpoints = {r["steps_completed"]: r["uuid"] for r in reports if r["kind"] == "checkpoint"}
-    best_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
-    return {
-        "trial_id": trial_id,
-        "state": state,
-        "hparams": hparams,
-        "steps_completed": max((r["steps_completed"] for r in reports if "steps_completed" in r), default=0),
-        "metrics": validations[max(validations)] if validations else {},
-        "best_metrics": validations.get(best_step, {}),
-        "checkpoint_uuid": checkpoints.get(best_step, checkpoints[max(checkpoints)] if checkpoints else None),
-    }
+def start_importing() -> None:
+    """Start the process that trials are forked from, so that it imports while this one looks at the data."""
+    # For multiprocessing's own helper, which else warns on the terminal of a lock that a killed trial has left.
+    sys.warnoptions.append("ignore:resource_tracker")
+    PROCESSES.set_forkserver_preload(IMPORTS)
+    if PROCESSES.get_start_method() == "forkserver":
+        forkserver.ensure_running()
+
+
+def be_trial(
+    script: str, arguments: list[str], model_def: str, environment: dict[str, str], threads: int | None, log: str
+) -> None:
+    """What a trial's process does: as `python SCRIPT ARGUMENTS >>LOG 2>&1` in `model_def`, but for the imports."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(output, stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    here = Path(__file__).parent
+    for name, module in list(sys.modules.items()):  # model_def may have others of these names
+        if not name.startswith("__") and Path(getattr(module, "__file__", None) or "/").parent == here:
+            del sys.modules[name]
+    sys.path[:] = [model_def, *(path for path in sys.path if Path(path or ".").resolve() != here)]
+    sys.argv = [script, *arguments]
+    os.chdir(model_def)
+    runpy.run_path(script, run_name="__main__")
+
+
+def end_with_parent() -> None:
+    """End this process, as SIGKILL would, once the one that started it has ended in whatever way."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def in_minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
 def delete_superseded(reports: list[dict[str, Any]], best: str | None) -> None:
@@ -298,38 +393,6 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
     return None if old == new else key
 
 
-def next_command(experiment: Experiment, config_path: str, model_def: str) -> str | None:
-    """The command that a user would type next, or None for an entrypoint that is not this project's."""
-    best, script = experiment.best(), Path(entrypoint_script(experiment.config)[0]).name
-    if best is None:
-        return None
-    checkpoint, hparams = best["checkpoint_uuid"], best["hparams"]
-    if script == "sft_finetune.py":
-        dpo_config = Path(config_path).with_name(Path(config_path).name.replace("sft", "dpo"))
-        if not dpo_config.exists() or dpo_config == Path(config_path):
-            dpo_config = Path("dpo.yaml")  # with preference data of the user's choice
-        # The base model goes along, for the comparison at the end to set against the tuned ones.
-        overrides = {"model_ckpt": checkpoint, "model_name": hparams["model_name"]}
-        words = [word for key, value in overrides.items() for word in ("--config", f"hyperparameters.{key}={value}")]
-        return "python " + shlex.join(["local_experiment.py", str(dpo_config), model_def, *words])
-    if script == "dpo_finetune.py":
-        models = {"base": hparams.get("model_name"), "sft": hparams.get("model_ckpt"), "dpo": checkpoint}
-        words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
-        words += ["--dataset", hparams["datasets"][0]]
-        data_seed = hparams.get("training_args", {}).get("data_seed")
-        if data_seed is not None:  # it decides which rows were held out
-            words += ["--data-seed", str(data_seed)]
-        return "python " + shlex.join(["inference.py", *words])
-    return None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a restart after a kill, finds the old text or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
@@ -349,36 +412,46 @@ def parse_arguments() -> argparse.Namespace:
         help="override a key of the YAML, e.g. --config hyperparameters.training_args.max_steps=10; repeatable",
     )
     parser.add_argument("--output", metavar="DIR", help="default: local_runs/<experiment name>")
+    parser.add_argument(
+        "--max-concurrent",
+        metavar="N",
+        type=int,
+        default=1,
+        help="trials at a time (default: 1): each needs memory of its own, and they share cores and GPUs",
+    )
     return parser.parse_args()
 
 
 @exit_on_user_error
 def main() -> int:
     args = parse_arguments()
+    start_importing()
     config = read_experiment_config(args.config_file, args.config)
-    trials = expand_trials(config)
     model_def = Path(args.model_def).resolve()
     script = entrypoint_script(config)[0]
     if not (model_def / script).is_file():
         raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
-    name = str(config.get("name", Path(args.config_file).stem)).replace("/", "_")
-    folder = Path(args.output or Path("local_runs") / name).resolve()
-    experiment = Experiment(config, trials, folder)
+    if args.max_concurrent < 1:
+        raise UserError(f"--max-concurrent {args.max_concurrent} is not at least 1")
+    name = str(config.get("name", Path(args.config_file).stem))
+    folder = Path(args.output or Path("local_runs") / name.replace("/", "_")).resolve()
+    experiment = LocalExperiment(name, config, folder, args.config_file, args.model_def)
 
     hide_progress_bars_in_logs()
     started_in = Path.cwd()
     os.chdir(model_def)  # relative paths in the YAML are the script's
-    check_trials(Path(script).name, trials, experiment.searcher.metric)
-    experiment.open_folder()
-
-    failed = experiment.run(model_def)
+    check_trials(Path(script).name, experiment.trials, experiment.searcher.metric)
+    with only_writer(folder):
+        experiment.open_folder()
+        failed = experiment.run(model_def, args.max_concurrent)
 
     os.chdir(started_in)
     console.print(experiment.table())
     winner = experiment.winner()
     if winner:
         console.print(winner)
-    command = next_command(experiment, args.config_file, args.model_def)
+    console.print(f"Report: {experiment.report_file}", markup=False)
+    command = experiment.dpo_command(experiment.dpo_config, args.model_def) or experiment.compare_command()
     if command:
         console.print(f"Next: {command}", markup=False)
     return 1 if failed else 0

@@ -1,11 +1,12 @@
 """Locks between processes of one machine. A lock ends with the process that holds it, however that ends."""
 
+import getpass
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasets.fingerprint import Hasher
 from filelock import FileLock, Timeout
 
 from user_error import UserError
@@ -49,8 +50,8 @@ def only_writer(folder: Path, patience: float = 0) -> Iterator[None]:
 
     Raises `UserError` if another still does after `patience` seconds.
     """
-    path = Path(tempfile.gettempdir()) / f"only-writer-{Hasher.hash(str(folder.resolve()))}.lock"
-    lock = open_lock(path)
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    lock = open_lock(Path(tempfile.gettempdir()) / f"determined-locks-{getpass.getuser()}" / name)
     try:
         lock.acquire(timeout=patience)
     except Timeout:

@@ -11,14 +11,16 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase
 
 from locks import locked
+
+if TYPE_CHECKING:  # it takes seconds
+    from transformers import PreTrainedTokenizerBase
 
 
 def make_once(
@@ -71,7 +73,7 @@ def hash_files(folder: Path, pattern: str = "*") -> str:
     return digest.hexdigest()
 
 
-def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
     """SHA-256 of all that makes a tokenizer, its chat template too: of what it saves."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -17,7 +17,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ import chat_format
 import dataset_utils
 from checkpoints import local_checkpoint_storage
 from experiment_config import expand_trials, read_experiment_config
+from experiment_results import read_reports
 from hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from locks import only_writer, open_lock, taken
 from ranks import once_per_node
@@ -251,20 +251,7 @@ def _parse_arguments(default_config: str, description: str) -> argparse.Namespac
     parser.add_argument(
         "--cache", help="folder for tokenized data and reference log-probs, to share (default: OUTPUT/cache)"
     )
-    parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end when whoever started this does, as pipes tell it"
-    )
-    args = parser.parse_args()
-    if args.until_stdin_closes:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
-    return args
-
-
-def _end_with_stdin() -> None:
-    """End this process as SIGKILL would once the other end of its stdin is closed, which a killed parent does too."""
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)
+    return parser.parse_args()
 
 
 class LocalTrainContext(core.DummyTrainContext):
@@ -320,12 +307,3 @@ def append_report(path: Path, **report: Any) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write(json.dumps(report).encode() + b"\n")
-
-
-def read_reports(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a reports file; one that a kill cut short is left out. No file: no reports."""
-    reports = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            reports.append(json.loads(line))
-    return reports

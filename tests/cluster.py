@@ -66,6 +66,8 @@ class Trial:
     starts: int = 0
     preempt: bool = False
     acknowledged: int = 0
+    state: str = "STATE_COMPLETED"
+    deleted: set[str] = field(default_factory=set)  # the checkpoints that the cluster has cleaned up
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [report for report in self.reports if report["kind"] == kind]
@@ -207,6 +209,26 @@ class Master:
 
     # What the SDK asks for.
 
+    def experiment_trials(self, experiment_id: int, query: Any, body: Any) -> dict[str, Any]:
+        self.experiments[experiment_id]
+        found = [t.id for t in self.trials.values() if t.experiment_id == experiment_id]
+        trials = [self.get_trial(trial_id, None, None)["trial"] for trial_id in found]
+        return {"trials": trials, "pagination": {"total": len(found), "startIndex": 0, "endIndex": len(found)}}
+
+    def trial_metrics(self, query: dict[str, list[str]], body: Any) -> bytes:
+        """A stream of JSON, one object a line, in which what JSON has no number for is text."""
+        (trial_id,), (group,) = map(int, query["trialIds"]), query["group"]
+        key = "validation_metrics" if group == "validation" else "avg_metrics"
+        lines = [
+            {
+                **{"archived": False, "endTime": NOW, "group": group, "id": 1, "trialId": trial_id, "trialRunId": 1},
+                "totalBatches": report["steps_completed"],
+                "metrics": {key: {k: v if math.isfinite(v) else str(v) for k, v in report["metrics"].items()}},
+            }
+            for report in self.trials[trial_id].of_kind(group)
+        ]
+        return b"".join(json.dumps({"result": {"metrics": [line]}}).encode() + b"\n" for line in lines)
+
     def get_experiment(self, experiment_id: int, query: Any, body: Any) -> dict[str, Any]:
         return {"experiment": self._experiment(experiment_id), "config": self.experiments[experiment_id]["config"]}
 
@@ -215,7 +237,7 @@ class Master:
         return {
             "trial": {
                 **{"id": trial_id, "experimentId": trial.experiment_id, "hparams": trial.hparams, "startTime": NOW},
-                **{"state": "STATE_COMPLETED", "restarts": 0, "totalBatchesProcessed": 0, "bestValidation": None},
+                **{"state": trial.state, "restarts": 0, "totalBatchesProcessed": 0, "bestValidation": None},
             }
         }
 
@@ -255,8 +277,10 @@ class Master:
             for report in trial.of_kind("checkpoint"):
                 metrics = validations.get(report["steps_completed"], {})
                 found[report["uuid"]] = {
-                    **{"uuid": report["uuid"], "metadata": {}, "resources": report["resources"]},
-                    **{"state": "STATE_COMPLETED", "reportTime": NOW, "taskId": f"{trial.id}.1", "allocationId": "1"},
+                    **{"uuid": report["uuid"], "resources": report.get("resources", {})},
+                    "metadata": {"steps_completed": report["steps_completed"], "trial_id": trial.id},
+                    "state": f"STATE_{'DELETED' if report['uuid'] in trial.deleted else 'COMPLETED'}",
+                    **{"reportTime": NOW, "taskId": f"{trial.id}.1", "allocationId": "1"},
                     "training": {
                         **{"trialId": trial.id, "experimentId": trial.experiment_id, "experimentConfig": config},
                         **{"hparams": trial.hparams, "validationMetrics": {"avgMetrics": metrics}},
@@ -301,6 +325,8 @@ ROUTES = {
     r"POST /api/v1/checkpoints": Master.checkpoint,
     r"GET /api/v1/experiments/(\d+)": Master.get_experiment,
     r"GET /api/v1/experiments/(\d+)/checkpoints": Master.experiment_checkpoints,
+    r"GET /api/v1/experiments/(\d+)/trials": Master.experiment_trials,
+    r"GET /api/v1/trials/metrics/trial_metrics": Master.trial_metrics,
     r"GET /api/v1/trials/(\d+)": Master.get_trial,
     r"GET /api/v1/trials/(\d+)/checkpoints": Master.trial_checkpoints,
     r"GET /api/v1/checkpoints/([^/]+)": Master.get_checkpoint,

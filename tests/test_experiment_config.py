@@ -37,6 +37,8 @@ def test_grid_walks_sorted_keys_the_last_fastest():
     assert [(t["a"]["z"], t["b"]) for t in trials] == [("x", 1), ("x", 2), ("y", 1), ("y", 2)]
     assert all(t["c"] == "constant" and t["a"]["fixed"] == [1, 2] for t in trials)
     assert varying_hyperparameters(config) == ["a.z", "b"]
+    ranges = grid(a={"type": "double", "minval": 0, "maxval": 1}, b=2)  # of a random search, without a count
+    assert varying_hyperparameters(ranges) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import REPO, run_script
+from rich.console import Console
 
 import inference
 import local_experiment
 from checkpoints import local_checkpoint, local_checkpoint_storage
+from experiment_config import read_experiment_config
+from experiment_results import Searcher, summarize
 from hyperparameters import DPOHyperparameters, SFTHyperparameters
-from trial import read_reports
+from locks import only_writer
+from trial import append_report, read_reports
+from user_error import UserError
 
 GRID = {
     "searcher__name": "grid",
@@ -150,13 +155,13 @@ def test_the_best_trial_is_the_searchers():
 
     def best(smaller_is_better):
         searcher = {"metric": "acc", "smaller_is_better": smaller_is_better}
-        return local_experiment.Searcher({"searcher": searcher}).best(trials, lambda trial: trial["m"])["id"]
+        return Searcher({"searcher": searcher}).best(trials, lambda trial: trial["m"])["id"]
 
     assert (best(True), best(False)) == (1, 2)
 
 
 def test_a_trial_is_ranked_by_what_it_saved():
-    searcher = local_experiment.Searcher({"searcher": {"metric": "eval_loss"}})
+    searcher = Searcher({"searcher": {"metric": "eval_loss"}})
     reports = [
         {"kind": "validation", "steps_completed": 2, "metrics": {"eval_loss": 1.0}},
         {"kind": "checkpoint", "steps_completed": 2, "uuid": "at-2"},
@@ -164,36 +169,116 @@ def test_a_trial_is_ranked_by_what_it_saved():
         {"kind": "validation", "steps_completed": 4, "metrics": {"eval_loss": 2.0}},
         {"kind": "checkpoint", "steps_completed": 4, "uuid": "at-4"},
     ]
-    line = local_experiment.summarize(1, "COMPLETED", {}, reports, searcher)
+    line = summarize(1, "COMPLETED", {}, reports, searcher)
     assert line["checkpoint_uuid"] == "at-2"
     assert line["metrics"] == {"eval_loss": 2.0}
     assert line["best_metrics"] == {"eval_loss": 1.0}
     assert line["steps_completed"] == 4
 
 
-def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path):
-    """Ctrl-C, as a terminal sends it: to the experiment and its trial. The same command again then finishes."""
-    changes = {f"{ARGS}max_steps": 100, f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 10}
-    config = write_config(sft_config, **changes)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path, how):
+    """Ctrl-C as a terminal sends it, to the experiment and its trials, and SIGKILL, to the experiment alone.
+
+    No trial runs on, and the same command again finishes both.
+    """
+    changes = {f"{ARGS}max_steps": 60, f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 10}
+    seeds = {"searcher__name": "grid", f"{ARGS}seed": {"type": "categorical", "vals": [1, 2]}}
+    config = write_config(sft_config, **changes, **seeds)
     command = [sys.executable, "local_experiment.py", config, "--output", str(tmp_path / "out")]
+    command += ["--max-concurrent", "2"]
     first = subprocess.Popen(
         command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit SIG_IGN
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not any(r["kind"] == "checkpoint" for r in read_reports(tmp_path / "out" / "trials" / "1" / "reports.jsonl")):
+    files = [tmp_path / "out" / "trials" / trial / "reports.jsonl" for trial in "12"]
+    while not all(any(r["kind"] == "checkpoint" for r in read_reports(file)) for file in files):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGINT)
+    for file in files:
+        with pytest.raises(UserError, match="another process is at work there"), only_writer(file.parent):
+            pass
+    if how == signal.SIGINT:
+        os.killpg(first.pid, how)
+        told = (130, "interrupted: the same command again goes on from here\n")
+    else:
+        os.kill(first.pid, how)
+        told = (-how, "")
     _, err = first.communicate(timeout=60)
-    assert (first.returncode, err) == (130, "interrupted: the same command again goes on from here\n")
+    assert (first.returncode, err) == told
     assert not (tmp_path / "out" / "trials.jsonl").exists()
+    for file in files:
+        with only_writer(file.parent, patience=2):
+            pass
 
     again = run_script(*command[1:])
     assert again.returncode == 0, again.stderr
-    assert re.search(r"trial 1 of 1: resumes from step [1-9]0", again.stdout)
-    (trial,) = trials_in(tmp_path / "out")
-    assert (trial["state"], trial["steps_completed"]) == ("COMPLETED", 100)
+    assert len(re.findall(r"trial [12] of 2 \(seed [12]\): resumes from step [1-6]0", again.stdout)) == 2
+    assert [(trial["state"], trial["steps_completed"]) for trial in trials_in(tmp_path / "out")] == [
+        ("COMPLETED", 60)
+    ] * 2
+
+
+def test_a_folder_is_not_written_by_two_experiments(call, write_config, sft_config, tmp_path):
+    with only_writer(tmp_path / "out"):
+        status, _, err = call(local_experiment.main, write_config(sft_config), "--output", tmp_path / "out")
+    assert (status, err) == (2, f"error: {tmp_path / 'out'}: another process is at work there\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_three_trials_at_once(call, write_config, dpo_config, tmp_path):
+    """They end as they would one after another, and one of them makes the reference pass for all."""
+    grid = {"searcher__name": "grid", "hyperparameters__dpo_beta": {"type": "categorical", "vals": [0.1, 0.05, 0.01]}}
+    config = write_config(dpo_config, **grid, **{f"{ARGS}max_steps": 2})
+    status, out, err = call(local_experiment.main, config, "--output", tmp_path / "out", "--max-concurrent", 3)
+    assert status == 0, err
+    lines = [re.sub(r"trial \d of 3 \(dpo_beta [\d.]+\): (\w+).*", r"\1", line) for line in out.splitlines()]
+    assert [line for line in lines if line in ("started", "COMPLETED")] == ["started"] * 3 + ["COMPLETED"] * 3
+    reports = [read_reports(tmp_path / "out" / "trials" / trial / "reports.jsonl") for trial in "123"]
+    told = [report["status"].split(" in ")[0] for trial in reports for report in trial if report["kind"] == "status"]
+    assert told.count("reference log-probs computed") == 1
+    assert told.count("reference log-probs reused") == 2
+    assert [trial["hparams"]["dpo_beta"] for trial in trials_in(tmp_path / "out")] == [0.1, 0.05, 0.01]
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in out
+    assert "3 of 3" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_is_watched_while_trials_run(write_config, dpo_config, tmp_path, monkeypatch):
+    """The table of a grid with a finished, a running and a waiting trial, as a terminal shows it."""
+    now = 1000.0
+    monkeypatch.setattr("local_experiment.time.monotonic", lambda: now)
+    grid = {"searcher__name": "grid", "hyperparameters__dpo_beta": {"type": "categorical", "vals": [0.1, 0.05, 0.01]}}
+    path = write_config(dpo_config, **grid)
+    config = read_experiment_config(path)
+    experiment = local_experiment.LocalExperiment("test", config, tmp_path, path, ".")
+    metrics = {"eval_rewards/accuracies": 0.75}
+    experiment.results[1] = {"trial_id": 1, "state": "COMPLETED", "steps_completed": 40, "best_metrics": metrics}
+    experiment.durations.append(100.0)
+    file = tmp_path / "reports.jsonl"
+    append_report(file, kind="progress", progress=0.9)  # of an earlier start
+    trial = experiment.running[2] = local_experiment.RunningTrial(None, 0, tmp_path)
+    append_report(file, kind="status", status="training")
+    append_report(file, kind="progress", progress=0.1)
+    trial.read()
+    now += 10
+    with file.open("a") as torn:
+        torn.write('{"kind": "progress", ')
+    trial.read()
+    with file.open("a") as rest:
+        rest.write('"progress": 0.3}\n')
+    append_report(file, kind="training", steps_completed=12, metrics={"loss": 0.5})
+    append_report(file, kind="validation", steps_completed=12, metrics={"eval_rewards/accuracies": 0.625})
+    trial.read()
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(experiment.progress_table(waiting=[3]))
+    shown = [line.split() for line in captured.get().splitlines() if line.strip()]
+    assert shown[0] == ["trial", "dpo_beta", "state", "step", "accuracies", "left"]
+    assert shown[2] == ["1", "0.1", "COMPLETED", "40", "0.75"]
+    assert shown[3] == ["2", "0.05", "training", "30%", "12", "0.625", "0:35"]  # 20% in 10 s, 70% to go
+    assert shown[4] == ["3", "0.01", "waiting"]
+    assert " ".join(shown[5]) == "1 of 3 trials done, about 3:10 left"
 
 
 def test_superseded_checkpoints_are_deleted():

@@ -19,6 +19,7 @@ from determined.common import context
 import dpo_finetune
 import inference
 import local_experiment
+import report
 import sft_finetune
 from experiment_config import expand_trials, read_experiment_config
 from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
@@ -53,7 +54,7 @@ def test_yamls_open_with_the_command_that_runs_them(name):
     assert f"python local_experiment.py {name}" in opening
 
 
-@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune, local_experiment, inference, make])
+@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune, local_experiment, report, inference, make])
 def test_help_teaches(call, script):
     status, out, _ = call(script.main, "--help")
     assert status == 0
@@ -85,7 +86,7 @@ def test_readme_commands_are_real(command, monkeypatch):
     assert (REPO / words[1]).exists()
     for word in words[2:]:
         assert not word.endswith(".yaml") or (REPO / word).exists()
-    parsers = {"local_experiment.py": local_experiment, "inference.py": inference}
+    parsers = {"local_experiment.py": local_experiment, "report.py": report, "inference.py": inference}
     if words[1] in parsers:
         monkeypatch.setattr(sys, "argv", words[1:])
         parsers[words[1]].parse_arguments()
@@ -95,8 +96,9 @@ def test_readme_shows_result_and_commands_early():
     opening = "\n".join(README.splitlines()[:40])
     assert "make demo" in opening
     assert "make test" in opening
-    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", opening)
-    assert (REPO / picture).exists()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", opening)
+    assert len(pictures) == 2
+    assert all((REPO / picture).exists() for picture in pictures)
 
 
 def test_what_det_uploads(tmp_path):

@@ -1,0 +1,70 @@
+"""What a grid costs: the tiny example's nine trials against nine times one of them alone, with nothing to reuse.
+
+    make demo                       # once: the base and the SFT checkpoint that the trials start from
+    python benchmarks/grid.py       # three rounds, a quarter of an hour on two cores
+
+A round is one trial alone, the grid one trial at a time, and the grid three at a time, each a whole command in a folder
+of its own with an empty cache. The table gives medians over the rounds. Reference passes are counted: a trial says
+whether the reference model computed anything for it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+SFT = REPO / "local_runs" / "tiny-sft" / "best_checkpoint"
+ALONE = ["searcher.name=single", "hyperparameters.dpo_beta=0.05", "hyperparameters.training_args.learning_rate=5e-5"]
+
+
+def measure(name: str, overrides: list[str], max_concurrent: int, sft: str) -> tuple[float, int, int]:
+    """Seconds that the command takes, trials that it completes, and reference passes that they make."""
+    with tempfile.TemporaryDirectory() as scratch:
+        storage, output = Path(scratch) / "checkpoints", Path(scratch) / "out"
+        storage.mkdir()
+        (storage / sft).symlink_to(REPO / "local_runs" / "checkpoints" / sft)
+        overrides = [f"hyperparameters.model_ckpt={sft}", *overrides]
+        command = [sys.executable, "local_experiment.py", "examples/tiny/dpo.yaml", "."]
+        command += [word for override in overrides for word in ("--config", override)]
+        command += ["--max-concurrent", str(max_concurrent), "--output", str(output)]
+        environment = {**os.environ, "LOCAL_CHECKPOINT_STORAGE": str(storage)}
+        started = time.monotonic()
+        subprocess.run(command, cwd=REPO, env=environment, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - started
+        trials = (output / "trials.jsonl").read_text().count('"state": "COMPLETED"')
+        reports = [json.loads(line) for file in output.glob("trials/*/reports.jsonl") for line in file.open()]
+    passes = sum(report.get("status", "").startswith("reference log-probs computed") for report in reports)
+    print(f"{name}: {seconds:.1f} s, {trials} trials, {passes} reference passes", flush=True)
+    return seconds, trials, passes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    rounds = parser.parse_args().rounds
+    if not SFT.exists():
+        sys.exit(f"error: {SFT} is missing; make demo writes it")
+    sft = SFT.read_text().strip()
+    cases = {"one trial alone": (ALONE, 1), "grid, one at a time": ([], 1), "grid, three at a time": ([], 3)}
+    runs = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, (overrides, max_concurrent) in cases.items():
+            runs[name].append(measure(name, overrides, max_concurrent, sft))
+    alone = statistics.median(seconds for seconds, _, _ in runs["one trial alone"])
+    print("\n| | trials | median s | of nine alone | reference passes |\n|---|---|---|---|---|")
+    for name, measured in runs.items():
+        seconds = statistics.median(seconds for seconds, _, _ in measured)
+        trials, passes = (sorted({run[index] for run in measured}) for index in (1, 2))
+        share = "" if name == "one trial alone" else f"{seconds / (9 * alone):.2f}"
+        counts = [", ".join(map(str, values)) for values in (trials, passes)]
+        print(f"| {name} | {counts[0]} | {seconds:.1f} | {share} | {counts[1]} |")
+
+
+if __name__ == "__main__":
+    main()
