@@ -78,8 +78,13 @@ def download_ckpt(ckpt_uuid: str, core_context: det.core.Context) -> str:
     return str(model_folder(_cached(ckpt_uuid), ckpt_uuid))
 
 
+def agent_cache() -> Path:
+    """Where a machine keeps what trials need not fetch or make again: beside the hub's downloads."""
+    return Path(HF_HOME) / "determined"
+
+
 def _cached(ckpt_uuid: str) -> Path:
-    return Path(HF_HOME) / "determined" / ckpt_uuid
+    return agent_cache() / ckpt_uuid
 
 
 def _fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:

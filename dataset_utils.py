@@ -7,7 +7,6 @@ left aside. A mistake in the data is a `UserError` that names the file and the r
 
 import itertools
 import json
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +28,6 @@ from chat_format import Message, encode
 from hub import looks_like_path, quiet_lookup
 from hyperparameters import DatasetSubset
 from user_error import PassingError, UserError, nearest, one_line
-
-logger = logging.getLogger(__name__)
 
 EVAL_SHARE = 0.2
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -125,7 +122,8 @@ def tokenize_sft_dataset(
 ) -> DatasetDict:
     """`load_sft_dataset`'s rows as SFTTrainer takes them: `input_ids` and `labels`, -100 where unsupervised.
 
-    SFTTrainer itself cuts rows to `max_length` tokens (or packs them); here those that will be cut are counted.
+    SFTTrainer itself cuts rows to `max_length` tokens (or packs them); here those that will be cut are counted, in the
+    `info.description` of a part, which stays with it on disk.
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
@@ -137,9 +135,9 @@ def tokenize_sft_dataset(
     for part in tokenized:
         longer = sum(len(ids) > (max_length or math.inf) for ids in tokenized[part]["input_ids"])
         if longer:
-            logger.warning(
-                "%s rows: %d of %d are longer than max_seq_length (%d tokens) and lose their end, EOS included",
-                *(part, longer, len(tokenized[part]), max_length),
+            tokenized[part].info.description = (
+                f"{part} rows: {longer} of {len(tokenized[part])} are longer than max_seq_length ({max_length} tokens)"
+                " and lose their end, EOS included"
             )
     return tokenized
 
@@ -155,7 +153,8 @@ def tokenize_dpo_dataset(
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of `load_dpo_dataset`'s pairs, within the limits (in tokens).
 
     A prompt is cut from its left (its BOS stays), an answer from its right; `max_length` then bounds the two together,
-    again at the answer's end. A pair whose prompt leaves no room for an answer is dropped. Both are counted in the log.
+    again at the answer's end. A pair whose prompt leaves no room for an answer is dropped. Both are counted in the
+    `info.description` of a part, which stays with it on disk.
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
@@ -174,12 +173,13 @@ def tokenize_dpo_dataset(
         dropped, cut = len(tokenized[part]) - len(fits[part]), sum(fits[part]["cut"])
         if not len(fits[part]):
             raise UserError(f"max_length {max_length} leaves no {part} pair room for an answer")
+        fits[part] = fits[part].remove_columns("cut")
         if dropped or cut:
-            logger.warning(
-                "%s pairs: %d of %d cut to the length limits, %d dropped because the prompt alone fills max_length",
-                *(part, cut, len(tokenized[part]), dropped),
+            fits[part].info.description = (
+                f"{part} pairs: {cut} of {len(tokenized[part])} cut to the length limits, {dropped} dropped because the"
+                " prompt alone fills max_length"
             )
-    return fits.remove_columns("cut")
+    return fits
 
 
 def cut_prompt(prompt_ids: list[int], max_prompt_length: int | None, bos_token_id: int | None) -> list[int]:

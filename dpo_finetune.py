@@ -15,7 +15,7 @@ from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
 from det_callback import train_until_preempted
 from hyperparameters import DPOHyperparameters
 from models import load_model_and_tokenizer
-from shared_cache import fingerprint
+from shared_cache import reference_key
 from trial import Trial, open_trial
 from user_error import exit_on_user_error
 
@@ -44,18 +44,11 @@ class TokenizedDPOTrainer(DPOTrainer):
         """Have TRL (1.16) find an earlier pass when it is the same, and only then.
 
         TRL looks for it under the data set's fingerprint and a hash of the weights. That is as good as never the same,
-        and would not tell fp32 from bf16. So the fingerprint becomes a hash of what the token ids are made of (see
-        `Trial.tokenized`) and of all else that the numbers depend on, down to their last bit; beta, learning rate and
-        seed are not among it. This can go once TRL's key is as complete.
+        and would not tell fp32 from bf16. This can go once TRL's key holds what `reference_key` does.
         """
-        args, accelerator, config = self.args, self.accelerator, self.model.config
-        dataset._fingerprint = fingerprint(
-            *(dataset._fingerprint, config.to_json_string(), config._attn_implementation),
-            *(args.pad_to_multiple_of, args.ld_alpha, batch_size),
-            *(accelerator.mixed_precision, args.tf32, args.torch_compile, args.use_liger_kernel),
-            *(accelerator.device.type, str(accelerator.distributed_type), accelerator.num_processes),
-        )
-        with self.trial.one_at_a_time(dataset._fingerprint, "reference log-probs"):
+        dataset._fingerprint = reference_key(self, dataset, batch_size)
+        lock = f"{dataset._fingerprint}-{self._precompute_model_hash[:16]}"
+        with self.trial.one_at_a_time(lock, "reference log-probs"):
             started, self.reference_batches = time.monotonic(), 0
             dataset = super()._precompute_ref_logps(dataset, name, batch_size)
             if self.reference_batches:

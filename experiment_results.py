@@ -39,12 +39,13 @@ class Experiment:
     """An experiment's config and, by trial id, what is known of its trials.
 
     `results` holds lines of `trials.jsonl` (see `summarize`), `reports` what each trial reported, in order.
+    `config_file` and `model_def` are what it was started with on this machine.
     """
 
     on_cluster = False
 
-    def __init__(self, name: str, config: dict[str, Any]) -> None:
-        self.name, self.config = name, config
+    def __init__(self, name: str, config: dict[str, Any], config_file: str = "sft.yaml", model_def: str = ".") -> None:
+        self.name, self.config, self.config_file, self.model_def = name, config, config_file, model_def
         self.searcher = Searcher(config)
         self.varying = varying_hyperparameters(config)
         self.results: dict[int, dict[str, Any]] = {}
@@ -100,16 +101,20 @@ class Experiment:
             words += ["--data-seed", str(data_seed)]
         return "python " + shlex.join(["inference.py", *words])
 
-    def dpo_command(self, dpo_config: str = "dpo.yaml", model_def: str = ".") -> str | None:
+    def dpo_command(self) -> str | None:
         """The DPO experiment that starts from the best SFT model; None for other experiments."""
         best = self.best()
         if best is None or self.script != "sft_finetune.py":
             return None
+        # On tiny/sft.yaml follows tiny/dpo.yaml, else dpo.yaml with preference data of the user's choice.
+        file = Path(self.config_file)
+        beside = file.with_name(file.name.replace("sft", "dpo"))
+        dpo_config = str(beside if beside.exists() and beside != file else "dpo.yaml")
         # The base model goes along, for the comparison at the end to set against the tuned ones.
         overrides = {"model_ckpt": best["checkpoint_uuid"], "model_name": best["hparams"]["model_name"]}
         command = ["det", "e", "create"] if self.on_cluster else ["python", "local_experiment.py"]
         words = [word for key, value in overrides.items() for word in ("--config", f"hyperparameters.{key}={value}")]
-        return shlex.join([*command, dpo_config, model_def, *words])
+        return shlex.join([*command, dpo_config, self.model_def, *words])
 
 
 def short_name(name: str) -> str:

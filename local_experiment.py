@@ -6,13 +6,13 @@
 Each trial is a process of its own that runs the YAML's entrypoint script. DIR (default: local_runs/<experiment name>)
 receives
 
-    experiment.json      the config with its overrides
+    experiment.json      the config with its overrides; command.json has the command's CONFIG.yaml and MODEL_DEF
     trials.jsonl         a line a trial: trial_id, state, hparams, steps_completed, metrics (of the last validation),
                          best_metrics, checkpoint_uuid
     best_checkpoint      the UUID of the best trial's checkpoint
     report.html          all of it as a picture, to open in a browser
     trials/<trial_id>/   its config.yaml, log.txt and reports.jsonl
-    cache/               what the trials share: tokenized data and reference log-probs. It may be removed at any time
+    cache/               what the trials share: tokenized data and reference log-probs. When they are done it may go
 
 checkpoint_uuid is, of the checkpoints that were validated when they were saved, the best one by searcher.metric, and
 best_metrics are its metrics: what ranks a trial is what one gets from it. (The last step is always validated and
@@ -24,11 +24,14 @@ finished trials and goes on with the others from their latest checkpoints.
 """
 
 import argparse
+import atexit
+import copy
 import json
 import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -101,9 +104,10 @@ class RunningTrial:
         self.process, self.slot, self.started = process, slot, time.monotonic()
         self.file, self.offset = folder / "reports.jsonl", 0
         self.reports: list[Report] = []
-        self.progress: list[tuple[float, float]] = []  # when, and how far; of this process, not of an earlier start
+        self.status = "starting"
+        self.progress: list[tuple[float, float]] = []  # when, and how far
         self.read()
-        self.progress.clear()
+        self.status, self.progress = "starting", []  # what it read of them is an earlier start's
 
     def read(self) -> None:
         """Take in the lines that were completed since the last time."""
@@ -115,9 +119,11 @@ class RunningTrial:
             self.offset = file.tell() - len(rest)
         for line in lines:
             with suppress(ValueError):  # one that a kill cut short
-                self.reports.append(json.loads(line))
-                if self.reports[-1]["kind"] == "progress":
-                    self.progress.append((time.monotonic(), self.reports[-1]["progress"]))
+                report = json.loads(line)
+                self.reports.append(report)
+                if report["kind"] == "progress":
+                    self.progress.append((time.monotonic(), report["progress"]))
+                self.status = report.get("status", self.status)
 
     def last(self, kind: str) -> Report:
         return next((report for report in reversed(self.reports) if report["kind"] == kind), {})
@@ -135,11 +141,8 @@ class LocalExperiment(Experiment):
     """An experiment in a folder of this machine."""
 
     def __init__(self, name: str, config: dict[str, Any], folder: Path, config_file: str, model_def: str) -> None:
-        super().__init__(name, config)
-        self.trials, self.folder, self.model_def = expand_trials(config), folder, model_def
-        # What follows on tiny/sft.yaml is tiny/dpo.yaml, else dpo.yaml with preference data of the user's choice.
-        beside = Path(config_file).with_name(Path(config_file).name.replace("sft", "dpo"))
-        self.dpo_config = str(beside if beside.exists() and beside != Path(config_file) else "dpo.yaml")
+        super().__init__(name, config, config_file, model_def)
+        self.trials, self.folder, self.model_def_folder = expand_trials(config), folder, Path(model_def).resolve()
         self.running: dict[int, RunningTrial] = {}
         self.durations: list[float] = []  # in seconds, of the trials that this process has seen complete
 
@@ -157,26 +160,30 @@ class LocalExperiment(Experiment):
                     self.reports[trial_id] = read_reports(self.trial_folder(trial_id) / "reports.jsonl")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        command = {"config_file": self.config_file, "model_def": self.model_def}
+        write_whole(self.folder / "command.json", json.dumps(command) + "\n")
         write_whole(stored, json.dumps(self.config, indent=2) + "\n")
 
     def _read_results(self) -> list[dict[str, Any]]:
         file = self.folder / "trials.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
-    def run(self, model_def: Path, max_concurrent: int) -> int:
+    def run(self, max_concurrent: int) -> int:
         """Run the trials that are not completed yet, `max_concurrent` at a time; returns how many failed."""
         waiting = [trial_id for trial_id in range(1, len(self.trials) + 1) if trial_id not in self.results]
         for trial_id in self.results:
             console.print(f"{self.describe(trial_id)}: completed before, kept")
+        self.keep()  # what a kill may have kept from being written
         failed = 0
         with ExitStack() as stack:
             live = Live(console=console, transient=True, auto_refresh=False)
             if console.is_terminal:
                 stack.enter_context(live)
             stack.callback(self.stop)  # at Ctrl-C, for one: no trial runs on unwatched
+            live.update(self.progress_table(waiting), refresh=True)
             while waiting or self.running:
                 while waiting and len(self.running) < max_concurrent:
-                    self.start(waiting.pop(0), model_def, max_concurrent)
+                    self.start(waiting.pop(0), max_concurrent)
                 time.sleep(POLL_SECONDS)
                 for trial_id, trial in list(self.running.items()):
                     ended = not trial.process.is_alive()
@@ -186,7 +193,7 @@ class LocalExperiment(Experiment):
                 live.update(self.progress_table(waiting), refresh=True)
         return failed
 
-    def start(self, trial_id: int, model_def: Path, max_concurrent: int) -> None:
+    def start(self, trial_id: int, max_concurrent: int) -> None:
         folder = self.trial_folder(trial_id)
         folder.mkdir(parents=True, exist_ok=True)
         searcher = {**self.config["searcher"], "name": "single"}
@@ -200,13 +207,13 @@ class LocalExperiment(Experiment):
         threads = None
         if max_concurrent > 1:
             # Trials that share the cores by threads would wait for each other most of the time.
-            threads = max(1, (os.cpu_count() or 1) // max_concurrent)
+            threads = max(1, torch.get_num_threads() // max_concurrent)
             if torch.cuda.device_count() > 1:
-                environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % torch.cuda.device_count()))
+                devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+                environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[slot % torch.cuda.device_count()]
         process = PROCESSES.Process(
             target=be_trial,
-            args=(script, arguments, str(model_def), environment, threads, str(self.log_of(trial_id))),
-            name=f"trial {trial_id}",
+            args=(script, arguments, str(self.model_def_folder), environment, threads, str(self.log_of(trial_id))),
         )
         process.start()
         trial = self.running[trial_id] = RunningTrial(process, slot, folder)
@@ -221,15 +228,16 @@ class LocalExperiment(Experiment):
         trial = self.running.pop(trial_id)
         state = "ERROR" if trial.process.exitcode else "COMPLETED"
         result = summarize(trial_id, state, self.trials[trial_id - 1], trial.reports, self.searcher)
+        if state == "COMPLETED":
+            delete_superseded(trial.reports, best=result["checkpoint_uuid"])
         self.results[trial_id], self.reports[trial_id] = result, trial.reports
         self.keep()
         seconds = time.monotonic() - trial.started
         outcome = f"{self.describe(trial_id)}: {state} after {seconds:.0f} s"
         if state == "ERROR":
-            outcome += f": {last_line(self.log_of(trial_id))} (see {self.log_of(trial_id)})"
+            outcome += f": {reason(trial.process.exitcode, self.log_of(trial_id))} (see {self.log_of(trial_id)})"
         else:
             self.durations.append(seconds)
-            delete_superseded(trial.reports, best=result["checkpoint_uuid"])
             if self.searcher.metric in result["best_metrics"]:
                 outcome += f", {self.searcher.metric} {result['best_metrics'][self.searcher.metric]:.4g}"
         console.print(outcome, markup=False)
@@ -237,10 +245,11 @@ class LocalExperiment(Experiment):
 
     def stop(self) -> None:
         """End the trials that still run; each resumes from its latest checkpoint."""
-        for trial in self.running.values():
-            trial.process.terminate()
-        for trial in self.running.values():
-            trial.process.join()
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join()
+        if self.running:
+            self.draw()
 
     def keep(self) -> None:
         """Write `trials.jsonl`, the best checkpoint so far and the report anew."""
@@ -249,7 +258,20 @@ class LocalExperiment(Experiment):
         best = self.best()
         if best:
             write_whole(self.folder / "best_checkpoint", best["checkpoint_uuid"] + "\n")
-        write_whole(self.report_file, render(self, self.dpo_config, self.model_def))
+        self.draw()
+
+    def draw(self) -> None:
+        """Write the report, with what the running trials have reported so far."""
+        drawn = copy.copy(self)
+        drawn.results, drawn.reports = dict(self.results), dict(self.reports)
+        for trial_id, trial in self.running.items():
+            drawn.reports[trial_id] = trial.reports
+            hparams = self.trials[trial_id - 1]
+            drawn.results[trial_id] = summarize(trial_id, "UNFINISHED", hparams, trial.reports, self.searcher)
+        try:
+            write_whole(self.report_file, render(drawn))
+        except Exception as error:  # nothing that it shows would be lost: the trials must go on
+            console.print(f"{self.report_file} cannot be written: {type(error).__name__}: {error}", markup=False)
 
     @property
     def report_file(self) -> Path:
@@ -283,13 +305,12 @@ class LocalExperiment(Experiment):
         table.add_column("state", no_wrap=True, max_width=48, overflow="ellipsis")
         for name in ("step", short_name(metric), "left"):
             table.add_column(name, justify="right")
-        for trial_id, hparams in enumerate(self.trials, start=1):
-            state, step, metrics, left = "waiting", "", {}, ""
+        for trial_id in self.watched(console.height - 8):
+            hparams, state, step, metrics, left = self.trials[trial_id - 1], "waiting", "", {}, ""
             if trial_id in self.running:
                 trial = self.running[trial_id]
                 done = trial.progress[-1][1] if trial.progress else 0.0
-                state = trial.last("status").get("status", "starting")
-                state += f" {done:.0%}" if done else ""
+                state = trial.status + (f" {done:.0%}" if done else "")
                 step = str(trial.last("training").get("steps_completed", ""))
                 metrics, left = trial.last("validation").get("metrics", {}), in_minutes(trial.seconds_left())
             elif trial_id in self.results:
@@ -299,6 +320,13 @@ class LocalExperiment(Experiment):
             style = "bold" if trial_id in self.running else "dim" if state == "waiting" else None
             table.add_row(*cells, f"{metrics[metric]:.4g}" if metric in metrics else "", left, style=style)
         return table
+
+    def watched(self, room: int) -> list[int]:
+        """The trials that the table has room for: those that run, those that wait, and the last ones that are done."""
+        trial_ids = range(1, len(self.trials) + 1)
+        waiting = [i for i in trial_ids if i not in self.running and i not in self.results]
+        order = [*self.running, *waiting, *sorted(self.results, reverse=True)]
+        return sorted(order[: max(room, len(self.running))])
 
     def outlook(self, waiting: list[int]) -> str:
         """How many trials are done, and about how long the rest will take, once one has shown it."""
@@ -336,7 +364,9 @@ def start_importing() -> None:
     sys.warnoptions.append("ignore:resource_tracker")
     PROCESSES.set_forkserver_preload(IMPORTS)
     if PROCESSES.get_start_method() == "forkserver":
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process to tell
         forkserver.ensure_running()
+        signal.signal(signal.SIGINT, handler)
 
 
 def be_trial(
@@ -344,6 +374,8 @@ def be_trial(
 ) -> None:
     """What a trial's process does: as `python SCRIPT ARGUMENTS >>LOG 2>&1` in `model_def`, but for the imports."""
     threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # data loading workers are forked, as ever
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
@@ -356,10 +388,14 @@ def be_trial(
     for name, module in list(sys.modules.items()):  # model_def may have others of these names
         if not name.startswith("__") and Path(getattr(module, "__file__", None) or "/").parent == here:
             del sys.modules[name]
-    sys.path[:] = [model_def, *(path for path in sys.path if Path(path or ".").resolve() != here)]
+    path = Path(model_def, script)
+    sys.path[:] = [str(path.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
     sys.argv = [script, *arguments]
     os.chdir(model_def)
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing's processes end without
 
 
 def end_with_parent() -> None:
@@ -369,7 +405,12 @@ def end_with_parent() -> None:
 
 
 def in_minutes(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    """`0:05`, `12:34` or `1:02:03`."""
+    if seconds is None:
+        return ""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def delete_superseded(reports: list[dict[str, Any]], best: str | None) -> None:
@@ -393,7 +434,10 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
     return None if old == new else key
 
 
-def last_line(log: Path) -> str:
+def reason(exitcode: int, log: Path) -> str:
+    """Why a trial's process failed: the signal that ended it, or the last thing it said."""
+    if exitcode < 0:
+        return f"ended by {signal.Signals(-exitcode).name}"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
@@ -425,7 +469,6 @@ def parse_arguments() -> argparse.Namespace:
 @exit_on_user_error
 def main() -> int:
     args = parse_arguments()
-    start_importing()
     config = read_experiment_config(args.config_file, args.config)
     model_def = Path(args.model_def).resolve()
     script = entrypoint_script(config)[0]
@@ -433,6 +476,7 @@ def main() -> int:
         raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
     if args.max_concurrent < 1:
         raise UserError(f"--max-concurrent {args.max_concurrent} is not at least 1")
+    start_importing()
     name = str(config.get("name", Path(args.config_file).stem))
     folder = Path(args.output or Path("local_runs") / name.replace("/", "_")).resolve()
     experiment = LocalExperiment(name, config, folder, args.config_file, args.model_def)
@@ -443,7 +487,7 @@ def main() -> int:
     check_trials(Path(script).name, experiment.trials, experiment.searcher.metric)
     with only_writer(folder):
         experiment.open_folder()
-        failed = experiment.run(model_def, args.max_concurrent)
+        failed = experiment.run(args.max_concurrent)
 
     os.chdir(started_in)
     console.print(experiment.table())
@@ -451,7 +495,7 @@ def main() -> int:
     if winner:
         console.print(winner)
     console.print(f"Report: {experiment.report_file}", markup=False)
-    command = experiment.dpo_command(experiment.dpo_config, args.model_def) or experiment.compare_command()
+    command = experiment.dpo_command() or experiment.compare_command()
     if command:
         console.print(f"Next: {command}", markup=False)
     return 1 if failed else 0

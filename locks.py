@@ -1,7 +1,10 @@
-"""Locks between processes of one machine. A lock ends with the process that holds it, however that ends."""
+"""Locks between processes of one machine. A lock ends with the process that holds it, however that ends.
 
-import getpass
+(On the rare file system without locks filelock puts a file in their place, which a killed process leaves behind.)
+"""
+
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,12 +49,13 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def only_writer(folder: Path, patience: float = 0) -> Iterator[None]:
-    """Be the only process that writes to `folder`, which need not exist yet.
+    """Be the only process of this user and machine that writes to `folder`.
 
-    Raises `UserError` if another still does after `patience` seconds.
+    The lock is not in it: a run that finds a mistake should leave nothing there, not even the folder. Raises
+    `UserError` if another still writes there after `patience` seconds.
     """
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
-    lock = open_lock(Path(tempfile.gettempdir()) / f"determined-locks-{getpass.getuser()}" / name)
+    lock = open_lock(Path(tempfile.gettempdir()) / f"determined-locks-{os.getuid()}" / name)
     try:
         lock.acquire(timeout=patience)
     except Timeout:

@@ -31,7 +31,8 @@ from user_error import UserError, exit_on_user_error
 TITLES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 ENDED = {"COMPLETED": "completed", "ERROR": "failed", "CANCELED": "canceled"}
 REWARDS = ("eval_rewards/accuracies", "eval_rewards/margins")
-SCALED_BY_BETA = "Scaled by dpo_beta: comparable between trials of the same beta only."
+SCALED = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected")
+SCALED_BY_BETA = "Scaled by beta: comparable between trials of the same beta only."
 MISSING = "\N{EN DASH}"
 HUES = 6  # --h0 to --h5 in the style: told apart by the colour-blind too
 DASHES = ("none", "7 4", "1.5 3.5", "9 3 2 3", "4 2")
@@ -46,16 +47,23 @@ TOP, RIGHT, BOTTOM = 12, 410, 208  # of the area in a panel's 420 x 236 that cur
 MAX_POINTS = 150  # of a curve, more than a panel's pixels show
 
 
-def render(experiment: Experiment, dpo_config: str = "dpo.yaml", model_def: str = ".") -> str:
-    """The page. `dpo_config` and `model_def` go into the command that follows on an SFT experiment."""
+def render(experiment: Experiment) -> str:
+    """The page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        **{"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined},
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("report.html.jinja").render(
-        **{"experiment": experiment, "page": Page(experiment), "metric": experiment.searcher.metric},
-        **{"dpo_config": dpo_config, "model_def": model_def, "short_name": short_name},
-        **{"scaled_by_beta": SCALED_BY_BETA, "right": RIGHT, "bottom": BOTTOM},
+        experiment=experiment,
+        page=Page(experiment),
+        metric=experiment.searcher.metric,
+        short_name=short_name,
+        scaled_by_beta=SCALED_BY_BETA,
+        right=RIGHT,
+        bottom=BOTTOM,
     )
 
 
@@ -71,6 +79,8 @@ class Page:
             self.planned = expand_trials(experiment.config)
         except UserError:  # a search that only a cluster runs: what it will try is not known beforehand
             self.planned = [result["hparams"] for result in experiment.results.values()]
+        searcher = experiment.config["searcher"]
+        self.expected = max(len(self.planned), searcher.get("max_trials") or 0)
         self.axes = {
             name: in_order(experiment.value(point, name) for point in self.planned) for name in experiment.varying
         }
@@ -108,30 +118,35 @@ class Page:
     def mark(self, trial: Result) -> str:
         return "best" if trial is self.best else "tied" if trial["trial_id"] in self.tied else ""
 
+    @property
+    def beta(self) -> str | None:
+        """The axis that is DPO's beta."""
+        return next((name for name in self.axes if short_name(name) in ("dpo_beta", "beta")), None)
+
     def scaled_by_beta(self, metric: str) -> bool:
         """Whether trials of different betas cannot be compared by it: DPO's rewards, and so its loss, contain beta."""
-        return not metric.endswith("rewards/accuracies") and any(short_name(name) == "dpo_beta" for name in self.axes)
+        return self.beta is not None and metric.removeprefix("eval_") in SCALED
 
     # The header.
 
     def introduction(self) -> str:
         varied = " and ".join(f"{short_name(name)} ({', '.join(values)})" for name, values in self.axes.items())
-        trials = f"{count(len(self.planned), 'trial')} of {self.experiment.script}" + (varied and f" over {varied}")
+        trials = f"{count(self.expected, 'trial')} of {self.experiment.script}" + (varied and f" over {varied}")
         better = "smaller" if self.searcher.smaller_is_better else "larger"
         return f"{trials}, judged by {self.searcher.metric} ({better} is better)."
 
     def progress(self) -> str:
         states = Counter(map(self.state, self.trials))
-        completed = f"{states.pop('completed', 0)} of {count(len(self.planned), 'trial')} completed"
+        completed = f"{states.pop('completed', 0)} of {count(self.expected, 'trial')} completed"
         return ", ".join([completed, *(f"{number} {state}" for state, number in states.items())]) + "."
 
     # The winner.
 
     def headline(self) -> str:
-        if len(self.planned) == 1:
+        if self.expected == 1:
             return "Its best checkpoint"
         ended = sum(trial["state"] in ENDED for trial in self.trials)
-        return f"Trial {self.best['trial_id']} is best" + (" so far" if ended < len(self.planned) else "")
+        return f"Trial {self.best['trial_id']} is best" + (" so far" if ended < self.expected else "")
 
     def verdict(self) -> str:
         """How far the best trial is ahead, and of which."""
@@ -151,7 +166,7 @@ class Page:
         reports, uuid = self.experiment.reports.get(self.best["trial_id"], []), self.best["checkpoint_uuid"]
         return next((r["steps_completed"] for r in reports if r["kind"] == "checkpoint" and r["uuid"] == uuid), None)
 
-    def commands(self, dpo_config: str, model_def: str) -> Iterator[tuple[str, str | None]]:
+    def commands(self) -> Iterator[tuple[str, str | None]]:
         """What to type next, each with what it does; where the model is gone, only that."""
         uuid, serve = self.best["checkpoint_uuid"], "pip install 'transformers[serving]'\n"
         if self.experiment.on_cluster:
@@ -165,7 +180,7 @@ class Page:
             except UserError as error:
                 yield f"The model is gone: {error}", None
                 return
-        compare, dpo = self.experiment.compare_command(), self.experiment.dpo_command(dpo_config, model_def)
+        compare, dpo = self.experiment.compare_command(), self.experiment.dpo_command()
         if compare:
             yield "Compare its answers with those of the models that it came from", compare
         if dpo:
@@ -181,11 +196,23 @@ class Page:
             return []
         return [m for m in self.metrics if self.scale(m) and m in (self.searcher.metric, *REWARDS)]
 
-    def scale(self, metric: str) -> list[float]:
-        """The metric's finite values in completed trials, the worst first."""
-        values = [trial["best_metrics"].get(metric) for trial in self.trials if trial["state"] == "COMPLETED"]
-        smaller_is_better = self.searcher.smaller_is_better and metric == self.searcher.metric
-        return sorted(filter(is_finite, values), reverse=smaller_is_better)
+    def scale(self, metric: str, like: Result | None = None) -> tuple[float, float] | None:
+        """The values with the weakest and the strongest colour: the worst and the best of the completed trials.
+
+        Where only trials of the same beta compare, of those `like` this one. A share of pairs is coloured over a tenth
+        at least: a pair more is no landslide.
+        """
+        trials = [trial for trial in self.trials if trial["state"] == "COMPLETED"]
+        if like is not None and self.scaled_by_beta(metric):
+            beta = self.experiment.value(like["hparams"], self.beta)
+            trials = [trial for trial in trials if self.experiment.value(trial["hparams"], self.beta) == beta]
+        values = list(filter(is_finite, (trial["best_metrics"].get(metric) for trial in trials)))
+        if not values:
+            return None
+        if self.searcher.smaller_is_better and metric == self.searcher.metric:
+            return max(values), min(values)
+        least = max(values) - 0.1 if metric.endswith("accuracies") else max(values)
+        return min(*values, least), max(values)
 
     def arranged(self) -> tuple[list[str], str, list[str]]:
         """The axes that a heatmap has down, none or one, and across, and those that it is repeated for."""
@@ -206,12 +233,22 @@ class Page:
     def cell(self, metric: str, trial: Result) -> str:
         return self.write(metric, trial) if trial["state"] == "COMPLETED" else self.state(trial)
 
-    def shade(self, metric: str, trial: Result, scale: list[float]) -> dict[str, str]:
+    def ends(self, metric: str) -> tuple[str, str]:
+        """What stands at the ends of the colours' legend."""
+        if self.scaled_by_beta(metric):
+            return "low", f"high, each {short_name(self.beta)} by itself"
+        weak, strong = (self.write(metric, value) for value in self.scale(metric))
+        return (
+            (f"worst {weak}", f"{strong} best") if metric == self.searcher.metric else (f"low {weak}", f"{strong} high")
+        )
+
+    def shade(self, metric: str, trial: Result) -> dict[str, str]:
         """The attributes that colour a cell, from 0% at the worst value to 100% at the best."""
-        value = trial["best_metrics"].get(metric)
+        value, scale = trial["best_metrics"].get(metric), self.scale(metric, like=trial)
         if trial["state"] != "COMPLETED" or not is_finite(value):
             return {"class": "none"}
-        share = abs(value - scale[0]) / abs(scale[-1] - scale[0]) if scale[0] != scale[-1] else 0.5
+        worst, best = scale
+        share = abs(value - worst) / abs(best - worst) if worst != best else 0.5
         return {"class": self.mark(trial), "style": f"--t: {share:.0%}"}
 
     # The curves.
@@ -289,7 +326,7 @@ class Page:
             for name, value in level.items():
                 if isinstance(value, dict) and value:
                     yield from leaves(value, f"{prefix}{name}.")
-                elif prefix + name not in self.axes:
+                elif prefix + name not in self.axes and not name.endswith("token"):  # not for a page that is sent round
                     yield prefix + name, value if isinstance(value, str) else json.dumps(value)
 
         return leaves(self.planned[0] if self.planned else {})
@@ -322,7 +359,8 @@ def series(reports: list[Report], kind: str, metric: str) -> list[tuple[int, flo
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """Round numbers, 1, 2 or 5 times a power of ten apart, from at most `low` to at least `high`."""
-    rough = ((high - low) or abs(high) or 1) / 4
+    alike = high - low <= 1e-6 * abs(high)  # and rounding is not worth a curve
+    rough = ((abs(high) or 1) if alike else high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if rough <= power * factor * (1 + 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -336,7 +374,9 @@ def read_local(folder: Path) -> Experiment:
         raise UserError(f"{folder} holds no experiment: experiment.json is missing (local_experiment.py writes it)")
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
-        experiment = Experiment(str(read.get("name", folder.resolve().name)), read)
+        command = folder / "command.json"
+        started_with = json.loads(command.read_text(encoding="utf-8")) if command.exists() else {}
+        experiment = Experiment(str(read.get("name", folder.resolve().name)), read, **started_with)
         results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
         experiment.results = {result["trial_id"]: result for result in results}
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -381,9 +421,9 @@ def cluster_reports(trial: Any) -> Iterator[Report]:
             }
             yield {"kind": kind, "steps_completed": report.steps_completed, "metrics": metrics}
     for checkpoint in trial.list_checkpoints():
-        if checkpoint.state is not None and checkpoint.state.name == "COMPLETED":
-            steps = int(checkpoint.metadata["steps_completed"])
-            yield {"kind": "checkpoint", "steps_completed": steps, "uuid": checkpoint.uuid}
+        steps = (checkpoint.metadata or {}).get("steps_completed")  # there, if one of this project's trials saved it
+        if checkpoint.state is not None and checkpoint.state.name == "COMPLETED" and steps is not None:
+            yield {"kind": "checkpoint", "steps_completed": int(steps), "uuid": checkpoint.uuid}
 
 
 def as_number(value: Any) -> float | None:

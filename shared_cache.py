@@ -21,6 +21,7 @@ from locks import locked
 
 if TYPE_CHECKING:  # it takes seconds
     from transformers import PreTrainedTokenizerBase
+    from trl import DPOTrainer
 
 
 def make_once(
@@ -49,7 +50,7 @@ def make_once(
 
 def fingerprint(*parts: Any) -> str:
     """A name for what depends on `parts` (plain values), and on the libraries that make it."""
-    libraries = ("torch", "transformers", "tokenizers", "datasets", "trl")
+    libraries = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "trl")
     return Hasher.hash([*parts, [version(library) for library in libraries]])
 
 
@@ -65,16 +66,28 @@ def hash_rows(dataset: Dataset) -> str:
     return hashlib.sha256(written.getvalue()).hexdigest()
 
 
-def hash_files(folder: Path, pattern: str = "*") -> str:
-    """SHA-256 of the files in `folder`, by name and content."""
+def hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of all that makes a tokenizer, its chat template too: of what it saves."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
-        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of all that makes a tokenizer, its chat template too: of what it saves."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return hash_files(Path(folder))
+def reference_key(trainer: "DPOTrainer", dataset: Dataset, batch_size: int) -> str:
+    """What the reference log-probs of `dataset` depend on, beside the weights, which TRL adds to its key itself.
+
+    The token ids and their lengths are in the data set's own fingerprint (see `Trial.tokenized`). Batches and ranks
+    move the last bits only, but a resumed trial should end exactly as one that was never touched. Not in it: beta,
+    learning rate, seed and whatever else only training depends on, and the make of the processor.
+    """
+    args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
+    return fingerprint(
+        dataset._fingerprint,
+        *(config.to_json_string(), config._name_or_path, config._attn_implementation, args.model_init_kwargs),
+        *(args.ld_alpha, args.pad_to_multiple_of, batch_size, accelerator.num_processes),
+        *(accelerator.mixed_precision, accelerator.device.type, str(accelerator.distributed_type)),
+        *(args.tf32, args.torch_compile, args.use_liger_kernel, str(args.fsdp_config), str(args.accelerator_config)),
+    )

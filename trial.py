@@ -14,6 +14,7 @@ import contextlib
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
@@ -30,12 +31,12 @@ import transformers
 from datasets import DatasetDict
 from determined import core
 from determined.common.storage import SharedFSStorageManager
-from huggingface_hub.constants import HF_HOME
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 import chat_format
 import dataset_utils
-from checkpoints import local_checkpoint_storage
+from checkpoints import agent_cache, local_checkpoint_storage
 from experiment_config import expand_trials, read_experiment_config
 from experiment_results import read_reports
 from hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
@@ -91,9 +92,13 @@ class Trial(Generic[Hyperparameters]):
         Every rank reads it from the disk, where TRL leaves beside it what it makes of it, reference log-probs too.
         A `UserError` of `tokenize` is raised on all ranks.
         """
-        code = [inspect.getsource(module) for module in (chat_format, dataset_utils)]
-        hashes = [hash_rows(rows[part]) for part in sorted(rows)]
-        key = fingerprint(tokenize.__name__, code, hashes, hash_tokenizer(tokenizer), options)
+        distributed = self.core_context.distributed
+        key = None
+        if distributed.local_rank == 0:
+            code = [inspect.getsource(module) for module in (chat_format, dataset_utils)]
+            hashes = [hash_rows(rows[part]) for part in sorted(rows)]
+            key = fingerprint(tokenize.__name__, code, hashes, hash_tokenizer(tokenizer), options)
+        key = distributed.broadcast_local(key)
         folder = self.cache / key
 
         def work() -> None:
@@ -105,12 +110,14 @@ class Trial(Generic[Hyperparameters]):
             )
             self.status("data tokenized" if made else f"tokenized data reused ({folder})")
 
-        once_per_node(self.core_context.distributed, work)
+        once_per_node(distributed, work)
         dataset = DatasetDict.load_from_disk(folder)
         for part in dataset:
             # What TRL and datasets make of it, they find again by this: a hash of all that its token ids depend on,
             # where theirs would be a random number.
             dataset[part]._fingerprint = fingerprint(key, part)
+            if dataset[part].info.description and distributed.rank == 0:
+                logger.warning("%s", dataset[part].info.description)
         return dataset
 
     @contextmanager
@@ -121,9 +128,10 @@ class Trial(Generic[Hyperparameters]):
         """
         distributed = self.core_context.distributed
         first = distributed.rank == 0
-        lock = open_lock(self.cache / f"{key}.lock") if first else None
+        locks: list[FileLock] = []
+        once_per_node(distributed, lambda: locks.append(open_lock(self.cache / f"{key}.lock")))
         waits = False
-        while not distributed.broadcast(taken(lock) if first else None):
+        while not distributed.broadcast(taken(locks[0]) if first else None):
             if not waits:
                 self.status(f"waiting for another trial's {what}")
                 waits = True
@@ -133,7 +141,7 @@ class Trial(Generic[Hyperparameters]):
             yield
         finally:
             if first:
-                lock.release()
+                locks[0].release()
 
 
 def _loads(folder: Path) -> bool:
@@ -186,7 +194,7 @@ def _open_on_cluster(
         raise UserError(f"the trial has {slots} slots and one process: begin the YAML's entrypoint with {launcher}")
     # Metrics go to the Web UI; AUTO would import tensorboard, which nothing here needs.
     with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
-        cache = Path(HF_HOME) / "determined" / "cache"  # on a disk of the agent's, if HF_HOME is: see dpo.yaml
+        cache = agent_cache() / f"trials-{os.getuid()}"  # another user could read it, but not add to it
         yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, cache, on_cluster=True)
 
 
@@ -208,8 +216,8 @@ def _open_on_this_machine(
     cache = Path(args.cache or output / "cache")
     hparams.args.output_dir = str(output / "trainer")
     with contextlib.ExitStack() as stack:
-        # One whose local_experiment.py was killed has some milliseconds to live.
-        lock = only_writer(output, patience=30)
+        # One whose local_experiment.py was killed has some milliseconds to live; the one started again is in no hurry.
+        lock = only_writer(output, patience=30 if multiprocessing.parent_process() else 0)
         once_per_node(distributed or core.DummyDistributedContext(), lambda: stack.enter_context(lock))
         earlier = read_reports(reports)
         if any(report["kind"] == "hparams" and report["hparams"] != as_json(trials[0]) for report in earlier):

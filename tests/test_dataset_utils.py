@@ -1,6 +1,7 @@
 """Data loading: every shape of public data, the split, the labels, and each mistake told with its file and row."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -178,11 +179,13 @@ def test_labels_mask_everything_but_the_answer(tiny, tokenizer, on_completions_o
         assert row["labels"] == ([-100] * len(prompt) if on_completions_only else prompt) + completion
 
 
-def test_rows_that_will_lose_their_end_are_counted(tiny, tokenizer, caplog):
+def test_rows_that_will_lose_their_end_are_counted(tiny, tokenizer):
     dataset = load_sft_dataset(str(tiny / "instructions"), [DatasetSubset("home", number_of_samples=10)], seed=1)
-    tokenize_sft_dataset(dataset, tokenizer, True, max_length=60)
-    assert "rows: " in caplog.text
-    assert "are longer than max_seq_length (60 tokens) and lose their end, EOS included" in caplog.text
+    tokenized = tokenize_sft_dataset(dataset, tokenizer, True, max_length=60)
+    longer = sum(len(ids) > 60 for ids in tokenized["train"]["input_ids"])
+    assert tokenized["train"].info.description == (
+        f"train rows: {longer} of 8 are longer than max_seq_length (60 tokens) and lose their end, EOS included"
+    )
 
 
 def test_undecodable_text_is_told_with_its_line(tmp_path):
@@ -211,13 +214,15 @@ def test_length_limits(tmp_path, tokenizer):
         first(max_length=len(prompt))
 
 
-def test_pairs_without_room_are_dropped_and_counted(tmp_path, tokenizer, caplog):
+def test_pairs_without_room_are_dropped_and_counted(tmp_path, tokenizer):
     rows = [*pairs(8), *({**row, "prompt": "far too long " * 9} for row in pairs(8))]
     dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", rows)], seed=1)
     limit = len(encode(tokenizer, [{"role": "user", "content": "0"}])[0]) + 4
     tokenized = tokenize_dpo_dataset(dataset, tokenizer, max_length=limit)
     assert len(tokenized["train"]) + len(tokenized["test"]) == 8
-    assert "dropped because the prompt alone fills max_length" in caplog.text
+    told = [tokenized[part].info.description for part in ("train", "test")]
+    dropped = [int(re.search(r"(\d+) dropped because the prompt alone fills max_length", text)[1]) for text in told]
+    assert sum(dropped) == 8
 
 
 def test_cut_prompt_keeps_bos_and_the_end():

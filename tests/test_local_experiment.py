@@ -87,6 +87,48 @@ def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tin
     assert "holds a run with another entrypoint; remove it" in err
 
 
+def test_trials_are_as_python_would_run_their_script(call, write_config, sft_config, tmp_path):
+    """Another MODEL_DEF with a module of its own that has the name of one of ours; its arguments; atexit; a crash."""
+    folder = tmp_path / "project" / "src"
+    folder.mkdir(parents=True)
+    (folder / "hub.py").write_text("NAME = 'their own hub'\n")
+    (folder / "train.py").write_text(
+        "import atexit, multiprocessing, os, sys, hub\n"
+        "if __name__ == '__main__':\n"
+        "    atexit.register(print, 'at exit')\n"
+        "    print(hub.NAME, os.getcwd(), sys.argv[:3], multiprocessing.get_start_method(), flush=True)\n"
+        "    if sys.argv[sys.argv.index('--trial-id') + 1] == '2':\n"
+        "        os.abort()\n"
+    )
+    grid = {"searcher__name": "grid", f"{ARGS}seed": {"type": "categorical", "vals": [1, 2]}}
+    path = write_config(sft_config, entrypoint="python src/train.py --fast", **grid)
+    status, out, _ = call(local_experiment.main, path, tmp_path / "project", "--output", tmp_path / "out")
+    log = (tmp_path / "out" / "trials" / "1" / "log.txt").read_text().splitlines()
+    start_method = "fork" if sys.platform == "linux" else "spawn"
+    arguments = [str(folder / "train.py"), "--fast", "--config"]
+    assert log == [f"their own hub {tmp_path / 'project'} {arguments} {start_method}", "at exit"]
+    assert [trial["state"] for trial in trials_in(tmp_path / "out")] == ["COMPLETED", "ERROR"]
+    assert re.search(r"trial 2 of 2 \(seed 2\): ERROR after \d+ s: ended by SIGABRT", out)
+    assert status == 1
+
+
+def test_what_a_kill_kept_from_being_written(call, write_config, sft_config, tmp_path):
+    """Killed after its last trial was recorded and before the rest was written: the same command writes it."""
+    path = write_config(sft_config, **{f"{ARGS}max_steps": 1, f"{ARGS}dataloader_num_workers": 1})
+    assert call(local_experiment.main, path, "--output", tmp_path / "out")[0] == 0
+    best = (tmp_path / "out" / "best_checkpoint").read_text()
+    for name in ("best_checkpoint", "report.html"):
+        (tmp_path / "out" / name).unlink()
+    assert call(local_experiment.main, path, "--output", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "best_checkpoint").read_text() == best
+    assert "1 of 1 trial completed" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_minutes():
+    times = {None: "", 5.2: "0:05", 59.7: "1:00", 754: "12:34", 3723: "1:02:03"}
+    assert {seconds: local_experiment.in_minutes(seconds) for seconds in times} == times
+
+
 def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo_config, tmp_path):
     schedulers = {"type": "categorical", "vals": ["cosine_with_min_lr", "linear"]}
     path = write_config(
@@ -182,7 +224,7 @@ def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path, h
 
     No trial runs on, and the same command again finishes both.
     """
-    changes = {f"{ARGS}max_steps": 60, f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 10}
+    changes = {f"{ARGS}max_steps": 100, f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 10}
     seeds = {"searcher__name": "grid", f"{ARGS}seed": {"type": "categorical", "vals": [1, 2]}}
     config = write_config(sft_config, **changes, **seeds)
     command = [sys.executable, "local_experiment.py", config, "--output", str(tmp_path / "out")]
@@ -207,16 +249,19 @@ def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path, h
         told = (-how, "")
     _, err = first.communicate(timeout=60)
     assert (first.returncode, err) == told
-    assert not (tmp_path / "out" / "trials.jsonl").exists()
+    assert trials_in(tmp_path / "out") == []
     for file in files:
         with only_writer(file.parent, patience=2):
             pass
+    if how == signal.SIGINT:
+        report = (tmp_path / "out" / "report.html").read_text()
+        assert "0 of 2 trials completed, 2 unfinished" in report
 
     again = run_script(*command[1:])
     assert again.returncode == 0, again.stderr
-    assert len(re.findall(r"trial [12] of 2 \(seed [12]\): resumes from step [1-6]0", again.stdout)) == 2
+    assert len(re.findall(r"trial [12] of 2 \(seed [12]\): resumes from step [1-9]0", again.stdout)) == 2
     assert [(trial["state"], trial["steps_completed"]) for trial in trials_in(tmp_path / "out")] == [
-        ("COMPLETED", 60)
+        ("COMPLETED", 100)
     ] * 2
 
 

@@ -92,6 +92,11 @@ def test_readme_commands_are_real(command, monkeypatch):
         parsers[words[1]].parse_arguments()
 
 
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if not link.startswith("https:") and not (REPO / link).exists()] == []
+
+
 def test_readme_shows_result_and_commands_early():
     opening = "\n".join(README.splitlines()[:40])
     assert "make demo" in opening

@@ -78,6 +78,9 @@ def test_what_changes_them_does_not(run, short, model, tokenizer, tmp_path):
     run(short)
     assert run(short, training_args__bf16=True) == ["reused", *COMPUTED]
     assert run(short, training_args__precompute_ref_batch_size=8) == ["reused", *COMPUTED]
+    assert run(short, training_args__ld_alpha=0.5) == ["reused", *COMPUTED]
+    eager = {"attn_implementation": "eager"}
+    assert run(short, training_args__model_init_kwargs=eager) == ["reused", *COMPUTED]
     assert run(short, max_length=128) == ["data tokenized", *COMPUTED]
     assert run(short, max_target_length=9) == ["data tokenized", *COMPUTED]
     assert run(short, training_args__data_seed=7) == ["data tokenized", *COMPUTED]
@@ -86,6 +89,9 @@ def test_what_changes_them_does_not(run, short, model, tokenizer, tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "other")
     assert run(short, model_name=str(tmp_path / "other")) == ["reused", *COMPUTED]
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+    assert run(short, model_name=str(tmp_path / "other")) == ["reused", *COMPUTED]  # the same weights, used otherwise
     assert run(short) == ["reused", *REUSED]  # and what was there first is there still
 
 
@@ -124,6 +130,7 @@ def test_of_three_trials_at_once_one_makes_the_pass(write_config, short, tmp_pat
             f"{number}.yaml",
             hyperparameters__dpo_beta=0.1 * (number + 1),
             hyperparameters__training_args__max_steps=2,
+            hyperparameters__training_args__precompute_ref_batch_size=1,
         )
         for number in range(3)
     ]
@@ -133,7 +140,7 @@ def test_of_three_trials_at_once_one_makes_the_pass(write_config, short, tmp_pat
         return run_ranks("dpo_finetune", *arguments, log=tmp_path / f"{number}.log", threads=1, **interference)
 
     with ThreadPoolExecutor() as pool:
-        killed = pool.submit(start, 0, die=("trl.trainer.dpo_trainer.disable_gradient_checkpointing", 4))
+        killed = pool.submit(start, 0, die=("trl.trainer.dpo_trainer.disable_gradient_checkpointing", 20))
         deadline = time.monotonic() + 60
         while not statuses(outputs[0], "data") and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -146,6 +153,7 @@ def test_of_three_trials_at_once_one_makes_the_pass(write_config, short, tmp_pat
         "reference log-probs reused",
     ]
     assert not statuses(outputs[0], "reference log-probs computed")
+    assert any(statuses(output, "waiting for another trial's reference log-probs") for output in outputs)
     for number in (1, 2):
         assert start(number, cache=tmp_path / f"own-{number}", output=tmp_path / f"alone-{number}") == 0
         shared, alone = (read_reports(tmp_path / f / "reports.jsonl") for f in (str(number), f"alone-{number}"))
@@ -187,7 +195,7 @@ def whole(folder: Path) -> bool:
 def make(scratch: Path) -> None:
     scratch.mkdir()
     (scratch / "file").write_text("made")
-    time.sleep(0.3)
+    time.sleep(0.5)
 
 
 def test_one_of_many_processes_makes_a_folder(tmp_path):
