@@ -302,7 +302,7 @@ class LocalExperiment(Experiment):
         table = Table(box=box.SIMPLE, pad_edge=False, caption=self.outlook(waiting), caption_justify="left")
         for name in ("trial", *map(short_name, self.varying)):
             table.add_column(name, justify="right")
-        table.add_column("state", no_wrap=True, max_width=48, overflow="ellipsis")
+        table.add_column("state", no_wrap=True, max_width=34, overflow="ellipsis")
         for name in ("step", short_name(metric), "left"):
             table.add_column(name, justify="right")
         for trial_id in self.watched(console.height - 8):
@@ -331,7 +331,7 @@ class LocalExperiment(Experiment):
     def outlook(self, waiting: list[int]) -> str:
         """How many trials are done, and about how long the rest will take, once one has shown it."""
         done = f"{len(self.results)} of {len(self.trials)} trials done"
-        if not self.durations:
+        if not self.durations or not (waiting or self.running):
             return done
         each = sum(self.durations) / len(self.durations)
         now = time.monotonic()

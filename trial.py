@@ -108,7 +108,7 @@ class Trial(Generic[Hyperparameters]):
                 intact=_loads,
                 on_wait=lambda: self.status("waiting for another trial that tokenizes the data"),
             )
-            self.status("data tokenized" if made else f"tokenized data reused ({folder})")
+            self.status("data tokenized" if made else "tokenized data reused")
 
         once_per_node(distributed, work)
         dataset = DatasetDict.load_from_disk(folder)
