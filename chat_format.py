@@ -1,6 +1,7 @@
 """How a conversation becomes token ids: the one home of the chat template and its special tokens.
 
-`encode` renders every conversation of this project, for SFT, for DPO and for inference. With ChatML a row is
+`encode` and `encode_conversation` render every conversation of this project, for SFT, for DPO and for inference. With
+ChatML a row is
 
     <bos><|im_start|>system            \\
     Be brief.<|im_end|>                 | the prompt: what inference feeds the model, to the last token
@@ -9,9 +10,12 @@
     <|im_start|>assistant              /
     A drink made from leaves.<|im_end|><eos>     the completion: what the model learns to say, stops included
 
-The newline stands *before* each later turn, not after it, so that nothing follows the final `<eos>`.
+The newline stands *before* each later turn, not after it, so that nothing follows the final `<eos>`. A marker within a
+turn's content is written with a space after its first character, so that no content can end its turn, begin another
+one, or end the answer.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +33,12 @@ RESPONSE_TEMPLATE = f"{IM_START}assistant\n"
 CHAT_ML_TEMPLATE = (
     "{{- bos_token if bos_token }}"
     "{%- for message in messages %}"
+    "{%- set said = namespace(text=message['content']) %}"
+    "{%- for marker in ['<|im_start|>', '<|im_end|>', bos_token, eos_token] if marker %}"
+    "{%- set said.text = said.text | replace(marker, marker[0] ~ ' ' ~ marker[1:]) %}"
+    "{%- endfor %}"
     "{{- '' if loop.first else '\\n' }}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + said.text + '<|im_end|>' }}"
     "{{- eos_token if message['role'] == 'assistant' }}"
     "{%- endfor %}"
     "{{- '\\n<|im_start|>assistant\\n' if add_generation_prompt }}"
@@ -44,17 +52,51 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the answer to it; without an answer the second list is empty.
 
-    The two are tokenized apart, so no merge across their boundary can ever make the prompt of training differ from
-    the prompt of inference. BOS, EOS and the turn markers all come from the template (`tokenizer.chat_template`).
+    An answer, earlier ones in the prompt too, is tokenized apart from what it follows, so no merge across their
+    boundary can ever make the prompt of training differ from the prompt of inference. BOS, EOS and the turn markers all
+    come from the template (`tokenizer.chat_template`).
     """
-    prompt_text = _render(tokenizer, prompt, add_generation_prompt=True)
-    completion_text = ""
-    if answer is not None:
-        text = _render(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-        if not text.startswith(prompt_text):
-            raise UserError("the tokenizer's chat template renders a prompt differently once it is answered")
-        completion_text = text[len(prompt_text) :]
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt_text, completion_text))
+    if answer is None:
+        return [token for ids, _ in _segments(tokenizer, prompt, add_generation_prompt=True) for token in ids], []
+    *before, (completion, is_answer) = _segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    if not is_answer:
+        raise UserError("the tokenizer's chat template renders a prompt differently once it is answered")
+    return [token for ids, _ in before for token in ids], completion
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """Token ids of a whole conversation, and for each whether an assistant's turn says it, the turn's stops included.
+
+    Every answer in it is what `encode` makes of that answer, and follows what `encode` makes of the prompt before it.
+    """
+    ids, said = [], []
+    for segment, is_answer in _segments(tokenizer, messages):
+        ids += segment
+        said += [is_answer] * len(segment)
+    return ids, said
+
+
+def _segments(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any
+) -> Iterator[tuple[list[int], bool]]:
+    """The ids of what stands before, in (True) and after each answer of a conversation, tokenized apart."""
+    text, done = _render(tokenizer, messages, **kwargs), 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number == 0:
+            continue
+        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
+        through = _render(tokenizer, messages[: number + 1])
+        # Other templates than ours may leave out what was said earlier: there is then no boundary to keep.
+        if text.startswith(through) and through.startswith(before):
+            yield _ids(tokenizer, text[done : len(before)]), False
+            yield _ids(tokenizer, text[len(before) : len(through)]), True
+            done = len(through)
+    if done < len(text):
+        yield _ids(tokenizer, text[done:]), False
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any) -> str:

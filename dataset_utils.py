@@ -1,16 +1,22 @@
 """All data loading: public SFT and preference data sets to conversations, checked row by row, and on to token ids.
 
-A data set is a hub id, a local folder (anything `load_dataset` opens) or a local .jsonl, .json, .csv or .parquet file.
-Its `train` split is used, or its only one. Columns beyond those in the tables of `sft_row` and `preference_row` are
-left aside. A mistake in the data is a `UserError` that names the file and the row.
+A data set is a hub id, a local folder (anything `load_dataset` opens) or a local .jsonl, .json, .csv or .parquet file;
+a folder holds files of one of these formats. Of it the `split` that is named is used, else `train`, else its only one.
+The columns that are read are in the tables of `sft_conversation` and `preference_row`; `columns` in the YAML maps them
+to what a data set calls them (`columns: {completion: answer}`), and others are left aside. A mistake in the data is a
+`UserError` that names the file and the row.
+
+What `tokenize_*_dataset` cuts or drops, and why, it counts in the `info.description` of each part, which stays with it
+on disk; `losses` reads it and `told_losses` puts it into words.
 """
 
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import (
@@ -24,57 +30,122 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from chat_format import Message, encode
+from chat_format import Message, encode, encode_conversation
 from hub import looks_like_path, quiet_lookup
-from hyperparameters import DatasetSubset
+from hyperparameters import DataSource
+from shared_cache import fingerprint
 from user_error import PassingError, UserError, nearest, one_line
 
 EVAL_SHARE = 0.2
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SFT_SHAPES = (
+    ("messages",), ("conversations",), ("prompt", "completion"), ("prompt", "text"), ("instruction", "output"),
+)  # fmt: skip
+SFT_COLUMNS = ("system", "messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output")
+PREFERENCE_COLUMNS = ("system", "prompt", "question", "conversations", "chosen", "rejected")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+MANY = 0.05  # the share of rows dropped from which on the limit is likely a mistake
+
+# What a row can lose to a limit: the part of it, and whether the whole row goes.
+LOST_END = "longer than max_seq_length: loses its end, and the EOS that teaches the model to stop"
+NO_ANSWER = "no answer begins within max_seq_length"
+LOST_START = "prompt longer than max_prompt_length: loses its beginning"
+LOST_TARGET = "answer longer than max_target_length: loses its end and EOS"
+LOST_TAIL = "prompt and answer longer than max_length: the answer loses its end and EOS"
+NO_PROMPT = "max_prompt_length is too small for the last turn's header"
+NO_ROOM = "the prompt alone fills max_length"
+EMPTY = "an answer without text: all that is learned from it is to stop"
+DROPPED = {NO_ANSWER: "max_seq_length", NO_PROMPT: "max_prompt_length", NO_ROOM: "max_length"}
+
+OnSource = Callable[[DataSource, int | None, int], None]  # told of each: rows found (None: streamed), and rows taken
 
 
-def load_sft_dataset(dataset: str, dataset_subsets: list[DatasetSubset], seed: int) -> DatasetDict:
-    """`train` and `test` (20%) rows of `prompt` (list of messages) and `completion` (text), for supervised fine-tuning.
+def load_sft_dataset(
+    sources: list[DataSource], seed: int, streaming: bool = False, on_source: OnSource | None = None
+) -> DatasetDict:
+    """`train` and `test` (20%) rows of `messages`, with the `source` and `row` they are from, for fine-tuning.
 
-    Each subset gives its share, drawn without replacement; the shares are concatenated, then split. `seed` fixes both,
-    so every rank and every resume sees the same rows. Raises `UserError` for what is missing, malformed or too few.
+    Each source gives its share, drawn without replacement; the shares are concatenated, then split. `seed` fixes both,
+    so every rank and every resume sees the same rows. With `streaming`, `number_of_samples` are downloaded of each and
+    kept in the data sets' cache. Raises `UserError` for what is missing, malformed or too few.
     """
     parts = []
-    names = [share.subset for share in dataset_subsets]
-    for share in dataset_subsets:
-        if names.count(share.subset) > 1:  # its rows would be trained on and held out at once
-            raise UserError(f"dataset_subsets names subset {share.subset!r} more than once")
-        rows, where = _load(dataset, share.subset)
-        count = share.number_of_samples or max(1, round(len(rows) * share.ratio))
-        if count > len(rows):
-            raise UserError(f"{where()}: number_of_samples asks for {count} rows of {len(rows)}")
-        picked = np.random.default_rng(seed).permutation(len(rows))[:count]
-        parts.append(_convert(rows, picked, where, sft_row, ("prompt", "completion")))
-    return _split(concatenate_datasets(parts), seed, dataset)
+    subsets = [source.subset for source in sources]
+    for source in sources:
+        if subsets.count(source.subset) > 1:  # its rows would be trained on and held out at once
+            raise UserError(f"dataset_subsets names subset {source.subset!r} more than once")
+        rows, where = _stream(source, seed) if streaming else _load(source)
+        picked = np.random.default_rng(seed).permutation(len(rows))[: _share(source, len(rows), where)]
+        if on_source:
+            on_source(source, None if streaming else len(rows), len(picked))
+        parts.append(_convert(rows, picked, where, source, sft_conversation, SFT_COLUMNS))
+    return _split(concatenate_datasets(parts), seed, sources[0].name)
 
 
-def load_dpo_dataset(datasets: list[str], seed: int) -> DatasetDict:
-    """`train` and `test` (20%) pairs: `prompt` (list of messages), `chosen` and `rejected` (text of the answers).
+def load_dpo_dataset(sources: list[DataSource], seed: int, on_source: OnSource | None = None) -> DatasetDict:
+    """`train` and `test` (20%) pairs: `prompt` (list of messages), `chosen` and `rejected` (text of the answers), with
+    the `source` and `row` they are from.
 
-    Each source is split on its own, so the evaluation split holds every source in proportion, and the held-out rows of
-    a source are the same whatever stands beside it. Raises `UserError` for what is missing or malformed.
+    Each source is split on its own and gives its share of both parts. So the evaluation split holds every source in
+    proportion, and what is held out of a source is held out whatever its share, and whatever stands beside it. Raises
+    `UserError` for what is missing or malformed.
     """
-    splits = []
-    for name in datasets:
-        rows, where = _load(name)
-        pairs = _convert(rows, np.arange(len(rows)), where, preference_row, ("prompt", "chosen", "rejected"))
-        splits.append(_split(pairs, seed, name))
-    return DatasetDict({part: concatenate_datasets([split[part] for split in splits]) for part in ("train", "test")})
+    parts: dict[str, list[Dataset]] = {"train": [], "test": []}
+    for source in sources:
+        rows, where = _load(source)
+        count = _share(source, len(rows), where)
+        split = _split(Dataset.from_dict({"index": range(len(rows))}), seed, source.name)
+        if count < 2:
+            raise UserError(f"{where()}: {count} row is too few to train on and hold {EVAL_SHARE:.0%} out")
+        held_out = math.ceil(EVAL_SHARE * count)
+        counts = {"train": count - held_out, "test": held_out}
+        if on_source:
+            on_source(source, len(rows), count)
+        picked = {part: np.array(split[part]["index"][: counts[part]]) for part in parts}
+        pairs = _convert(rows, np.concatenate(list(picked.values())), where, source, preference_row, PREFERENCE_COLUMNS)
+        for part, indices in picked.items():
+            parts[part].append(pairs.select(np.searchsorted(pairs["row"][:], indices + 1)))
+    return DatasetDict({part: concatenate_datasets(parts[part]) for part in parts})
 
 
-def sft_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of an SFT data set as `prompt` and `completion`.
+def sft_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an SFT data set as `messages`, a conversation in which every assistant turn is to be learned.
 
-    | columns        | prompt      | completion | as in                    |
-    |----------------|-------------|------------|--------------------------|
-    | prompt, text   | a user turn | text       | HuggingFaceTB/cosmopedia |
+    | columns                    | conversation                                       | as in                        |
+    |----------------------------|----------------------------------------------------|------------------------------|
+    | messages                   | turns: `role` (user, assistant, system), `content` | HuggingFaceH4/ultrachat_200k |
+    | conversations              | turns: `from` (human, gpt, system), `value`        | teknium/OpenHermes-2.5       |
+    | prompt, completion         | user, assistant; or turns, and what follows them   | TRL's prompt-completion      |
+    | prompt, text               | user, assistant                                    | HuggingFaceTB/cosmopedia     |
+    | instruction, input, output | user (the first two), assistant                    | tatsu-lab/alpaca             |
+
+    The first shape whose columns are there is taken. A `system` column opens the conversation; an empty one, or an
+    empty `input`, is left out. After a system turn, user and assistant alternate, and the assistant has the last word.
     """
-    return {"prompt": [_message("user", _text(row, "prompt"))], "completion": _text(row, "text")}
+    shape = next((shape for shape in SFT_SHAPES if all(column in row for column in shape)), None)
+    if shape is None:
+        shapes = " | ".join(", ".join(shape) for shape in SFT_SHAPES)
+        raise _MissingColumn(
+            f"its columns ({', '.join(row)}) have no shape of SFT data: {shapes}; columns renames them"
+        )
+    if len(shape) == 1:
+        messages = _turns(row, *shape)
+    else:
+        if shape[0] == "instruction":
+            given = _text(row, "input") if row.get("input") else ""
+            prompt = [_message("user", _text(row, "instruction") + (f"\n\n{given}" if given else ""))]
+        else:
+            prompt = (
+                _turns(row, "prompt") if isinstance(row["prompt"], list) else [_message("user", _text(row, "prompt"))]
+            )
+        answer = row[shape[1]]
+        answers = _turns(row, shape[1]) if isinstance(answer, list) else [_message("assistant", _text(row, shape[1]))]
+        messages = [*prompt, *answers]
+    messages = _with_system(row, messages)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError("the conversation does not end with an assistant turn")
+    _check_alternation(messages[:-1])
+    return {"messages": messages}
 
 
 def preference_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -85,22 +156,24 @@ def preference_row(row: dict[str, Any]) -> dict[str, Any]:
     | system, question, chosen, rejected | system turn, user turn          | Intel/orca_dpo_pairs        |
     | system, prompt, chosen, rejected   | system turn, user turn          | jondurbin/truthy-dpo-v0.1   |
     | prompt, chosen, rejected           | user turn, or a list of turns   | many                        |
+    | conversations, chosen, rejected    | its turns                       | ShareGPT's                  |
     | chosen, rejected                   | what the two have in common     | argilla/dpo-mix-7k          |
 
-    An empty system text is no turn. `chosen` and `rejected` are texts or whole conversations, single- or multi-turn;
-    conversations must agree in all turns but the last, alternate user and assistant, and end with the assistant.
+    An empty system text is no turn. `chosen` and `rejected` are texts, single turns or whole conversations; turns are
+    mappings of `role` and `content`, or of `from` (human, gpt, system) and `value`. Conversations must agree in all
+    turns but the last, alternate user and assistant, and end with the assistant.
     """
     _require(row, "chosen", "rejected")
-    sides = {side: row[side] for side in ("chosen", "rejected")}
+    sides = {side: [row[side]] if isinstance(row[side], dict) else row[side] for side in ("chosen", "rejected")}
     for side, value in sides.items():
         if not isinstance(value, (str, list)):
             raise UserError(f"column {side!r} is {_short(value)}, neither text nor a list of turns")
-    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
+    if isinstance(sides["chosen"], str) != isinstance(sides["rejected"], str):
         raise UserError("one of chosen and rejected is text, the other a list of turns")
-    if isinstance(row["chosen"], str):
+    if isinstance(sides["chosen"], str):
         prompt, answers = _prompt_turns(row), sides
     else:
-        conversations = {side: _turns(row, side) for side in sides}
+        conversations = {side: _turns(sides, side) for side in sides}
         for side, turns in conversations.items():
             if not turns or turns[-1]["role"] != "assistant":
                 raise UserError(f"{side} does not end with an assistant turn")
@@ -116,123 +189,179 @@ def preference_row(row: dict[str, Any]) -> dict[str, Any]:
 def tokenize_sft_dataset(
     dataset: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
+    num_proc: int | None = None,
+    *,
     on_completions_only: bool,
     max_length: int | None,
-    num_proc: int | None = None,
+    every_row: bool = False,
 ) -> DatasetDict:
     """`load_sft_dataset`'s rows as SFTTrainer takes them: `input_ids` and `labels`, -100 where unsupervised.
 
-    SFTTrainer itself cuts rows to `max_length` tokens (or packs them); here those that will be cut are counted, in the
-    `info.description` of a part, which stays with it on disk.
+    A row is cut from its end to `max_length` tokens, and dropped if nothing supervised is left. With `every_row` none
+    is dropped, and the columns of where a row is from, how long it was (tokens) and what it lost are there as well.
     """
 
-    def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt, completion = encode(tokenizer, row["prompt"], row["completion"])
-        masked = [-100] * len(prompt) if on_completions_only else prompt
-        return {"input_ids": prompt + completion, "labels": masked + completion}
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        ids, said = encode_conversation(tokenizer, row["messages"])
+        labels = [
+            token if learned or not on_completions_only else -100 for token, learned in zip(ids, said, strict=True)
+        ]
+        lost = [EMPTY] if any(not m["content"].strip() for m in row["messages"] if m["role"] == "assistant") else []
+        if max_length is not None and len(ids) > max_length:
+            lost.append(LOST_END if any(label != -100 for label in labels[:max_length]) else NO_ANSWER)
+        lengths = {"prompt": len(ids) - sum(said), "completion": sum(said), "total": len(ids)}
+        return {"input_ids": ids[:max_length], "labels": labels[:max_length], **_fate(row, lengths, lost)}
 
-    tokenized = _map(dataset, tokenize, num_proc)
-    for part in tokenized:
-        longer = sum(len(ids) > (max_length or math.inf) for ids in tokenized[part]["input_ids"])
-        if longer:
-            tokenized[part].info.description = (
-                f"{part} rows: {longer} of {len(tokenized[part])} are longer than max_seq_length ({max_length} tokens)"
-                " and lose their end, EOS included"
-            )
-    return tokenized
+    return _tokenized(dataset, tokenize, num_proc, every_row)
 
 
 def tokenize_dpo_dataset(
     dataset: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
+    num_proc: int | None = None,
+    *,
     max_length: int | None,
     max_prompt_length: int | None = None,
     max_target_length: int | None = None,
-    num_proc: int | None = None,
+    every_row: bool = False,
 ) -> DatasetDict:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of `load_dpo_dataset`'s pairs, within the limits (in tokens).
 
-    A prompt is cut from its left (its BOS stays), an answer from its right; `max_length` then bounds the two together,
-    again at the answer's end. A pair whose prompt leaves no room for an answer is dropped. Both are counted in the
-    `info.description` of a part, which stays with it on disk.
+    A prompt is cut from its left (see `cut_prompt`), an answer from its right; `max_length` then bounds the two
+    together, again at the answer's end. A pair without room for its answers is dropped. `every_row` as for SFT.
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         prompt, chosen = encode(tokenizer, row["prompt"], row["chosen"])
         _, rejected = encode(tokenizer, row["prompt"], row["rejected"])
-        kept = cut_prompt(prompt, max_prompt_length, tokenizer.bos_token_id)
-        room = None if max_length is None else max(0, max_length - len(kept))
-        limit = min((n for n in (max_target_length, room) if n is not None), default=None)
-        answers = {"chosen_ids": chosen[:limit], "rejected_ids": rejected[:limit]}
-        cut = len(kept) < len(prompt) or [chosen, rejected] != list(answers.values())
-        return {"prompt_ids": kept, **answers, "cut": cut}
+        longest = max(len(chosen), len(rejected))
+        lengths = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
+        lengths["total"] = len(prompt) + longest
+        lost = [EMPTY] if not row["chosen"].strip() else []
+        if max_prompt_length is not None and len(prompt) > max_prompt_length:
+            shorter = cut_prompt(tokenizer, row["prompt"], max_prompt_length)
+            prompt = encode(tokenizer, shorter)[0] if shorter else []
+            lost.append(LOST_START if shorter else NO_PROMPT)
+        if max_target_length is not None and longest > max_target_length:
+            longest = max_target_length
+            lost.append(LOST_TARGET)
+        if max_length is not None and len(prompt) + longest > max_length:
+            longest = max(0, max_length - len(prompt))
+            lost.append(LOST_TAIL if longest else NO_ROOM)
+        answers = {"chosen_ids": chosen[:longest], "rejected_ids": rejected[:longest]}
+        return {"prompt_ids": prompt, **answers, **_fate(row, lengths, lost)}
 
-    tokenized = _map(dataset, tokenize, num_proc)
-    fits = tokenized.filter(lambda row: len(row["chosen_ids"]) > 0, desc="Dropping pairs without room for an answer")
-    for part in fits:
-        dropped, cut = len(tokenized[part]) - len(fits[part]), sum(fits[part]["cut"])
-        if not len(fits[part]):
-            raise UserError(f"max_length {max_length} leaves no {part} pair room for an answer")
-        fits[part] = fits[part].remove_columns("cut")
-        if dropped or cut:
-            fits[part].info.description = (
-                f"{part} pairs: {cut} of {len(tokenized[part])} cut to the length limits, {dropped} dropped because the"
-                " prompt alone fills max_length"
-            )
-    return fits
+    return _tokenized(dataset, tokenize, num_proc, every_row)
 
 
-def cut_prompt(prompt_ids: list[int], max_prompt_length: int | None, bos_token_id: int | None) -> list[int]:
-    """The last `max_prompt_length` ids of a prompt, where a BOS that it starts with takes the place of the first."""
-    if max_prompt_length is None or len(prompt_ids) <= max_prompt_length:
-        return prompt_ids
-    tail = prompt_ids[-max_prompt_length:]
-    return [bos_token_id, *tail[1:]] if prompt_ids[0] == bos_token_id else tail
+def cut_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], max_prompt_length: int
+) -> list[Message] | None:
+    """The end of a prompt, as a conversation of at most `max_prompt_length` tokens with BOS and every header.
+
+    Turns go from the left; of the first that is left, the content loses its beginning and the header stays. None where
+    the last turn's header alone is longer.
+    """
+
+    def fits(messages: list[Message]) -> bool:
+        return len(encode(tokenizer, messages)[0]) <= max_prompt_length
+
+    for number, turn in enumerate(prompt):
+        later = prompt[number + 1 :]
+        if later and not fits(later):
+            continue
+        low, high = 0, len(turn["content"]) + 1  # characters kept: `low` fit (or nothing does), `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits([_last(turn, middle), *later]) else (low, middle)
+        if low:
+            return [_last(turn, low), *later]
+        return later or ([_last(turn, 0)] if fits([_last(turn, 0)]) else None)
+    return None
 
 
-def _map(dataset: DatasetDict, tokenize: Callable[[dict], dict], num_proc: int | None) -> DatasetDict:
+def _last(turn: Message, characters: int) -> Message:
+    return {**turn, "content": turn["content"][len(turn["content"]) - characters :]}
+
+
+class Loss(NamedTuple):
+    """What rows of a part lost, to a limit or otherwise: one of the sentences above."""
+
+    what: str
+    rows: int
+    share: float  # of the part's rows
+    example: str  # where the first of them is
+
+
+def losses(part: Dataset) -> list[Loss]:
+    """What the rows of a tokenized part have lost, what lost most first."""
+    found = [Loss(*loss) for loss in json.loads(part.info.description or "[]")]
+    return sorted(found, key=lambda loss: (loss.what not in DROPPED, loss.what == EMPTY, -loss.rows))
+
+
+def told_losses(name: str, part: Dataset) -> Iterator[str]:
+    """A line for each, for a log; what is much is told with the limit to raise."""
+    for what, rows, share, example in losses(part):
+        fate = " dropped" if what in DROPPED else "" if what == EMPTY else " cut"
+        advice = f"; raise {DROPPED[what]}" if what in DROPPED and share > MANY else ""
+        yield f"{name}: {rows} rows ({share:.1%}){fate}: {what} (the first: {example}){advice}"
+
+
+def _fate(row: dict[str, Any], lengths: dict[str, int], lost: list[str]) -> dict[str, Any]:
+    return {
+        **{"source": row["source"], "row": row["row"], "lost": "\n".join(lost)},
+        **{f"{name}_length": length for name, length in lengths.items()},
+    }
+
+
+def _tokenized(
+    dataset: DatasetDict, tokenize: Callable[[dict], dict], num_proc: int | None, every_row: bool
+) -> DatasetDict:
     columns = dataset["train"].column_names
-    return dataset.map(tokenize, remove_columns=columns, num_proc=num_proc, desc="Tokenizing")
+    tokenized = dataset.map(tokenize, remove_columns=columns, num_proc=num_proc, desc="Tokenizing")
+    for name, rows in tokenized.items():
+        losers: dict[str, list[int]] = {}
+        for index, lost in enumerate(rows["lost"][:]):
+            for what in lost.splitlines():
+                losers.setdefault(what, []).append(index)
+        found = []
+        for what, indices in losers.items():
+            first = rows[indices[0]]
+            found.append(Loss(what, len(indices), len(indices) / len(rows), f"{first['source']} row {first['row']}"))
+        if not every_row:
+            dropped = {index for what in losers if what in DROPPED for index in losers[what]}
+            kept = [index for index in range(len(rows)) if index not in dropped]
+            if not kept:
+                what = next(what for what in losers if what in DROPPED)
+                raise UserError(f"{DROPPED[what]} is too small: no {name} row is left ({what})")
+            ids = [column for column in rows.column_names if column.endswith("ids") or column == "labels"]
+            tokenized[name] = (rows.select(kept) if dropped else rows).select_columns(ids)
+        tokenized[name].info.description = json.dumps(found)
+    return tokenized
 
 
-def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., str]]:
-    """The rows of a data set, and a function that says in words where a row of it stands."""
-    path = Path(name)
-    described = name if subset is None else f"{name} (subset {subset})"
-    if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(name)):
-        raise UserError(f"data set {name}: no such file or folder")
-    args = [name, subset]
-    kwargs: dict[str, Any] = {}
-    if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise UserError(f"data set {name}: a file must end in one of {', '.join(FILE_FORMATS)}")
-        if subset is not None:
-            raise UserError(
-                f"dataset_subsets names subset {subset!r}, which the single file {name} does not have: for all of its"
-                " rows leave dataset_subsets out, for some set it to [{ratio: 0.5}]"
-            )
-        args, kwargs = [FILE_FORMATS[path.suffix]], {"data_files": {"train": name}}
-    try:
-        with quiet_lookup():
-            splits = load_dataset(*args, **kwargs)
-    except StopIteration:  # datasets 5.2 lets it out of a builder that met nothing but empty files
-        raise UserError(f"data set {described}: it has no rows") from None
-    except DatasetGenerationError as error:
-        told = _malformed(args, kwargs) or f"data set {described}: {one_line(error.__cause__ or error)}"
-        raise UserError(told) from error
-    except (OSError, ValueError) as error:
-        kind = PassingError if isinstance(error, OSError) and not path.exists() else UserError
-        raise kind(f"data set {described}: {_not_loaded(name, subset, error)}") from error
-    if "train" not in splits and len(splits) > 1:
-        raise UserError(f"data set {described}: no train split among {', '.join(splits)}")
-    split = "train" if "train" in splits else next(iter(splits))
-    rows = splits[split]
+def _share(source: DataSource, found: int, where: Callable[..., str]) -> int:
+    """How many of the rows found to take."""
+    count = source.number_of_samples or max(1, round(found * (1.0 if source.ratio is None else source.ratio)))
+    if count > found:
+        raise UserError(f"{where()}: number_of_samples asks for {count} rows of {found}")
+    return count
+
+
+Where = Callable[..., str]  # says in words where a row of a data set stands, or without a row which data set it is
+
+
+def _load(source: DataSource) -> tuple[Dataset, Where]:
+    args, kwargs = _arguments(source)
+    with _told(source, args, kwargs):
+        splits = load_dataset(*args, split=source.split, **kwargs)
+    split, rows = _chosen_split(source, splits)
     if len(rows) == 0:
-        raise UserError(f"data set {described}: it has no rows")
+        raise UserError(f"data set {source}: it has no rows")
 
     def where(row: int | None = None) -> str:
         if row is None:
-            return f"data set {described}"
+            return f"data set {source}"
         for file in _local_files(args, kwargs, split):
             lines = _json_lines(file)
             if lines is None:  # not one row a line: the row's number must do
@@ -240,17 +369,98 @@ def _load(name: str, subset: str | None = None) -> tuple[Dataset, Callable[..., 
             if row < len(lines):
                 return f"{file} line {lines[row][0]}"
             row -= len(lines)
-        return f"data set {described} row {row + 1}"
+        return f"data set {source} row {row + 1}"
 
     return rows, where
 
 
-def _not_loaded(name: str, subset: str | None, error: Exception) -> str:
+def _stream(source: DataSource, seed: int) -> tuple[Dataset, Where]:
+    """`number_of_samples` rows drawn from a source that is read only as far as it takes, kept in datasets' cache.
+
+    `source.number_of_samples` must be set.
+    """
+    args, kwargs = _arguments(source)
+    with _told(source, args, kwargs):
+        builder = load_dataset_builder(*args, **kwargs)
+        split, rows = _chosen_split(source, load_dataset(*args, split=source.split, streaming=True, **kwargs))
+        files = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime) for file in _local_files(args, kwargs)]
+        # Shuffling draws from a buffer of 1000 rows, filled from ten of its files at a time, in random order.
+        drawn = rows.shuffle(seed=seed).take(source.number_of_samples)
+        rows = Dataset.from_generator(
+            lambda: iter(drawn),
+            features=drawn.features,
+            # Its own key would be of the lambda. The builder's hash is the commit on the hub.
+            fingerprint=fingerprint(args, builder.hash, builder.config_id, files, split, str(source), seed),
+        )
+    if len(rows) < source.number_of_samples:
+        raise UserError(f"data set {source}: number_of_samples asks for {source.number_of_samples} rows of {len(rows)}")
+    return rows, lambda row=None: f"data set {source}" + ("" if row is None else f" row {row + 1} of those streamed")
+
+
+def _arguments(source: DataSource) -> tuple[list[str | None], dict[str, Any]]:
+    """What `load_dataset` is to be called with for a source."""
+    path = Path(source.name)
+    if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(source.name)):
+        raise UserError(f"data set {source.name}: no such file or folder")
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise UserError(f"data set {source.name}: a file must end in one of {', '.join(FILE_FORMATS)}")
+        if source.subset is not None:
+            raise UserError(
+                f"dataset_subsets names subset {source.subset!r}, which the single file {source.name} does not have:"
+                " for all of its rows leave dataset_subsets out, for some set it to [{ratio: 0.5}]"
+            )
+        return [FILE_FORMATS[path.suffix]], {"data_files": {"train": source.name}}
+    if path.is_dir() and not (path / "README.md").exists():  # where a README may say which files are a subset's
+        formats = {FILE_FORMATS[file.suffix]: file.name for file in path.iterdir() if file.suffix in FILE_FORMATS}
+        if len(formats) > 1:
+            raise UserError(
+                f"data set {source.name}: it holds files of several formats ({', '.join(formats.values())}), of which"
+                " only one would be read; make a folder of each"
+            )
+    return [source.name, source.subset], {}
+
+
+@contextmanager
+def _told(source: DataSource, args: list[str | None], kwargs: dict[str, Any]) -> Iterator[None]:
+    """What the library says to a source that it cannot load, in one line."""
+    try:
+        with quiet_lookup():
+            yield
+    except UserError:
+        raise
+    except StopIteration:  # datasets 5.2 lets it out of a builder that met nothing but empty files
+        raise UserError(f"data set {source}: it has no rows") from None
+    except DatasetGenerationError as error:
+        reason = error.__cause__ or error
+        told = _malformed(args, kwargs) or f"data set {source}: {one_line(reason)}"
+        raise (PassingError if _may_pass(source, reason) else UserError)(told) from error
+    except (OSError, ValueError) as error:
+        told = f"data set {source}: {_not_loaded(source, error)}"
+        raise (PassingError if _may_pass(source, error) else UserError)(told) from error
+
+
+def _may_pass(source: DataSource, error: BaseException) -> bool:
+    return isinstance(error, OSError) and not Path(source.name).exists()
+
+
+def _chosen_split(source: DataSource, loaded: Any) -> tuple[str, Any]:
+    """The name of the split that is used, and its rows; `loaded` is what `load_dataset` has given."""
+    if source.split is not None:
+        return source.split, loaded
+    if "train" not in loaded and len(loaded) > 1:
+        raise UserError(f"data set {source}: no train split among {', '.join(loaded)}; choose one with split")
+    split = "train" if "train" in loaded else next(iter(loaded))
+    return split, loaded[split]
+
+
+def _not_loaded(source: DataSource, error: Exception) -> str:
+    name, subset = source.name, source.subset
     if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
         known = get_dataset_config_names(name)
         given = f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
         return f"{given}: it has {', '.join(known)}"
-    if Path(name).exists():
+    if Path(name).exists() or "split" in str(error):
         return one_line(error)
     return f"no such file or folder, and not to be had from the hub ({one_line(error)})"
 
@@ -286,24 +496,38 @@ def _json_lines(file: str) -> list[tuple[int, str]] | None:
 def _convert(
     rows: Dataset,
     picked: np.ndarray,
-    where: Callable[..., str],
+    where: Where,
+    source: DataSource,
     convert_row: Callable[[dict], dict],
-    columns: tuple[str, ...],
+    known: tuple[str, ...],
 ) -> Dataset:
-    """The picked rows through `convert_row`, whose `UserError` is told with the row's place in its file."""
-    converted: dict[str, list] = {column: [] for column in columns}
-    picked = np.sort(picked)  # so that the first bad row in the file is the one told; the split shuffles anyway
-    for index in picked:
+    """The picked rows, in the source's order, through `convert_row`; `known` are the columns that it reads.
+
+    Its `UserError` is told with the row's place in its file: that of the first row with a mistake.
+    """
+    for column, theirs in source.columns.items():
+        if column not in known:
+            raise UserError(f"columns.{column}: no column of that name is read{nearest(column, known)}")
+        if theirs not in rows.column_names:
+            has = f"it has {', '.join(rows.column_names)}"
+            raise UserError(
+                f"columns.{column}: {where()} has no column {theirs!r}{nearest(theirs, rows.column_names)}; {has}"
+            )
+    converted: dict[str, list] = {}
+    for index in map(int, np.sort(picked)):
         try:
-            new_row = convert_row(rows[int(index)])
+            row = rows[index]
+            renamed = {column: row[theirs] for column, theirs in source.columns.items()}
+            others = {column: value for column, value in row.items() if column not in source.columns.values()}
+            new_row = convert_row({**others, **renamed})
         except UnicodeDecodeError as error:
-            raise UserError(f"{where(int(index))}: not UTF-8 text ({error.reason})") from error
+            raise UserError(f"{where(index)}: not UTF-8 text ({error.reason})") from error
         except _MissingColumn as error:
             raise UserError(f"{where()}: {error}") from error
         except UserError as error:
-            raise UserError(f"{where(int(index))}: {error}") from error
-        for column in columns:
-            converted[column].append(new_row[column])
+            raise UserError(f"{where(index)}: {error}") from error
+        for column, value in {**new_row, "source": str(source), "row": index + 1}.items():
+            converted.setdefault(column, []).append(value)
     return Dataset.from_dict(converted)
 
 
@@ -335,15 +559,24 @@ def _text(row: dict[str, Any], column: str) -> str:
 
 
 def _turns(row: dict[str, Any], column: str) -> list[Message]:
-    turns = row[column]
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+    if not isinstance(row[column], list):
+        raise UserError(f"column {column!r} is {_short(row[column])}, not a list of turns")
+    turns = []
+    for number, turn in enumerate(row[column], start=1):
+        for keys in (("role", "content"), ("from", "value")):
+            if isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in keys):
+                role, content = (turn[key] for key in keys)
+                turns.append(_message(ROLES.get(role, role), content))
+                break
+        else:
             raise UserError(f"column {column!r}, turn {number}: {_short(turn)} has no role and content")
-    return [_message(turn["role"], turn["content"]) for turn in turns]
+    return turns
 
 
-def _prompt_turns(row: dict[str, Any]) -> list[Message]:
-    column = "question" if "question" in row and "prompt" not in row else "prompt"
+def _prompt_turns(
+    row: dict[str, Any], columns: tuple[str, ...] = ("prompt", "question", "conversations")
+) -> list[Message]:
+    column = next((column for column in columns if column in row), columns[0])
     _require(row, column)
     turns = _turns(row, column) if isinstance(row[column], list) else [_message("user", _text(row, column))]
     return _with_system(row, turns)

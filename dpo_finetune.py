@@ -65,7 +65,7 @@ class TokenizedDPOTrainer(DPOTrainer):
 def train(trial: Trial[DPOHyperparameters]) -> None:
     hparams, args = trial.hparams, trial.hparams.args
 
-    rows = load_dpo_dataset(hparams.datasets, hparams.split_seed)
+    rows = load_dpo_dataset(hparams.sources, hparams.split_seed)
 
     trial.status(hparams.start)
     source = download_ckpt(hparams.model_ckpt, trial.core_context) if hparams.model_ckpt else hparams.model_name
@@ -79,15 +79,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         reference.eval().requires_grad_(False)
 
     trial.status("preparing the training" + (", reference log-probs first" if reference is None else ""))
-    dataset = trial.tokenized(
-        tokenize_dpo_dataset,
-        rows,
-        tokenizer,
-        args.dataset_num_proc,
-        max_length=args.max_length,
-        max_prompt_length=hparams.max_prompt_length,
-        max_target_length=hparams.max_target_length,
-    )
+    dataset = trial.tokenized(tokenize_dpo_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
     trainer = TokenizedDPOTrainer(
         trial,
         model=model,

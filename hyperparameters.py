@@ -54,6 +54,7 @@ REFUSED_BY_SFT = REFUSED | {
     "dataset_kwargs": "every row is rendered as ChatML by chat_format.py",
     "dataset_text_field": "every row is rendered as ChatML by chat_format.py",
     "eos_token": "every answer ends with <|im_end|> and the tokenizer's own EOS",
+    "truncation_mode": "a row that is too long is cut from its end",
 }
 REFUSED_BY_DPO = REFUSED | {
     "label_smoothing_factor": "DPO's losses have label_smoothing",
@@ -85,10 +86,38 @@ class DatasetSubset:
         if (self.ratio is None) == (self.number_of_samples is None):
             given = "neither" if self.ratio is None else "both"
             raise UserError(f"{name}: give ratio or number_of_samples, one of the two; this has {given}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise UserError(f"{name}: ratio {self.ratio:g} is not in (0, 1]")
-        if self.number_of_samples is not None and self.number_of_samples < 1:
-            raise UserError(f"{name}: number_of_samples {self.number_of_samples} is not at least 1")
+        check_share(self, name)
+
+
+@dataclass
+class DataSource:
+    """Rows to train on, and how many of them: all, a `ratio` or a `number_of_samples`. See `dataset_utils`."""
+
+    name: str  # a hub id, a folder or a file
+    subset: str | None = None
+    split: str | None = None  # None: train, or the only one
+    ratio: float | None = None  # in (0, 1]
+    number_of_samples: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # the name that is read: what the data set calls it
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.number_of_samples is not None:
+            raise UserError(f"{self.name}: give ratio or number_of_samples, not both")
+        check_share(self, self.name)
+        for column, theirs in self.columns.items():
+            if not isinstance(theirs, str):
+                raise UserError(f"columns.{column} is {theirs!r}, which is not the name of a column")
+
+    def __str__(self) -> str:
+        parts = [f"{key} {value}" for key, value in (("subset", self.subset), ("split", self.split)) if value]
+        return f"{self.name} ({', '.join(parts)})" if parts else self.name
+
+
+def check_share(share: DatasetSubset | DataSource, name: str) -> None:
+    if share.ratio is not None and not 0 < share.ratio <= 1:
+        raise UserError(f"{name}: ratio {share.ratio:g} is not in (0, 1]")
+    if share.number_of_samples is not None and share.number_of_samples < 1:
+        raise UserError(f"{name}: number_of_samples {share.number_of_samples} is not at least 1")
 
 
 @dataclass
@@ -139,6 +168,9 @@ class SFTHyperparameters(TrainerArgs):
     model_name: str
     dataset: str
     dataset_subsets: list[DatasetSubset] = field(default_factory=lambda: [DatasetSubset(ratio=1.0)])
+    split: str | None = None  # of the data set; None: train, or the only one
+    columns: dict[str, str] = field(default_factory=dict)  # the name that is read: what the data set calls it
+    streaming: bool = False  # take number_of_samples of each subset without downloading the rest
     max_seq_length: int | None = None  # tokens of a row, prompt and answer; None: TRL's default, 1024
     data_collator: DataCollator = field(default_factory=DataCollator)
     chat_tokens: ChatTokens = field(default_factory=ChatTokens)
@@ -149,12 +181,34 @@ class SFTHyperparameters(TrainerArgs):
         check_positive(self, "max_seq_length")
         if not self.dataset_subsets:
             raise UserError("dataset_subsets is empty")
+        for share in self.dataset_subsets:
+            if self.streaming and share.number_of_samples is None:
+                raise UserError(
+                    f"streaming: true takes number_of_samples of a subset; subset {share.subset!r} has a ratio, of a"
+                    " number that is not known before all is downloaded"
+                )
         own = {"max_length": ("max_seq_length", self.max_seq_length)}
         training_args = check_training_args(SFTConfig, self.training_args, own, REFUSED_BY_SFT)
         loss = training_args.get("loss_type", "nll")
         if loss not in SFT_LOSSES:  # TRL refuses it too, but only once the model is loaded
             raise UserError(f"training_args.loss_type {loss!r} is none of {', '.join(SFT_LOSSES)}")
         self.args = build_training_args(SFTConfig, training_args)
+
+    @property
+    def sources(self) -> list[DataSource]:
+        return [
+            DataSource(self.dataset, share.subset, self.split, share.ratio, share.number_of_samples, self.columns)
+            for share in self.dataset_subsets
+        ]
+
+    @property
+    def tokenizing(self) -> dict[str, Any]:
+        """Keyword arguments for `tokenize_sft_dataset`."""
+        splits_rows = self.args.packing and self.args.packing_strategy != "bfd"  # over as many sequences as they fill
+        return {
+            "on_completions_only": self.data_collator.on_completions_only,
+            "max_length": None if splits_rows else self.args.max_length,
+        }
 
 
 @dataclass
@@ -167,7 +221,7 @@ class DPOHyperparameters(TrainerArgs):
         *(f"eval_{name}/{side}" for name in ("logps", "logits") for side in ("chosen", "rejected")),
     )
 
-    datasets: list[str]
+    datasets: list[str | DataSource]
     model_name: str | None = None
     model_ckpt: str | None = None  # UUID of a Determined checkpoint, an SFT run's
     dpo_beta: float | None = None
@@ -200,6 +254,19 @@ class DPOHyperparameters(TrainerArgs):
             # TRL 1.16 writes them beside the dataset's file on the first machine, and reads them there on all. This can
             # go once it gathers them.
             raise UserError(f"precompute_ref_log_probs: true needs a trial on one machine; this one runs on {machines}")
+
+    @property
+    def sources(self) -> list[DataSource]:
+        return [DataSource(given) if isinstance(given, str) else given for given in self.datasets]
+
+    @property
+    def tokenizing(self) -> dict[str, Any]:
+        """Keyword arguments for `tokenize_dpo_dataset`."""
+        return {
+            "max_length": self.args.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "max_target_length": self.max_target_length,
+        }
 
     @property
     def start(self) -> str:
@@ -240,6 +307,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         # `IntervalStrategy | str`: the text must be a name of the enumeration all the same.
         options = [o for o in options if _is_enum(o)] or options
+        if isinstance(value, dict):  # so that what is wrong inside of it is told
+            options = [o for o in options if dataclasses.is_dataclass(o)] or options
         errors = {}
         for option in options:
             try:
@@ -276,7 +345,11 @@ def _is_enum(hint: Any) -> bool:
 
 def _wrong_type(value: Any, hint: Any, key: str) -> UserError:
     names = {str: "text", float: "a number", int: "a whole number", bool: "true or false", dict: "a mapping"}
-    wanted = names.get(typing.get_origin(hint) or hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [dict if dataclasses.is_dataclass(o) else o for o in typing.get_args(hint)]
+        wanted = " or ".join(names[o] for o in options) if all(o in names for o in options) else None
+    else:
+        wanted = names.get(typing.get_origin(hint) or hint)
     if _is_enum(hint):
         wanted = "one of " + ", ".join(member.value for member in hint)
     elif typing.get_origin(hint) is list:

@@ -23,6 +23,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers
+import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -33,10 +34,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chat_format import Message, decode_answer, encode, generation_stops, plain_text
 from checkpoints import CLUSTER_SOURCES, cluster_checkpoint, local_checkpoint
 from dataset_utils import load_dpo_dataset
-from hyperparameters import DEFAULT_SPLIT_SEED
+from hyperparameters import DEFAULT_SPLIT_SEED, DataSource, convert
 from models import check_source, load_model_and_tokenizer
 from trial import hide_progress_bars_in_logs
-from user_error import UserError, exit_on_user_error
+from user_error import UserError, exit_on_user_error, one_line
 
 console = Console(highlight=False)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -123,6 +124,15 @@ def resolve_source(source: str, key: str) -> str:
     return source
 
 
+def parse_dataset(text: str) -> DataSource:
+    if not text.startswith("{"):
+        return DataSource(text)
+    try:
+        return convert(yaml.safe_load(text), DataSource, "--dataset")
+    except yaml.YAMLError as error:
+        raise UserError(f"--dataset {text!r}: {one_line(error)}") from error
+
+
 def parse_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -157,8 +167,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         default="Intel/orca_dpo_pairs",
-        help="preference data set whose held-out 20%% gives the questions: any that dpo.yaml could train on"
-        " (default: %(default)s)",
+        help="preference data set whose held-out 20%% gives the questions, as dpo.yaml would name it: also"
+        " '{name: ..., split: ..., columns: ...}' (default: %(default)s)",
     )
     parser.add_argument("--number-of-samples", type=int, default=10, help="how many questions (default: %(default)s)")
     parser.add_argument(
@@ -190,7 +200,7 @@ def main() -> None:
         raise UserError(f"--output_file {args.output_file}: its name must end in .csv")
     models, device = parse_models(args.model), parse_device(args.device)
     dtype = parse_dtype(args.dtype, device)
-    held_out = load_dpo_dataset([args.dataset], args.data_seed)["test"]
+    held_out = load_dpo_dataset([parse_dataset(args.dataset)], args.data_seed)["test"]
     if args.number_of_samples > len(held_out):
         console.print(
             f"{args.dataset} holds {len(held_out)} rows out: fewer than the {args.number_of_samples} asked for"

@@ -80,9 +80,8 @@ def check_trials(script: str, trials: list[dict[str, Any]], metric: str) -> None
     check_searcher_metric(cls, metric)
     parsed = [parse_hyperparameters(cls, hparams) for hparams in trials]
     if cls is SFTHyperparameters:
-        loads = {str((h.dataset, h.dataset_subsets, h.split_seed)): h for h in parsed}
-        for h in loads.values():
-            load_sft_dataset(h.dataset, h.dataset_subsets, h.split_seed)
+        for h in {str((h.sources, h.streaming, h.split_seed)): h for h in parsed}.values():
+            load_sft_dataset(h.sources, h.split_seed, h.streaming)
         for h in parsed:
             check_source(h.model_name, "model_name")
     else:
@@ -91,8 +90,8 @@ def check_trials(script: str, trials: list[dict[str, Any]], metric: str) -> None
                 local_checkpoint(h.model_ckpt, "model_ckpt")
             else:
                 check_source(h.model_name, "model_name")
-        for h in {str((h.datasets, h.split_seed)): h for h in parsed}.values():
-            load_dpo_dataset(h.datasets, h.split_seed)
+        for h in {str((h.sources, h.split_seed)): h for h in parsed}.values():
+            load_dpo_dataset(h.sources, h.split_seed)
         for start in {h.start: None for h in parsed}:
             console.print(start, markup=False)
 

@@ -14,7 +14,7 @@ from user_error import exit_on_user_error
 def train(trial: Trial[SFTHyperparameters]) -> None:
     hparams, args = trial.hparams, trial.hparams.args
 
-    rows = load_sft_dataset(hparams.dataset, hparams.dataset_subsets, hparams.split_seed)
+    rows = load_sft_dataset(hparams.sources, hparams.split_seed, hparams.streaming)
 
     trial.status(f"loading {hparams.model_name}")
     model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
@@ -23,14 +23,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     set_chat_format(model, tokenizer)
 
     trial.status("preparing the training")
-    dataset = trial.tokenized(
-        tokenize_sft_dataset,
-        rows,
-        tokenizer,
-        args.dataset_num_proc,
-        on_completions_only=hparams.data_collator.on_completions_only,
-        max_length=args.max_length,
-    )
+    dataset = trial.tokenized(tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
     trainer = SFTTrainer(
         model=model,
         args=args,

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 import chat_format
 import dataset_utils
 from checkpoints import agent_cache, local_checkpoint_storage
+from dataset_utils import told_losses
 from experiment_config import expand_trials, read_experiment_config
 from experiment_results import read_reports
 from hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
@@ -116,8 +117,8 @@ class Trial(Generic[Hyperparameters]):
             # What TRL and datasets make of it, they find again by this: a hash of all that its token ids depend on,
             # where theirs would be a random number.
             dataset[part]._fingerprint = fingerprint(key, part)
-            if dataset[part].info.description and distributed.rank == 0:
-                logger.warning("%s", dataset[part].info.description)
+            for line in told_losses(part, dataset[part]) if distributed.rank == 0 else ():
+                logger.warning(line)
         return dataset
 
     @contextmanager

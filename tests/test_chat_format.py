@@ -1,5 +1,7 @@
 """The chat format: the exact text and ids that are supervised, and that training and inference agree on them."""
 
+import random
+
 import pytest
 import torch
 from transformers import StoppingCriteriaList
@@ -12,6 +14,7 @@ from chat_format import (
     add_chat_tokens,
     decode_answer,
     encode,
+    encode_conversation,
     generation_stops,
     plain_text,
     set_chat_format,
@@ -78,6 +81,125 @@ def test_every_assistant_turn_of_the_history_ends_as_it_was_trained(tokenizer):
     prompt, _ = encode(tokenizer, CONVERSATIONS["multi-turn"])
     _, completion = encode(tokenizer, CONVERSATIONS["multi-turn"][:2], ANSWER)
     assert completion == prompt[len(encode(tokenizer, CONVERSATIONS["multi-turn"][:2])[0]) :][: len(completion)]
+
+
+FRAGMENTS = [
+    *(
+        IM_START,
+        IM_END,
+        RESPONSE_TEMPLATE,
+        "<bos>",
+        "<eos>",
+        f"{IM_END}\n{IM_START}user\n",
+        "<|im_",
+        "end|>",
+        "<",
+        "|>",
+    ),
+    *(
+        "\n",
+        " ",
+        "  ",
+        "\t",
+        "egg",
+        " boil",
+        "?",
+        "é",
+        "e\u0301",
+        "\u200b",
+        "漢字",
+        "🥚",
+        "👩‍🍳",
+        "\x00",
+        "{{ x }}",
+        "assistant",
+    ),
+]
+
+
+def conversations(count, seed=0):
+    """Conversations of up to three exchanges whose contents are made of what breaks renderers."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        messages = [SYSTEM] if draw.random() < 0.3 else []
+        for _ in range(draw.randint(1, 3)):
+            for role in ("user", "assistant"):
+                messages.append({"role": role, "content": "".join(draw.choices(FRAGMENTS, k=draw.randint(0, 8)))})
+        yield messages
+
+
+@pytest.fixture(params=["spelled", "added"])
+def both(request, model, tokenizer):
+    """The tokenizer with the markers spelled out and with a token for each."""
+    if request.param == "added":
+        add_chat_tokens(model, tokenizer, [IM_START, IM_END])
+    return tokenizer
+
+
+def occurrences(ids, part):
+    return sum(ids[start : start + len(part)] == part for start in range(len(ids)))
+
+
+def test_no_content_forges_a_turn_or_an_end(both):
+    """However they are spelled: as tokens of their own, as text, or as the ids that the real ones have."""
+    stops = {both.bos_token_id: "<bos>", both.eos_token_id: "<eos>"}
+    for messages in conversations(300):
+        ids, _ = encode_conversation(both, messages)
+        answers = sum(message["role"] == "assistant" for message in messages)
+        text = both.decode(ids)
+        assert text.count(IM_START) == text.count(IM_END) == len(messages)
+        assert [ids.count(token) for token in stops] == [1, answers]
+        assert [text.count(stop) for stop in stops.values()] == [1, answers]
+        for marker in (IM_START, IM_END):
+            spelled = both(marker, add_special_tokens=False)["input_ids"]
+            assert occurrences(ids, spelled) <= len(messages)
+
+
+def test_what_is_said_is_kept(both):
+    """Every character of a content without markers, and of one with them all but the space that takes their effect."""
+    for messages in conversations(100, seed=1):
+        ids, said = encode_conversation(both, messages)
+        answers = "".join(m["content"] + "\0" for m in messages if m["role"] == "assistant")
+        learned = both.decode([token for token, learned in zip(ids, said, strict=True) if learned])
+        learned = learned.replace(f"{IM_END}<eos>", "\0")
+        for marker in (IM_START, IM_END, "<bos>", "<eos>"):
+            learned = learned.replace(f"{marker[0]} {marker[1:]}", marker)
+        assert learned == answers
+
+
+def test_every_answer_of_a_conversation_is_trained_after_the_prompt_of_inference(both):
+    for messages in conversations(100, seed=2):
+        ids, said = encode_conversation(both, messages)
+        position = 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt, nothing = encode(both, messages[:number])
+            assert (ids[: len(prompt)], nothing) == (prompt, [])
+            _, completion = encode(both, messages[:number], message["content"])
+            end = len(prompt) + len(completion)
+            assert ids[len(prompt) : end] == completion
+            assert said[position:end] == [False] * (len(prompt) - position) + [True] * len(completion)
+            position = end
+        assert position == len(ids)
+
+
+def test_supervised_ids_of_a_known_conversation(model, tokenizer):
+    """Written out: a `+` before what is learned. The second question is a marker, the last answer says nothing."""
+    add_chat_tokens(model, tokenizer, [IM_START, IM_END])
+    messages = [
+        *(USER, {"role": "assistant", "content": "Boil."}),
+        *({"role": "user", "content": IM_END}, {"role": "assistant", "content": ""}),
+    ]
+    ids, said = encode_conversation(tokenizer, messages)
+    words = (
+        "<bos> <|im_start|> u s er \n How ▁do ▁I ▁boil ▁an ▁egg ? <|im_end|> \n <|im_start|> ass i st ant \n"
+        " +B +oil +. +<|im_end|> +<eos> \n <|im_start|> u s er \n < ▁ | im _ end | > <|im_end|> \n"
+        " <|im_start|> ass i st ant \n +<|im_end|> +<eos>"
+    )
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert ["+" * learned + token for token, learned in zip(tokens, said, strict=True)] == words.split(" ")
+    assert [token for token, learned in zip(ids, said, strict=True) if learned][-4:] == [1501, 1, 1501, 1]
 
 
 def test_a_template_that_refuses_system_turns_gets_it_in_the_user_turn(tokenizer):

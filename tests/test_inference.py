@@ -8,6 +8,7 @@ from rich.progress import Progress
 import inference
 from chat_format import encode
 from dataset_utils import load_dpo_dataset
+from hyperparameters import DataSource
 from models import load_model_and_tokenizer
 
 USER = {"role": "user", "content": "How do I boil an egg?"}
@@ -24,7 +25,7 @@ def test_a_base_model_gets_plain_text_and_a_tuned_one_its_template(tokenizer):
 
 def test_answers_do_not_depend_on_the_batch(tiny):
     model, tokenizer = load_model_and_tokenizer(str(tiny / "base"))
-    prompts = load_dpo_dataset([str(tiny / "conversations")], 42)["test"]["prompt"][:6]
+    prompts = load_dpo_dataset([DataSource(str(tiny / "conversations"))], 42)["test"]["prompt"][:6]
     with Progress(disable=True) as progress:
         answers = {size: inference.answer(model, tokenizer, prompts, 12, size, progress, "m") for size in (1, 4)}
     assert answers[1] == answers[4]
@@ -40,7 +41,7 @@ def test_table_holds_the_held_out_questions_and_the_preferred_answers(call, tiny
         *("--number-of-samples", 999, "--max-new-tokens", 2, "--device", "cpu", "--output_file", output),
     )
     assert status == 0, err
-    held_out = load_dpo_dataset([str(tiny / "conversations")], 42)["test"]
+    held_out = load_dpo_dataset([DataSource(str(tiny / "conversations"))], 42)["test"]
     table = pd.read_csv(output, keep_default_na=False)
     assert list(table.columns) == ["question", "[one]", "preferred"]
     assert table["preferred"].tolist() == held_out["chosen"][:]
