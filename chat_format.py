@@ -138,13 +138,18 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return added
 
 
-def set_chat_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_chat_format(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens: list[str] | None = None
+) -> None:
     """Make ChatML the tokenizer's template, and both stops part of the model's generation config.
 
-    Raises `UserError` where the tokenizer has no EOS token: a model trained without one cannot learn to stop.
+    With `special_tokens` these get ids and embeddings first. Raises `UserError` where the tokenizer has no EOS token: a
+    model trained without one cannot learn to stop.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so answers would never end")
+    if special_tokens:
+        add_chat_tokens(model, tokenizer, special_tokens)
     tokenizer.chat_template = CHAT_ML_TEMPLATE
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
 

@@ -55,7 +55,9 @@ LOST_TAIL = "prompt and answer longer than max_length: the answer loses its end 
 NO_PROMPT = "max_prompt_length is too small for the last turn's header"
 NO_ROOM = "the prompt alone fills max_length"
 EMPTY = "an answer without text: all that is learned from it is to stop"
-DROPPED = {NO_ANSWER: "max_seq_length", NO_PROMPT: "max_prompt_length", NO_ROOM: "max_length"}
+CUT = {LOST_END, LOST_START, LOST_TARGET, LOST_TAIL}
+DROPPED = {NO_ANSWER, NO_PROMPT, NO_ROOM}
+LIMITS = {NO_ANSWER: "max_seq_length", NO_PROMPT: "max_prompt_length", NO_ROOM: "max_length"}  # to raise
 
 OnSource = Callable[[DataSource, int | None, int], None]  # told of each: rows found (None: streamed), and rows taken
 
@@ -198,7 +200,8 @@ def tokenize_sft_dataset(
     """`load_sft_dataset`'s rows as SFTTrainer takes them: `input_ids` and `labels`, -100 where unsupervised.
 
     A row is cut from its end to `max_length` tokens, and dropped if nothing supervised is left. With `every_row` none
-    is dropped, and the columns of where a row is from, how long it was (tokens) and what it lost are there as well.
+    is dropped, and further columns tell where a row is from, how long it was, how much of it is learned (tokens) and
+    what it has lost.
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +213,8 @@ def tokenize_sft_dataset(
         if max_length is not None and len(ids) > max_length:
             lost.append(LOST_END if any(label != -100 for label in labels[:max_length]) else NO_ANSWER)
         lengths = {"prompt": len(ids) - sum(said), "completion": sum(said), "total": len(ids)}
-        return {"input_ids": ids[:max_length], "labels": labels[:max_length], **_fate(row, lengths, lost)}
+        learned = sum(label != -100 for label in labels[:max_length])
+        return {"input_ids": ids[:max_length], "labels": labels[:max_length], **_fate(row, lengths, learned, lost)}
 
     return _tokenized(dataset, tokenize, num_proc, every_row)
 
@@ -249,7 +253,7 @@ def tokenize_dpo_dataset(
             longest = max(0, max_length - len(prompt))
             lost.append(LOST_TAIL if longest else NO_ROOM)
         answers = {"chosen_ids": chosen[:longest], "rejected_ids": rejected[:longest]}
-        return {"prompt_ids": prompt, **answers, **_fate(row, lengths, lost)}
+        return {"prompt_ids": prompt, **answers, **_fate(row, lengths, sum(map(len, answers.values())), lost)}
 
     return _tokenized(dataset, tokenize, num_proc, every_row)
 
@@ -302,14 +306,14 @@ def losses(part: Dataset) -> list[Loss]:
 def told_losses(name: str, part: Dataset) -> Iterator[str]:
     """A line for each, for a log; what is much is told with the limit to raise."""
     for what, rows, share, example in losses(part):
-        fate = " dropped" if what in DROPPED else "" if what == EMPTY else " cut"
-        advice = f"; raise {DROPPED[what]}" if what in DROPPED and share > MANY else ""
+        fate = " dropped" if what in DROPPED else " cut" if what in CUT else ""
+        advice = f"; raise {LIMITS[what]}" if what in DROPPED and share > MANY else ""
         yield f"{name}: {rows} rows ({share:.1%}){fate}: {what} (the first: {example}){advice}"
 
 
-def _fate(row: dict[str, Any], lengths: dict[str, int], lost: list[str]) -> dict[str, Any]:
+def _fate(row: dict[str, Any], lengths: dict[str, int], learned: int, lost: list[str]) -> dict[str, Any]:
     return {
-        **{"source": row["source"], "row": row["row"], "lost": "\n".join(lost)},
+        **{"source": row["source"], "row": row["row"], "lost": "\n".join(lost), "learned": learned},
         **{f"{name}_length": length for name, length in lengths.items()},
     }
 
@@ -333,7 +337,7 @@ def _tokenized(
             kept = [index for index in range(len(rows)) if index not in dropped]
             if not kept:
                 what = next(what for what in losers if what in DROPPED)
-                raise UserError(f"{DROPPED[what]} is too small: no {name} row is left ({what})")
+                raise UserError(f"{LIMITS[what]} is too small: no {name} row is left ({what})")
             ids = [column for column in rows.column_names if column.endswith("ids") or column == "labels"]
             tokenized[name] = (rows.select(kept) if dropped else rows).select_columns(ids)
         tokenized[name].info.description = json.dumps(found)

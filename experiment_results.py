@@ -95,7 +95,8 @@ class Experiment:
         models = {"base": hparams.get("model_name"), "sft": sft and self.source(sft)}
         models["dpo"] = self.source(best["checkpoint_uuid"])
         words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
-        words += ["--dataset", hparams["datasets"][0]]
+        source = hparams["datasets"][0]
+        words += ["--dataset", source if isinstance(source, str) else json.dumps(source)]
         data_seed = hparams.get("training_args", {}).get("data_seed")
         if data_seed is not None:  # it decides which rows were held out
             words += ["--data-seed", str(data_seed)]

@@ -156,6 +156,11 @@ class TrainerArgs:
         return DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
 
     @property
+    def added_tokens(self) -> list[str]:
+        """Tokens to add to the model's own."""
+        return []
+
+    @property
     def model_init_kwargs(self) -> dict[str, Any]:
         """For `from_pretrained`: TRL would ignore them where, as here, the model is built before the trainer."""
         return {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
@@ -193,6 +198,10 @@ class SFTHyperparameters(TrainerArgs):
         if loss not in SFT_LOSSES:  # TRL refuses it too, but only once the model is loaded
             raise UserError(f"training_args.loss_type {loss!r} is none of {', '.join(SFT_LOSSES)}")
         self.args = build_training_args(SFTConfig, training_args)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        return self.chat_tokens.special_tokens if self.chat_tokens.add_chat_tokens else []
 
     @property
     def sources(self) -> list[DataSource]:

@@ -69,31 +69,32 @@ IMPORTS = ["determined.transformers", "trl.trainer.dpo_trainer", "trl.trainer.sf
 console = Console(soft_wrap=True, highlight=False)
 
 
-def check_trials(script: str, trials: list[dict[str, Any]], metric: str) -> None:
-    """Find a user's mistakes before anything is written: those of each trial's hyperparameters, data and model.
-
-    It knows this project's two entrypoints; what another script wants is its own business.
-    """
+def parse_trials(
+    script: str, trials: list[dict[str, Any]], metric: str
+) -> list[SFTHyperparameters] | list[DPOHyperparameters]:
+    """Each trial's hyperparameters, checked; none for a script that is not this project's."""
     cls = {"sft_finetune.py": SFTHyperparameters, "dpo_finetune.py": DPOHyperparameters}.get(script)
     if cls is None:
-        return
+        return []
     check_searcher_metric(cls, metric)
-    parsed = [parse_hyperparameters(cls, hparams) for hparams in trials]
-    if cls is SFTHyperparameters:
-        for h in {str((h.sources, h.streaming, h.split_seed)): h for h in parsed}.values():
-            load_sft_dataset(h.sources, h.split_seed, h.streaming)
-        for h in parsed:
+    return [parse_hyperparameters(cls, hparams) for hparams in trials]
+
+
+def check_sources(trials: list[SFTHyperparameters] | list[DPOHyperparameters]) -> None:
+    """Find a user's mistakes in each trial's data and model before anything is written."""
+    for h in trials:
+        if isinstance(h, DPOHyperparameters) and h.model_ckpt:
+            local_checkpoint(h.model_ckpt, "model_ckpt")
+        else:
             check_source(h.model_name, "model_name")
-    else:
-        for h in parsed:
-            if h.model_ckpt:
-                local_checkpoint(h.model_ckpt, "model_ckpt")
-            else:
-                check_source(h.model_name, "model_name")
-        for h in {str((h.sources, h.split_seed)): h for h in parsed}.values():
+    loads = {str((h.sources, h.split_seed, getattr(h, "streaming", None))): h for h in trials}
+    for h in loads.values():
+        if isinstance(h, SFTHyperparameters):
+            load_sft_dataset(h.sources, h.split_seed, h.streaming)
+        else:
             load_dpo_dataset(h.sources, h.split_seed)
-        for start in {h.start: None for h in parsed}:
-            console.print(start, markup=False)
+    for start in {h.start: None for h in trials if isinstance(h, DPOHyperparameters)}:
+        console.print(start, markup=False)
 
 
 class RunningTrial:
@@ -454,7 +455,20 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         help="override a key of the YAML, e.g. --config hyperparameters.training_args.max_steps=10; repeatable",
     )
-    parser.add_argument("--output", metavar="DIR", help="default: local_runs/<experiment name>")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="default: local_runs/<experiment name>; with --dry-run a page.html to write, by default none",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing, and need no weights: show what would be learned, token by token, what the length limits"
+        " take away, and what the training would cost in steps and memory",
+    )
+    parser.add_argument(
+        "--examples", metavar="N", type=int, default=1, help="rows of each source that --dry-run shows (default: 1)"
+    )
     parser.add_argument(
         "--max-concurrent",
         metavar="N",
@@ -475,7 +489,8 @@ def main() -> int:
         raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
     if args.max_concurrent < 1:
         raise UserError(f"--max-concurrent {args.max_concurrent} is not at least 1")
-    start_importing()
+    if not args.dry_run:
+        start_importing()
     name = str(config.get("name", Path(args.config_file).stem))
     folder = Path(args.output or Path("local_runs") / name.replace("/", "_")).resolve()
     experiment = LocalExperiment(name, config, folder, args.config_file, args.model_def)
@@ -483,7 +498,21 @@ def main() -> int:
     hide_progress_bars_in_logs()
     started_in = Path.cwd()
     os.chdir(model_def)  # relative paths in the YAML are the script's
-    check_trials(Path(script).name, experiment.trials, experiment.searcher.metric)
+    trials = parse_trials(Path(script).name, experiment.trials, experiment.searcher.metric)
+    if args.dry_run:
+        if not trials:
+            raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
+        from dry_run import dry_run, show, write  # it takes seconds
+
+        sections = dry_run(experiment, trials, args.examples)
+        if not console.is_terminal:
+            console.width = max(console.width, 120)
+        show(sections, console)
+        if args.output:
+            page = write(sections, name, started_in / args.output)
+            console.print(f"Written to {page}", markup=False)
+        return 0
+    check_sources(trials)
     with only_writer(folder):
         experiment.open_folder()
         failed = experiment.run(args.max_concurrent)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hub import looks_like_path, quiet_lookup
 from user_error import PassingError, UserError, one_line
@@ -20,12 +20,13 @@ def check_source(source: str, key: str) -> None:
 
 
 def load_model_and_tokenizer(
-    source: str, key: str = "model_name", **model_init_kwargs: Any
+    source: str, key: str = "model_name", weights: bool = True, **model_init_kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with float32 weights (see `hyperparameters.build_training_args`) and its tokenizer.
 
     `source` is a folder or a hub id; `key` is what the user calls it. `model_init_kwargs` go to the model's
-    `from_pretrained`. Raises `UserError` where there is no model to be had.
+    `from_pretrained`. Without `weights` only the config and the tokenizer are read, and the parameters have shapes but
+    no values (torch's meta device). Raises `UserError` where there is no model to be had.
     """
     check_source(source, key)
     # What says where to look, and how far to trust it, holds for both.
@@ -35,7 +36,17 @@ def load_model_and_tokenizer(
     try:
         with quiet_lookup():
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-            model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
+            if weights:
+                model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
+            else:
+                config = AutoConfig.from_pretrained(source, **shared)
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(
+                        config,
+                        dtype=torch.float32,
+                        trust_remote_code=bool(shared.get("trust_remote_code")),
+                        attn_implementation=model_init_kwargs.get("attn_implementation"),
+                    )
     except (OSError, ValueError) as error:
         if Path(source).exists():
             raise UserError(f"{key} {source!r}: {one_line(error)}") from error

@@ -20,10 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from experiment_config import expand_trials
 from experiment_results import Experiment, Report, read_reports, short_name, summarize, write_whole
+from pages import render_page
 from user_error import UserError, exit_on_user_error
 
 # checkpoints.py and the SDK are imported where they are needed: that takes seconds.
@@ -49,14 +48,9 @@ MAX_POINTS = 150  # of a curve, more than a panel's pixels show
 
 def render(experiment: Experiment) -> str:
     """The page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
+        experiment.name,
         experiment=experiment,
         page=Page(experiment),
         metric=experiment.searcher.metric,

@@ -2,7 +2,7 @@
 
 from trl import SFTTrainer
 
-from chat_format import add_chat_tokens, set_chat_format
+from chat_format import set_chat_format
 from dataset_utils import load_sft_dataset, tokenize_sft_dataset
 from det_callback import train_until_preempted
 from hyperparameters import SFTHyperparameters
@@ -18,9 +18,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
 
     trial.status(f"loading {hparams.model_name}")
     model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
-    if hparams.chat_tokens.add_chat_tokens:
-        add_chat_tokens(model, tokenizer, hparams.chat_tokens.special_tokens)
-    set_chat_format(model, tokenizer)
+    set_chat_format(model, tokenizer, hparams.added_tokens)
 
     trial.status("preparing the training")
     dataset = trial.tokenized(tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
