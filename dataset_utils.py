@@ -44,7 +44,7 @@ SFT_SHAPES = (
 SFT_COLUMNS = ("system", "messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output")
 PREFERENCE_COLUMNS = ("system", "prompt", "question", "conversations", "chosen", "rejected")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-MANY = 0.05  # the share of rows dropped from which on the limit is likely a mistake
+MANY = 0.05  # the share of rows cut or dropped from which on a limit is likely a mistake
 
 # What a row can lose to a limit: the part of it, and whether the whole row goes.
 LOST_END = "longer than max_seq_length: loses its end, and the EOS that teaches the model to stop"
@@ -57,7 +57,12 @@ NO_ROOM = "the prompt alone fills max_length"
 EMPTY = "an answer without text: all that is learned from it is to stop"
 CUT = {LOST_END, LOST_START, LOST_TARGET, LOST_TAIL}
 DROPPED = {NO_ANSWER, NO_PROMPT, NO_ROOM}
-LIMITS = {NO_ANSWER: "max_seq_length", NO_PROMPT: "max_prompt_length", NO_ROOM: "max_length"}  # to raise
+LIMITS = {  # to raise
+    **dict.fromkeys((LOST_END, NO_ANSWER), "max_seq_length"),
+    **dict.fromkeys((LOST_START, NO_PROMPT), "max_prompt_length"),
+    **dict.fromkeys((LOST_TARGET,), "max_target_length"),
+    **dict.fromkeys((LOST_TAIL, NO_ROOM), "max_length"),
+}
 
 OnSource = Callable[[DataSource, int | None, int], None]  # told of each: rows found (None: streamed), and rows taken
 
@@ -307,7 +312,7 @@ def told_losses(name: str, part: Dataset) -> Iterator[str]:
     """A line for each, for a log; what is much is told with the limit to raise."""
     for what, rows, share, example in losses(part):
         fate = " dropped" if what in DROPPED else " cut" if what in CUT else ""
-        advice = f"; raise {LIMITS[what]}" if what in DROPPED and share > MANY else ""
+        advice = f"; raise {LIMITS[what]}" if what in LIMITS and share > MANY else ""
         yield f"{name}: {rows} rows ({share:.1%}){fate}: {what} (the first: {example}){advice}"
 
 

@@ -234,8 +234,8 @@ def losses_table(preparation: Preparation, which: str) -> Table:
         fate = "dropped: " if what in DROPPED else "cut: " if what in CUT else ""
         example = f"{first['source']} row {first['row']}: {shortened(turns[-1]['content'], 60)}"
         told.append([fate + what, f"{len(losers[what]):,}", f"{share:.1%}", example])
-        if what in DROPPED and share > MANY:
-            raised.append(f"{share:.0%} of the rows are dropped: raise {LIMITS[what]}.")
+        if what in LIMITS and share > MANY:
+            raised.append(f"{share:.0%} of the rows are {fate.removesuffix(': ')}: raise {LIMITS[what]}.")
     note = " ".join(raised) if told else "No row is cut or dropped, and every answer says something."
     return Table(f"What rows lose{which}", ["", "rows", "share", "the first of them "], told, note)
 

@@ -190,7 +190,7 @@ class SFTHyperparameters(TrainerArgs):
             if self.streaming and share.number_of_samples is None:
                 raise UserError(
                     f"streaming: true takes number_of_samples of a subset; subset {share.subset!r} has a ratio, of a"
-                    " number that is not known before all is downloaded"
+                    " number that is not known before all is downloaded (streaming: false downloads it)"
                 )
         own = {"max_length": ("max_seq_length", self.max_seq_length)}
         training_args = check_training_args(SFTConfig, self.training_args, own, REFUSED_BY_SFT)

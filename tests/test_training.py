@@ -21,37 +21,6 @@ from trial import append_report, read_reports
 ARGS = "hyperparameters__training_args__"
 
 
-@pytest.fixture
-def train(call, write_config, tmp_path):
-    """Run an entrypoint to its end; returns its reports by kind."""
-
-    def run(script, config, output="out", **changes):
-        path = write_config(config, **changes)
-        status, out, err = call(script.main, "--config", path, "--output", tmp_path / output)
-        assert status == 0, err
-        reports = {"stdout": out, "training": [], "validation": [], "checkpoint": [], "progress": []}
-        for report in read_reports(tmp_path / output / "reports.jsonl"):
-            reports.setdefault(report["kind"], []).append(report)
-        return reports
-
-    return run
-
-
-@pytest.fixture
-def trainers(monkeypatch):
-    """The trainers that the entrypoints build, in order."""
-    built = []
-    for module, name in ((sft_finetune, "SFTTrainer"), (dpo_finetune, "TokenizedDPOTrainer")):
-        original = getattr(module, name)
-
-        def build(*args, original=original, **kwargs):
-            built.append(original(*args, **kwargs))
-            return built[-1]
-
-        monkeypatch.setattr(module, name, build)
-    return built
-
-
 def folder_of(report):
     return local_checkpoint(report["uuid"], "test")
 

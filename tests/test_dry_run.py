@@ -1,0 +1,269 @@
+"""The dry run: what it tells is what a training then does, without weights and without writing anything."""
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import dpo_finetune
+import dry_run
+import local_experiment
+import sft_finetune
+from dataset_utils import LOST_END, NO_ROOM
+from experiment_config import expand_trials, read_experiment_config
+from experiment_results import Experiment
+from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+
+
+@pytest.fixture
+def told(write_config):
+    """The sections of a dry run by their titles, and its examples."""
+
+    def run(config, examples=1, **changes):
+        config = read_experiment_config(write_config(config, **changes))
+        experiment = Experiment("test", config)
+        cls = SFTHyperparameters if experiment.script == "sft_finetune.py" else DPOHyperparameters
+        trials = [parse_hyperparameters(cls, trial) for trial in expand_trials(config)]
+        sections = dry_run.dry_run(experiment, trials, examples)
+        tables = {section.title: section for section in sections if isinstance(section, dry_run.Table)}
+        return tables, [section for section in sections if isinstance(section, dry_run.Example)]
+
+    return run
+
+
+def training(tables):
+    table = next(table for title, table in tables.items() if title.startswith("Training"))
+    return dict(table.rows)
+
+
+def number(text):
+    return int(re.match(r"[\d,]+", text)[0].replace(",", ""))
+
+
+SETTINGS = {
+    "batch of 4": {"per_device_train_batch_size": 4},
+    "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5},
+    "last batch dropped": {"per_device_train_batch_size": 5, "dataloader_drop_last": True},
+    "packed": {"per_device_train_batch_size": 2, "packing": True, "max_length": None},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_steps_tokens_and_examples_are_those_of_the_training(told, train, trainers, sft_config, settings):
+    settings = {key: value for key, value in settings.items() if value is not None}
+    changes = {f"hyperparameters__training_args__{key}": value for key, value in settings.items()}
+    changes |= {"hyperparameters__training_args__max_steps": None, "hyperparameters__training_args__seed": 7}
+    changes |= {"hyperparameters__training_args__num_train_epochs": settings.get("num_train_epochs", 1)}
+    tables, examples = told(sft_config, examples=999, **changes)
+    train(sft_finetune, sft_config, **changes)
+    (trainer,) = trainers
+    facts = training(tables)
+    assert number(facts["steps"]) == trainer.state.max_steps == trainer.state.global_step
+    rows = trainer.train_dataset
+    ids = [token for row in rows["input_ids"] for token in row]
+    labels = [label for row in rows["labels"] for label in row]
+    learned = len(labels) - labels.count(-100)
+    assert facts["tokens an epoch"].startswith(f"{len(ids):,}, of which learned {learned:,} ")
+    if not settings.get("packing"):
+        trained = {tuple(row["input_ids"]): tuple(label != -100 for label in row["labels"]) for row in rows}
+        shown = {tuple(t.id for t in e.tokens): tuple(t.learned for t in e.tokens) for e in examples}
+        assert shown == trained
+        batches = list(trainer.get_train_dataloader())
+        real = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        share = 1 - real / sum(batch["input_ids"].numel() for batch in batches)
+        assert float(facts["padding"].split("%")[0]) / 100 == pytest.approx(share, abs=0.1)
+    else:
+        assert facts["padding"].startswith("0.0%")
+        assert number(facts["packs of rows a step"]) == 2
+
+
+def test_pairs_are_those_of_the_training(told, train, trainers, dpo_config):
+    changes = {"hyperparameters__max_prompt_length": 60, "hyperparameters__max_target_length": 40}
+    tables, examples = told(dpo_config, examples=999, **changes)
+    train(dpo_finetune, dpo_config, **changes)
+    (trainer,) = trainers
+    trained = {
+        (tuple(row["prompt_ids"]), tuple(row[f"{side}_ids"]))
+        for row in trainer.train_dataset
+        for side in ("chosen", "rejected")
+    }
+    shown = {
+        (tuple(t.id for t in e.tokens if not t.learned), tuple(t.id for t in e.tokens if t.learned)) for e in examples
+    }
+    assert shown == trained
+    assert training(tables)["steps"].startswith(f"{trainer.state.max_steps:,}, ")
+    limits = {row[0]: row[-2:] for row in tables["Tokens a row, before any is cut"].rows}
+    assert {name: limit for name, (limit, _) in limits.items()} == {
+        **{"prompt": "60", "chosen": "40", "rejected": "40", "total": "384"},
+    }
+    assert number(limits["chosen"][1]) > 0
+
+
+def test_rows_are_counted_by_source(told, sft_config):
+    subsets = [{"subset": "kitchen", "ratio": 0.5}, {"subset": "home", "number_of_samples": 14}]
+    tables, _ = told(sft_config, hyperparameters__dataset_subsets=subsets, hyperparameters__max_seq_length=60)
+    table = tables["Rows"]
+    assert table.columns == ["source", "asked", "found", "taken", "dropped", "cut", "train", "held out"]
+    kitchen, home, together = table.rows
+    assert (kitchen[0].split("/")[-1], *kitchen[1:4]) == ("instructions (subset kitchen)", "50%", "112", "56")
+    assert home[1:4] == ["14", "112", "14"]
+    assert [number(n) for n in together[3:]] == [
+        sum(number(row[column]) for row in (kitchen, home)) for column in range(3, 8)
+    ]
+    assert number(together[3]) == number(together[4]) + number(together[6]) + number(together[7])
+    lost = tables["What rows lose"]
+    (row,) = lost.rows
+    assert row[0] == f"cut: {LOST_END}"
+    assert number(row[1]) == number(together[5]) == number(tables["Tokens a row, before any is cut"].rows[-1][-1])
+    assert re.search(r"instructions \(subset \w+\) row \d+: \w+", row[3])
+    assert lost.note == f"{float(row[2][:-1]):.0f}% of the rows are cut: raise max_seq_length."
+
+
+def test_dropped_pairs_name_the_limit_to_raise(told, dpo_config, tmp_path):
+    pair = {"chosen": "good", "rejected": "bad"}
+    rows = [{"prompt": "q", **pair}] * 18 + [{"prompt": "<script>" * 99, **pair}] * 2
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables, _ = told(dpo_config, hyperparameters__datasets=[str(tmp_path / "d.jsonl")])
+    ((what, count, share, example),) = tables["What rows lose"].rows
+    assert (what, count, share) == (f"dropped: {NO_ROOM}", "2", "10.0%")
+    assert example.startswith(f"{tmp_path / 'd.jsonl'} row ")
+    assert tables["What rows lose"].note == "10% of the rows are dropped: raise max_length."
+    assert tables["Rows"].rows[0][1:] == ["all", "20", "20", "2", "0", *tables["Rows"].rows[0][6:]]
+    assert sum(int(n) for n in tables["Rows"].rows[0][6:]) == 18
+
+
+def test_trials_that_prepare_their_data_alike_are_told_together(told, dpo_config):
+    beta = {"type": "categorical", "vals": [0.1, 0.05]}
+    grid = {"searcher__name": "grid", "hyperparameters__dpo_beta": beta}
+    tables, examples = told(dpo_config, **grid)
+    assert len(examples) == 4  # two sources, two sides
+    assert tables["The 2 trials"].columns == ["trial", "dpo_beta"]
+    assert [row[0] for row in tables["Memory at its peak, estimated, in GB"].rows] == ["CPU here", "a GPU, bf16"]
+
+    batch = {"type": "categorical", "vals": [2, 4]}
+    limit = {"type": "categorical", "vals": [128, 384]}
+    tables, examples = told(
+        dpo_config,
+        **grid,
+        hyperparameters__max_length=limit,
+        hyperparameters__training_args__per_device_train_batch_size=batch,
+        hyperparameters__training_args__max_steps=None,
+    )
+    assert len(examples) == 8
+    assert [title for title in tables if title.startswith("Rows")] == [
+        "Rows, trials 1, 2, 5, 6",
+        "Rows, trials 3, 4, 7, 8",
+    ]
+    trials = tables["The 8 trials"]
+    assert trials.columns[:4] == ["trial", "dpo_beta", "max_length", "per_device_train_batch_size"]
+    assert [row[:4] for row in trials.rows[1:4]] == [
+        ["2", "0.1", "128", "4"],
+        ["3", "0.1", "384", "2"],
+        ["4", "0.1", "384", "4"],
+    ]
+    assert {"steps", "pairs a step", "tokens an epoch"} <= set(trials.columns)
+    assert "model" in training(tables)
+
+
+def test_slots_share_the_steps_and_the_memory(told, sft_config):
+    changes = {"hyperparameters__training_args__max_steps": None}
+    alone = training(told(sft_config, **changes)[0])
+    tables, _ = told(sft_config, resources={"slots_per_trial": 2}, hyperparameters__training_args__fsdp=True, **changes)
+    shared = training(tables)
+    assert number(shared["steps"]) == math.ceil(number(alone["steps"]) / 2)
+    assert shared["steps with the one process of this machine"] == alone["steps"].split(",")[0]
+    assert tables["Memory at its peak, estimated, in GB"].rows[1][0] == "each of 2 GPUs, bf16, FSDP"
+
+
+def test_padding():
+    class Args:
+        seed, per_device_train_batch_size, pad_to_multiple_of = 1, 2, None
+
+    assert dry_run.padding(np.array([[2], [4]]), Args) == 0.25
+    assert dry_run.padding(np.array([[2, 4]]), Args) == 0.25
+    Args.pad_to_multiple_of = 8
+    assert dry_run.padding(np.array([[2], [4]]), Args) == 1 - 6 / 16
+    Args.padding_free = True
+    assert dry_run.padding(np.array([[2], [4]]), Args) == 0
+
+
+class Text(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_command_needs_no_weights_and_writes_nothing_but_the_page(
+    call, tiny, dpo_config, write_config, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    pairs = [
+        {"prompt": f"<script>alert({n})</script>", "chosen": "a\u200bb <|im_end|>", "rejected": "\n"} for n in range(9)
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = write_config(
+        dpo_config,
+        hyperparameters__model_name=str(tmp_path / "base"),
+        hyperparameters__datasets=[str(tmp_path / "d.jsonl")],
+    )
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = call(local_experiment.main, config, "--dry-run")
+    assert (status, err) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert re.search(r"⟦\w.*\\u200b.*<eos>⟧", out)  # what cannot be seen is made visible
+    assert "·<·|·im·_·end·|·>·<eos>⟧" in out
+
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(local_experiment.main, config, "--dry-run", "--output", tmp_path / "out")
+    assert status == 0, err
+    page = Text((tmp_path / "out" / "dry_run.html").read_text())
+    assert str(tmp_path / "out" / "dry_run.html") in out
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert "<script>" in "".join(page.text)
+    learned = [attributes for tag, attributes in page.tags if tag == "i" and "learned" in attributes.get("class", "")]
+    assert learned
+    assert all(attributes["title"].isdigit() for attributes in learned)
+    urls = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert urls == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hyperparameters__model_name": "./nowhere"}, "error: model_name './nowhere': no such folder"),
+        ({"hyperparameters__datasets": ["./nowhere"]}, "error: data set ./nowhere: no such file or folder"),
+        ({"hyperparameters__max_length": 3}, "error: max_length is too small: no train row is left"),
+        (
+            {"entrypoint": "python inference.py"},
+            "error: --dry-run knows sft_finetune.py and dpo_finetune.py, not inference.py",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(call, dpo_config, write_config, changes, message):
+    if changes.get("hyperparameters__max_length"):
+        every = {"status": 0}
+    status, _, err = call(local_experiment.main, write_config(dpo_config, **changes), "--dry-run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith(message)
+
+
+def test_long_examples_lose_their_middle_and_keep_their_end():
+    tokens = [dry_run.Token(n, f"{n}", n > 10, False) for n in range(1000)]
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    dry_run.show([dry_run.Example("title", tokens)], console)
+    text = console.export_text()
+    assert "9·10⟦11·12" in text
+    assert " … 780 tokens … " in text.replace("\n", " ")
+    assert text.rstrip().endswith("998·999⟧")
