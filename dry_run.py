@@ -51,6 +51,9 @@ from user_error import UserError
 PERCENTILES = (5, 50, 95, 99, 100)
 TERMINAL_TOKENS = (160, 60)  # of an example: so many of its first tokens, and of its last
 PAGE_TOKENS = (1200, 300)
+LEGEND = (
+    "As it is trained on. What is coloured (in a terminal also: in ⟦brackets⟧) is learned: its log-prob is in the loss."
+)
 CHECKED_PROMPTS = 200  # this many are rendered once more, the way a server does
 GIGABYTE = 1e9
 
@@ -141,23 +144,23 @@ class Preparation:
 
 def dry_run(
     experiment: Experiment, trials: list[SFTHyperparameters] | list[DPOHyperparameters], examples: int
-) -> list[Section]:
-    """All there is to tell of an experiment, in order. Raises `UserError` as its training would."""
-    preparations = list(prepare(trials))
-    sections: list[Section] = []
-    for preparation in preparations:
-        which = "" if len(preparations) == 1 else f", trials {', '.join(map(str, preparation.trial_ids))}"
-        sections += [
-            sources_table(preparation, which),
-            losses_table(preparation, which),
-            lengths_table(preparation, which),
-            *first_examples(preparation, examples, which),
-        ]
-    return [
-        *sections,
-        *training_tables(experiment, preparations, trials),
-        memory_table(experiment, preparations, trials),
-    ]
+) -> Iterator[Section]:
+    """All there is to tell of an experiment, in order. Raises `UserError` where its training would."""
+    preparations = []
+    for preparation in prepare(trials):
+        preparations.append(preparation)
+        which = "" if len(preparation.trial_ids) == len(trials) else f", trials {listed(preparation.trial_ids)}"
+        yield sources_table(preparation, which)
+        yield losses_table(preparation, which)
+        yield lengths_table(preparation, which)
+        if examples:
+            yield Table(f"Token by token{which}", [], [], LEGEND)
+            yield from first_examples(preparation, examples)
+        for part, rows in preparation.kept.items():
+            if not len(rows):
+                raise UserError(f"no {part} row is left within the limits")
+    yield from training_tables(experiment, preparations, trials)
+    yield memory_table(experiment, preparations, trials)
 
 
 def prepare(trials: list[SFTHyperparameters] | list[DPOHyperparameters]) -> Iterator[Preparation]:
@@ -261,7 +264,7 @@ def lengths_table(preparation: Preparation, which: str) -> Table:
     return Table(f"Tokens a row, before any is cut{which}", ["", *titles, "limit", "over it"], rows, note)
 
 
-def first_examples(preparation: Preparation, count: int, which: str) -> Iterator[Example]:
+def first_examples(preparation: Preparation, count: int) -> Iterator[Example]:
     """The first rows of each source that are trained on, the pairs as two."""
     rows = preparation.kept["train"]
     places = sorted(zip(rows["source"][:], rows["row"][:], range(len(rows)), strict=True))
@@ -276,10 +279,10 @@ def first_examples(preparation: Preparation, count: int, which: str) -> Iterator
             for side in ("chosen", "rejected"):
                 ids = row["prompt_ids"] + row[f"{side}_ids"]
                 learned = [False] * len(row["prompt_ids"]) + [True] * len(row[f"{side}_ids"])
-                yield Example(f"{title}, {side}{which}", show_tokens(preparation.tokenizer, ids, learned))
+                yield Example(f"{title}, {side}", show_tokens(preparation.tokenizer, ids, learned))
         else:
             learned = [label != -100 for label in row["labels"]]
-            yield Example(title + which, show_tokens(preparation.tokenizer, row["input_ids"], learned))
+            yield Example(title, show_tokens(preparation.tokenizer, row["input_ids"], learned))
 
 
 def show_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool]) -> list[Token]:
@@ -400,7 +403,7 @@ def memory_table(
                 told = (where, *(in_gigabytes(getattr(estimate, name)) for name in held))
                 rows.setdefault(told, []).append(trial_id)
     named = [
-        [where if len(ids) == len(trials) else f"{where}: trial {', '.join(map(str, ids))}", *sizes]
+        [where if len(ids) == len(trials) else f"{where}: trial {listed(ids)}", *sizes]
         for (where, *sizes), ids in rows.items()
     ]
     note = "With a batch of the longest rows; on a GPU, CUDA's own half a gigabyte comes on top. How: memory.py."
@@ -442,6 +445,10 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def listed(trial_ids: list[int]) -> str:
+    return ", ".join(map(str, trial_ids))
+
+
 def counted(count: int, unit: str) -> str:
     return f"{count:,} {unit}" + ("" if count == 1 else "s")
 
@@ -451,31 +458,24 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def show(sections: list[Section], console: Console) -> None:
-    """Print them: tables, and examples with a dot between two tokens and what is learned in brackets and in colour."""
-    explained = False
-    for section in sections:
-        console.print()
-        if isinstance(section, Example):
-            if not explained:
-                console.print("[bold]Token by token[/bold]: what is ⟦[green]in brackets[/green]⟧ is learned.")
-                explained = True
-            console.print(Rule(Text(section.title), align="left", style="dim"))
-            console.print(tokens_text(section))
-            continue
-        table = RichTable(title=section.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        table.show_header = any(column.strip() for column in section.columns)
+def show(section: Section, console: Console) -> None:
+    """Print it: a table, or an example with a dot between two tokens and what is learned in brackets."""
+    console.print()
+    if isinstance(section, Example):
+        console.print(Rule(Text(section.title), align="left", style="dim"))
+        console.print(tokens_text(section))
+        return
+    console.print(Text(section.title, style="bold"))
+    if section.rows:
+        table = RichTable(box=box.SIMPLE_HEAD, show_header=any(column.strip() for column in section.columns))
         for number, column in enumerate(section.columns):
             text = number == 0 or column.endswith(" ")
             table.add_column(column.strip(), justify="left" if text else "right", overflow="fold", no_wrap=not text)
         for row in section.rows:
             table.add_row(*(Text(cell) for cell in row))
-        if section.rows:
-            console.print(table)
-        else:
-            console.print(Text(section.title, style="bold"))
-        if section.note:
-            console.print(Text(section.note, style="dim"))
+        console.print(table)
+    if section.note:
+        console.print(Text(section.note, style="dim"))
 
 
 def tokens_text(example: Example) -> Text:

@@ -487,6 +487,8 @@ def main() -> int:
     script = entrypoint_script(config)[0]
     if not (model_def / script).is_file():
         raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
+    if args.examples < 0:
+        raise UserError(f"--examples {args.examples} is not at least 0")
     if args.max_concurrent < 1:
         raise UserError(f"--max-concurrent {args.max_concurrent} is not at least 1")
     if not args.dry_run:
@@ -504,13 +506,14 @@ def main() -> int:
             raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
         from dry_run import dry_run, show, write  # it takes seconds
 
-        sections = dry_run(experiment, trials, args.examples)
         if not console.is_terminal:
-            console.width = max(console.width, 120)
-        show(sections, console)
+            console.width = max(console.width, 120)  # of a log file
+        sections = []
+        for section in dry_run(experiment, trials, args.examples):
+            show(section, console)
+            sections.append(section)
         if args.output:
-            page = write(sections, name, started_in / args.output)
-            console.print(f"Written to {page}", markup=False)
+            console.print(f"Written to {write(sections, name, started_in / args.output)}", markup=False)
         return 0
     check_sources(trials)
     with only_writer(folder):
