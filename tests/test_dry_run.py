@@ -3,12 +3,19 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
+import hub_server
 import numpy as np
 import pytest
+import yaml
+from conftest import REPO
+from datasets import Dataset
 from rich.console import Console
 
 import dpo_finetune
@@ -268,3 +275,61 @@ def test_long_examples_lose_their_middle_and_keep_their_end():
     assert "9·10⟦11·12" in text
     assert " … 780 tokens … " in text.replace("\n", " ")
     assert text.rstrip().endswith("998·999⟧")
+
+
+RUN_EACH = """
+import json, sys
+import local_experiment
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["local_experiment.py", *arguments]
+    try:
+        status = local_experiment.main()
+    except SystemExit as stop:
+        status = stop.code
+    print("status", status, flush=True)
+"""
+
+
+def test_a_subset_of_the_hub_is_streamed_once_and_the_rest_of_it_never(sft_config, write_config, tmp_path):
+    for subset in ("web", "stories"):
+        for file in range(24):
+            rows = [{"prompt": f"{subset} {file}.{row}", "text": "an answer"} for row in range(1000)]
+            Dataset.from_list(rows).to_parquet(tmp_path / "data" / f"{subset}" / f"train-{file:05}-of-00024.parquet")
+    configs = [
+        {"config_name": subset, "data_files": [{"split": "train", "path": f"{subset}/*"}]}
+        for subset in ("web", "stories")
+    ]
+    (tmp_path / "data" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    subsets = [{"subset": "web", "number_of_samples": 40}]
+    config = write_config(
+        sft_config,
+        hyperparameters__dataset="owner/pedia",
+        hyperparameters__streaming=True,
+        hyperparameters__dataset_subsets=subsets,
+    )
+    wrong = ["--config", "hyperparameters.dataset_subsets=[{subset: wed, number_of_samples: 5}]"]
+    elsewhere = ["--config", "hyperparameters.dataset=owner/nothing"]
+    with hub_server.served(tmp_path / "data", "owner/pedia") as (address, sent):
+        environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment
+
+        def run(*options):
+            """Dry runs with these options, in a process: its output, and the data files that it read."""
+            sent.clear()
+            runs = json.dumps([[config, "--dry-run", *more] for more in options])
+            command = [sys.executable, "-c", RUN_EACH, runs]
+            ran = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
+            return ran, {file for file, _ in sent}
+
+        ran, read = run([], wrong, elsewhere)
+        again, read_again = run([])
+    assert re.findall(r"^status (\d+)", ran.stdout, flags=re.MULTILINE) == ["0", "2", "2"], ran.stderr
+    streamed = re.search(r"owner/pedia \(subset web\) +40 +streamed +40 .*", ran.stdout)[0]
+    assert streamed in again.stdout
+    first = "web/train-00000-of-00024.parquet"  # for the names of the columns
+    assert len(read - {first}) in (9, 10)
+    assert all(file.startswith("web/") for file in read)
+    assert read_again <= {first}
+    told = "data set owner/pedia (subset wed): unknown subset 'wed' (did you mean 'web'?): it has web, stories"
+    assert told in ran.stderr
+    assert "error (or out of reach for now): data set owner/nothing (subset web): no such file or folder" in ran.stderr
