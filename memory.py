@@ -1,43 +1,70 @@
-"""How much memory a training will need on a device, found without weights and without training."""
+"""An estimate of the memory that a training will need on each device, made from the model's config: no weights.
+
+With P parameters, of which p are in the largest one (a language model's embeddings), micro-batches of N = sequences x
+tokens of the longest, and 4 bytes for a float32 number, a device holds at its peak
+
+    weights     4 P       twice with a reference model beside the policy: DPO without precomputed log-probs
+    gradients   4 P       twice under DDP, whose buckets hold a second copy
+    optimizer   s P       s = 8 bytes for AdamW: two moments of a parameter; STATE has the others
+    process     CPU only: what Python, its libraries, the tokenizer and the data occupy: `resident()` of a process that
+                has loaded what a training loads, but for the weights
+    activations the largest of what comes and goes at these three moments:
+
+      in a training step      A + 8 T + 4 p g
+          A   what autograd keeps for the backward pass, K, counted by running the forward pass on tensors that have a
+              shape but no memory: bytes of float32, or of bf16 or fp16 under autocast, copies of the weights included.
+              (About 4 N L (10 d + 6 q + 4 f) for L layers of hidden size d, query width q = heads x head size and MLP
+              width f, which is also what a model counts with that cannot run so.)
+              With activation checkpointing only each layer's input, 4 N d, and K / L for the one layer that is being
+              computed again
+          T   a tile of logits: TRL's loss takes min(N, 4096) tokens by min(V, 32768) of a vocabulary of V words at a
+              time. On a CPU its backward pass has 8 results of that size at once, in float32; on a GPU one kernel
+              overwrites the only one, which has autocast's type
+          g   further gradients of the embeddings: 1 if they are the output layer too, as a gradient comes from either
+              end of the model; 1 if gradients are accumulated, as the new one is added to the old
+      in the optimizer's step  one or two temporaries: see `step_temporaries`
+      at an evaluation         K / L + 4 T of its own micro-batches: no backward pass, nothing kept; 1 T on a GPU
+
+Under FSDP on D GPUs each holds 1 / D of weights, gradients and optimizer, and of its training step in addition a whole
+layer and all that is in no layer, weights (4 bytes) and gradients (4 bytes). (On CPUs accelerate ignores FSDP.)
+
+The sum errs upwards where activations are many: while they are there, not all gradients are. Memory that a CPU process
+frees seldom leaves it, which makes up for that. Loading and saving hold a second copy of the weights, when there is no
+gradient yet or any more, so neither decides. A GPU's own context, about half a gigabyte, is not counted.
+"""
 
 import functools
-from contextlib import nullcontext
+import logging
+import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
+import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-FLOAT32 = 4  # bytes of a number
-# Bytes of an optimizer's state, per parameter; another one is taken for AdamW, with its two moments.
-OPTIMIZER_STATE = {
-    "sgd": 0,
-    "adafactor": 0,
-    "adamw_bnb_8bit": 2,
-    "adamw_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "lion_32bit": 4,
-}
-OPTIMIZER_STATE |= {"lion_8bit": 1, "adagrad": 4, "rmsprop": 4}
-ADAMW_STATE = 8
-TILE = (
-    4096,
-    32_768,
-)  # tokens and entries of the vocabulary that TRL 1.16 projects at once (kernels/chunked_logprob.py)
+logging.getLogger(FakeTensorMode.__module__).disabled = True  # see `usual_bytes` for what it would report
+
+FLOAT32 = 4  # bytes
+TILE_TOKENS, TILE_WORDS = 4096, 32768  # TRL 1.16: TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE
+# Bytes of state a parameter has in an optimizer whose name begins so, in float32. Any other counts as AdamW.
+STATE = {"sgd": 0, "adafactor": 0, "lomo": 0, "adalomo": 0, "adagrad": 4, "rmsprop": 4, "lion": 4, "ademamix": 12}
+
+Shape = tuple[int, int]  # sequences (two for each pair of DPO) and tokens of the longest
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a device at a training's peak, by what holds them."""
+    """Bytes on one device at the peak, by what holds them."""
 
-    weights: int
+    weights: int  # a reference model's too
     gradients: int
     optimizer: int
-    activations: int  # and whatever else a step holds for a while
-    process: int  # Python, its libraries, the tokenizer and the data; on a GPU these are elsewhere
+    activations: int  # and whatever else comes and goes with a step
+    process: int  # 0 on a GPU
 
     @property
     def total(self) -> int:
@@ -47,107 +74,130 @@ class MemoryEstimate:
 def estimate_memory(
     model: PreTrainedModel,
     args: SFTConfig | DPOConfig,
-    train_shape: tuple[int, int],
-    eval_shape: tuple[int, int],
+    train_shape: Shape,
+    eval_shape: Shape | None,
     devices: int,
-    device_type: str,
+    device_type: Literal["cpu", "cuda"],
     process: int,
 ) -> MemoryEstimate:
-    """Bytes that a training of `model` (on the meta device) holds at its peak, on each of `devices`.
+    """The peak on each of `devices`. The formula is in this module's docstring.
 
-    A shape is the number of sequences in the largest batch (two for each of DPO's pairs) and their length in tokens.
-    With P parameters, of which E embed the vocabulary, all float32 (`hyperparameters.build_training_args`):
-
-        weights        4 P, and 4 P more for DPO's reference, unless its log-probs are precomputed
-        gradients      4 P
-        optimizer      8 P for AdamW's two moments
-        activations    the largest of what is held, beside those three, at
-                       - the start of the backward pass: what autograd has saved, S, and what the loss works on, L, with
-                         the gradient of the output layer, but (without accumulation) none of the others yet
-                       - its end: where the output layer is the embedding, the gradients of both, until they are summed
-                       - AdamW's step on a CPU, unless it is fused: two temporaries of the largest parameter
-                       - an evaluation: no gradients, one layer's share of S, and L
-        process        on a CPU `process`: for one that has imported and loaded what a training does but weights, that
-                       is `resident()`
-
-    S is counted, not calculated: a forward pass of the shape over fake tensors, which have no memory, with a hook on
-    what autograd saves. With activation checkpointing that is little, and one layer's S is saved anew at a time. L is
-    tiles of at most 4096 tokens by 32,768 entries of the vocabulary: eight of them on a CPU (five in an evaluation),
-    one in autocast's precision on a GPU.
-
-    FSDP divides weights, gradients and optimizer by `devices`, and gathers one layer and the embedding at a time.
+    `model` may be on the meta device; with the vocabulary it will be trained with. The shapes are the largest
+    micro-batches' as padded; `eval_shape` is None where nothing is evaluated.
     """
-    text, parameters = model.config.get_text_config(), sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    checkpointing = bool(getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing)
-    shards = devices if args.fsdp else 1
+    sharded = bool(args.fsdp) and devices > 1 and device_type == "cuda"
+    shards = devices if sharded else 1
+    weights = FLOAT32 * model.num_parameters() // shards
+    gradients = FLOAT32 * model.num_parameters(only_trainable=True) // shards
+    optimizer = state_bytes(args.optim) * model.num_parameters(only_trainable=True) // shards
+    largest = FLOAT32 * max(p.numel() for p in model.parameters())
 
-    weights = FLOAT32 * parameters
-    gradients = FLOAT32 * parameters
-    optimizer = OPTIMIZER_STATE.get(args.optim.removesuffix("_torch"), ADAMW_STATE) * parameters
     reference = isinstance(args, DPOConfig) and not args.precompute_ref_log_probs
-
-    def loss(shape: tuple[int, int], tiles: int) -> int:
-        size = min(shape[0] * shape[1], TILE[0]) * min(text.vocab_size, TILE[1])
-        return tiles * FLOAT32 * size if device_type == "cpu" else size * (autocast or torch.float32).itemsize
-
-    saved = saved_by_autograd(model, train_shape, autocast, False)
-    layer = saved // text.num_hidden_layers
-    if checkpointing:
-        saved = saved_by_autograd(model, train_shape, autocast, True) + layer
-    output_layer = FLOAT32 * embedding
-    other_gradients = 0 if args.gradient_accumulation_steps == 1 else gradients // shards
-    backward_start = saved + loss(train_shape, 8) + output_layer + other_gradients - gradients // shards
-    backward_end = output_layer if tied else 0
-    unfused = device_type == "cpu" and args.optim == "adamw_torch"
-    step = 2 * FLOAT32 * max(parameter.numel() for parameter in model.parameters()) if unfused else 0
-    evaluated = layer * eval_shape[0] * eval_shape[1] // (train_shape[0] * train_shape[1])
-    evaluation = evaluated + loss(eval_shape, 5) - gradients // shards
-    gathered = FLOAT32 * embedding + weights // text.num_hidden_layers if shards > 1 else 0
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    copies = tied + (args.gradient_accumulation_steps > 1)
+    working = training_bytes(model, args, train_shape, device_type) + copies * largest
+    if sharded:
+        working += 2 * gathered_bytes(model)
+    moments = [working, step_temporaries(args.optim, device_type, weights, largest // shards)]
+    if eval_shape is not None:
+        moments.append(evaluation_bytes(model, args, eval_shape, device_type))
     return MemoryEstimate(
-        weights=weights * (2 if reference else 1) // shards,
-        gradients=gradients // shards,
-        optimizer=optimizer // shards,
-        activations=gathered + max(backward_start, backward_end, step, evaluation, 0),
+        weights=weights * (2 if reference else 1),
+        gradients=gradients * (2 if devices > 1 and not sharded else 1),
+        optimizer=optimizer,
+        activations=max(moments),
         process=process if device_type == "cpu" else 0,
     )
 
 
-@functools.lru_cache(maxsize=64)
-def saved_by_autograd(
-    model: PreTrainedModel, shape: tuple[int, int], autocast: torch.dtype | None, checkpointing: bool
-) -> int:
-    """Bytes that autograd keeps of a forward pass of `shape` through the model's layers for the backward pass."""
-    sizes: dict[int, int] = {}
-    kept = []  # so that no storage is freed and its number given to another one
+def resident() -> int:
+    """Bytes that this process occupies."""
+    return psutil.Process().memory_info().rss
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in sizes:
-            sizes[storage._cdata] = storage.nbytes()
-            kept.append(storage)
+
+def state_bytes(optim: str) -> int:
+    """The optimizer's state of one parameter, in bytes. 8-bit state is a quarter of float32's."""
+    name = optim.removeprefix("paged_")
+    state = next((size for start, size in STATE.items() if name.startswith(start)), 8)
+    return state // 4 if "8bit" in name else state
+
+
+def step_temporaries(optim: str, device_type: str, weights: int, largest: int) -> int:
+    """What the optimizer's step needs for the time being, in bytes.
+
+    Fused and 8-bit kernels need nothing. On a GPU torch updates all parameters together, with the root of AdamW's
+    second moments beside them; else one by one, with that root and its quotient.
+    """
+    if "fused" in optim or "8bit" in optim or optim == "sgd":
+        return 0
+    return weights if device_type == "cuda" and "torch" in optim else 2 * largest
+
+
+def training_bytes(model: PreTrainedModel, args: SFTConfig | DPOConfig, shape: Shape, device_type: str) -> int:
+    """A + 8 T of a training step."""
+    config = model.get_decoder().config
+    activations = kept_bytes(model, autocast_dtype(args), shape)
+    if args.activation_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing"):
+        inputs = FLOAT32 * math.prod(shape) * config.hidden_size * config.num_hidden_layers
+        activations = inputs + activations // config.num_hidden_layers
+    return activations + (8 if device_type == "cpu" else 1) * tile_bytes(model, args, shape, device_type)
+
+
+def evaluation_bytes(model: PreTrainedModel, args: SFTConfig | DPOConfig, shape: Shape, device_type: str) -> int:
+    """K / L + 4 T of an evaluation."""
+    layer = kept_bytes(model, autocast_dtype(args), shape) // model.get_decoder().config.num_hidden_layers
+    return layer + (4 if device_type == "cpu" else 1) * tile_bytes(model, args, shape, device_type)
+
+
+def tile_bytes(model: PreTrainedModel, args: SFTConfig | DPOConfig, shape: Shape, device_type: str) -> int:
+    """T: logits of as many tokens and words as TRL's loss takes at a time."""
+    words = model.get_output_embeddings().weight.shape[0]
+    size = FLOAT32 if device_type == "cpu" or autocast_dtype(args) is None else 2
+    return size * min(math.prod(shape), TILE_TOKENS) * min(words, TILE_WORDS)
+
+
+@functools.lru_cache(maxsize=64)  # the trials of a grid ask for the same
+def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) -> int:
+    """K: all that autograd keeps of a forward pass over a micro-batch of `shape`, without activation checkpointing."""
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()  # held here, so that no other one gets its identity
+        kept[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        fake = type(model)(model.config)
-        if checkpointing:
-            fake.gradient_checkpointing_enable()
-        fake.train()
-        batch = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-        for parameter in fake.parameters():
-            count(parameter)
-        sizes = dict.fromkeys(sizes, 0)  # the weights are no activations
-        precision = torch.autocast("cpu", dtype=autocast) if autocast else nullcontext()
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), precision:
-            fake.base_model(**batch, use_cache=False)
-    return sum(sizes.values())
+    decoder = model.get_decoder()
+    try:
+        with FakeTensorMode(), torch.device("cpu"):
+            fake = type(decoder)(decoder.config).train()
+            ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autocast("cpu", dtype, enabled=dtype is not None),
+            ):
+                fake(input_ids=ids, attention_mask=mask, use_cache=False)
+    except RuntimeError:  # it asks for a value, or for a kernel that a CPU does not have: mixtures of experts do
+        return usual_bytes(decoder.config, shape)
+    for parameter in fake.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def usual_bytes(config: PreTrainedConfig, shape: Shape) -> int:
+    """4 N L (10 d + 6 q + 4 f): what a Gemma 3 keeps; a model with fewer norms a little less."""
+    heads = config.num_attention_heads
+    d, f = config.hidden_size, getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    q = heads * (getattr(config, "head_dim", None) or d // heads)
+    f *= getattr(config, "num_experts_per_tok", None) or 1
+    return FLOAT32 * math.prod(shape) * config.num_hidden_layers * (10 * d + 6 * q + 4 * f)
+
+
+def autocast_dtype(args: SFTConfig | DPOConfig) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def gathered_bytes(model: PreTrainedModel) -> int:
+    """The weights that FSDP has whole at a time: one decoder layer's, the largest, and those in no layer."""
+    layers = next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    return FLOAT32 * (model.num_parameters() - sum(sizes) + max(sizes))
