@@ -64,6 +64,7 @@ LIMITS = {  # to raise
     **dict.fromkeys((LOST_TAIL, NO_ROOM), "max_length"),
 }
 
+Where = Callable[..., str]  # says in words where a row of a data set stands, or without a row which data set it is
 OnSource = Callable[[DataSource, int | None, int], None]  # told of each: rows found (None: streamed), and rows taken
 
 
@@ -349,15 +350,12 @@ def _tokenized(
     return tokenized
 
 
-def _share(source: DataSource, found: int, where: Callable[..., str]) -> int:
+def _share(source: DataSource, found: int, where: Where) -> int:
     """How many of the rows found to take."""
     count = source.number_of_samples or max(1, round(found * (1.0 if source.ratio is None else source.ratio)))
     if count > found:
         raise UserError(f"{where()}: number_of_samples asks for {count} rows of {found}")
     return count
-
-
-Where = Callable[..., str]  # says in words where a row of a data set stands, or without a row which data set it is
 
 
 def _load(source: DataSource) -> tuple[Dataset, Where]:
@@ -399,7 +397,9 @@ def _stream(source: DataSource, seed: int) -> tuple[Dataset, Where]:
             lambda: iter(drawn),
             features=drawn.features,
             # Its own key would be of the lambda. The builder's hash is the commit on the hub.
-            fingerprint=fingerprint(args, builder.hash, builder.config_id, files, split, str(source), seed),
+            fingerprint=fingerprint(
+                *(args, builder.hash, builder.config_id, files, split, source.number_of_samples, seed)
+            ),
         )
     if len(rows) < source.number_of_samples:
         raise UserError(f"data set {source}: number_of_samples asks for {source.number_of_samples} rows of {len(rows)}")
@@ -416,8 +416,8 @@ def _arguments(source: DataSource) -> tuple[list[str | None], dict[str, Any]]:
             raise UserError(f"data set {source.name}: a file must end in one of {', '.join(FILE_FORMATS)}")
         if source.subset is not None:
             raise UserError(
-                f"dataset_subsets names subset {source.subset!r}, which the single file {source.name} does not have:"
-                " for all of its rows leave dataset_subsets out, for some set it to [{ratio: 0.5}]"
+                f"data set {source.name}: a single file has no subset {source.subset!r}: for all of its rows leave it"
+                " out (for SFT, leave dataset_subsets out; for some of them set it to [{ratio: 0.5}])"
             )
         return [FILE_FORMATS[path.suffix]], {"data_files": {"train": source.name}}
     if path.is_dir() and not (path / "README.md").exists():  # where a README may say which files are a subset's
@@ -450,7 +450,8 @@ def _told(source: DataSource, args: list[str | None], kwargs: dict[str, Any]) ->
 
 
 def _may_pass(source: DataSource, error: BaseException) -> bool:
-    return isinstance(error, OSError) and not Path(source.name).exists()
+    """Whether it may be the hub's or the network's: these raise errors of many kinds, but what is wrong is a value."""
+    return not Path(source.name).exists() and not isinstance(error, ValueError)
 
 
 def _chosen_split(source: DataSource, loaded: Any) -> tuple[str, Any]:

@@ -1,7 +1,10 @@
 """Run an experiment on this machine as `det e create CONFIG.yaml MODEL_DEF --config key=value` would on a cluster.
 
+    python local_experiment.py sft.yaml --dry-run
     python local_experiment.py sft.yaml
     python local_experiment.py dpo.yaml --config hyperparameters.model_ckpt=UUID
+
+The first trains nothing: it shows what would be learned and what that takes, see dry_run.py.
 
 Each trial is a process of its own that runs the YAML's entrypoint script. DIR (default: local_runs/<experiment name>)
 receives

@@ -270,6 +270,9 @@ def test_a_streamed_source_is_read_only_as_far_as_it_takes(tmp_path):
     read = {prompt.split(".")[0] for prompt in prompts(dataset)}
     assert 2 <= len(read) <= 10  # files, in random order
     assert len(prompts(dataset) & prompts(stream(seed=2))) < 10
+    source.number_of_samples = 60
+    assert len(prompts(stream())) == 60
+    source.number_of_samples = 50
     assert [rows.to_list() for rows in stream().values()] == [rows.to_list() for rows in dataset.values()]
     for number in range(20):
         if str(number) not in read:
