@@ -279,8 +279,12 @@ def test_a_streamed_source_is_read_only_as_far_as_it_takes(tmp_path):
             (tmp_path / f"{number:02}.jsonl").write_text("no JSON\n" * 3)
     again = stream()  # the files have changed, so it is not what was kept of them
     assert len(again["train"]) == 40
-    with pytest.raises(UserError, match="asks for 99999 rows of"):
-        dataset_utils.load_sft_dataset([DataSource(str(tmp_path), number_of_samples=99999)], 1, streaming=True)
+    source.number_of_samples = 9999
+    with pytest.raises(UserError, match=r"jsonl line 1: not JSON"):
+        stream()
+    few = DataSource(write(tmp_path / "few" / "d.jsonl", rows), number_of_samples=601)
+    with pytest.raises(UserError, match="number_of_samples asks for 601 rows of 600"):
+        dataset_utils.load_sft_dataset([few], 1, streaming=True)
 
 
 def test_folders_and_files_of_every_format(tmp_path):
