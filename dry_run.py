@@ -294,8 +294,7 @@ def show_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: lis
             text = raw
         elif raw[0] in "▁Ġ" and text[0] != " ":  # some decoders strip what they think opens the text
             text = " " + text
-        visible = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-        tokens.append(Token(token_id, visible, is_learned, token_id in special))
+        tokens.append(Token(token_id, visible(text), is_learned, token_id in special))
     return tokens
 
 
@@ -307,8 +306,8 @@ def training_tables(
     for preparation in preparations:
         for trial_id in preparation.trial_ids:
             facts[trial_id] = trial_facts(experiment, preparation, trials[trial_id - 1])
-    names = list(facts[1])
-    common = [name for name in names if len({fact[name] for fact in facts.values()}) == 1]
+    names = list(dict.fromkeys(name for fact in facts.values() for name in fact))
+    common = [name for name in names if len({fact.get(name) for fact in facts.values()}) == 1]
     tables = []
     if len(facts) > 1:
         searched = [short_name(name) for name in experiment.varying]
@@ -318,7 +317,7 @@ def training_tables(
             [
                 str(n),
                 *(experiment.value(planned[n - 1], name) for name in experiment.varying),
-                *(fact[name] for name in differing),
+                *(fact.get(name, "") for name in differing),
             ]
             for n, fact in sorted(facts.items())
         ]
@@ -453,8 +452,13 @@ def counted(count: int, unit: str) -> str:
     return f"{count:,} {unit}" + ("" if count == 1 else "s")
 
 
+def visible(text: str) -> str:
+    """`text` with its line breaks as they are and what else has no shape, or moves a terminal's cursor, escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def shortened(text: str, length: int) -> str:
-    text = " ".join(text.split())
+    text = " ".join(visible(text).split())
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -137,12 +137,12 @@ def test_rows_are_counted_by_source(told, sft_config):
 
 def test_dropped_pairs_name_the_limit_to_raise(told, dpo_config, tmp_path):
     pair = {"chosen": "good", "rejected": "bad"}
-    rows = [{"prompt": "q", **pair}] * 18 + [{"prompt": "<script>" * 99, **pair}] * 2
+    rows = [{"prompt": "q", **pair}] * 18 + [{"prompt": "\x1b[2J" * 99, **pair}] * 2
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables, _ = told(dpo_config, hyperparameters__datasets=[str(tmp_path / "d.jsonl")])
     ((what, count, share, example),) = tables["What rows lose"].rows
     assert (what, count, share) == (f"dropped: {NO_ROOM}", "2", "10.0%")
-    assert example.startswith(f"{tmp_path / 'd.jsonl'} row ")
+    assert re.fullmatch(rf"{tmp_path}/d.jsonl row (19|20): (\\x1b\[2J)+.*…", example)
     assert tables["What rows lose"].note == "10% of the rows are dropped: raise max_length."
     assert tables["Rows"].rows[0][1:] == ["all", "20", "20", "2", "0", *tables["Rows"].rows[0][6:]]
     assert sum(int(n) for n in tables["Rows"].rows[0][6:]) == 18
@@ -179,6 +179,15 @@ def test_trials_that_prepare_their_data_alike_are_told_together(told, dpo_config
     ]
     assert {"steps", "pairs a step", "tokens an epoch"} <= set(trials.columns)
     assert "model" in training(tables)
+
+
+def test_trials_that_pack_and_trials_that_do_not(told, sft_config):
+    packing = {"type": "categorical", "vals": [False, True]}
+    tables, _ = told(sft_config, searcher__name="grid", hyperparameters__training_args__packing=packing)
+    trials = tables["The 2 trials"]
+    rows, packs = (dict(zip(trials.columns, row, strict=True)) for row in trials.rows)
+    assert (rows["rows a step"], rows["packs of rows a step"]) == ("4", "")
+    assert (packs["rows a step"], packs["packs of rows a step"]) == ("", "4")
 
 
 def test_slots_share_the_steps_and_the_memory(told, sft_config):
