@@ -445,6 +445,8 @@ def _told(source: DataSource, args: list[str | None], kwargs: dict[str, Any]) ->
         told = _malformed(args, kwargs) or f"data set {source}: {one_line(reason)}"
         raise (PassingError if _may_pass(source, reason) else UserError)(told) from error
     except (OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise UserError(f"data set {source}: it has no rows") from None
         told = f"data set {source}: {_not_loaded(source, error)}"
         raise (PassingError if _may_pass(source, error) else UserError)(told) from error
 

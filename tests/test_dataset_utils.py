@@ -310,6 +310,7 @@ def test_folders_and_files_of_every_format(tmp_path):
     ("rows", "message"),
     [
         ([], "train.jsonl: it has no rows"),
+        ([""], "train.jsonl: it has no rows"),
         (["{}x"], r"train.jsonl line 1: not JSON \(Extra data at column 3\)"),
         ([pairs(1)[0], "", '{"prompt": "q", '], "train.jsonl line 3: not JSON"),
         ([pairs(1)[0], "[1]"], "train.jsonl line 2"),

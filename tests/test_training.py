@@ -253,3 +253,11 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
     before, after = (load_file(folder / "model.safetensors") for folder in (at_4, again_at_4))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((at_4.parent / "metadata.json").read_text()) == {"steps_completed": 4, "trial_id": 7}
+
+
+def test_a_training_tells_what_the_limits_take(train, sft_config, caplog):
+    train(sft_finetune, sft_config, hyperparameters__max_seq_length=60)
+    told = [record.message for record in caplog.records if record.name == "trial" and record.levelname == "WARNING"]
+    assert [message.split(":")[0] for message in told] == ["train", "test"]
+    assert all(" cut: longer than max_seq_length: " in message for message in told)
+    assert all(message.endswith("; raise max_seq_length") for message in told)
