@@ -15,6 +15,7 @@ turn's content is written with a space after its first character, so that no con
 one, or end the answer.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,9 +53,9 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the answer to it; without an answer the second list is empty.
 
-    An answer, earlier ones in the prompt too, is tokenized apart from what it follows, so no merge across their
-    boundary can ever make the prompt of training differ from the prompt of inference. BOS, EOS and the turn markers all
-    come from the template (`tokenizer.chat_template`).
+    An answer, with our template earlier ones in the prompt too, is tokenized apart from what it follows, so no merge
+    across their boundary can ever make the prompt of training differ from the prompt of inference. BOS, EOS and the
+    turn markers all come from the template (`tokenizer.chat_template`).
     """
     if answer is None:
         return [token for ids, _ in _segments(tokenizer, prompt, add_generation_prompt=True) for token in ids], []
@@ -79,18 +80,23 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
 def _segments(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any
 ) -> Iterator[tuple[list[int], bool]]:
-    """The ids of what stands before, in (True) and after each answer of a conversation, tokenized apart."""
+    """The ids of what stands before, in (True) and after each answer of a conversation, tokenized apart.
+
+    Another template than ours is only asked where the last answer begins.
+    """
     text, done = _render(tokenizer, messages, **kwargs), 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant" or number == 0:
-            continue
-        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: number + 1])
-        # Other templates than ours may leave out what was said earlier: there is then no boundary to keep.
-        if text.startswith(through) and through.startswith(before):
-            yield _ids(tokenizer, text[done : len(before)]), False
-            yield _ids(tokenizer, text[len(before) : len(through)]), True
-            done = len(through)
+    if tokenizer.chat_template == CHAT_ML_TEMPLATE:
+        # No content has a marker in it, so these are the answers.
+        answer = f"{re.escape(RESPONSE_TEMPLATE)}(.*?{re.escape(IM_END + tokenizer.eos_token)})"
+        spans = [match.span(1) for match in re.finditer(answer, text, flags=re.DOTALL)]
+    else:
+        answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
+        before = _render(tokenizer, messages[:-1], add_generation_prompt=True) if answered else ""
+        spans = [(len(before), len(text))] if answered and text.startswith(before) else []
+    for start, end in spans:
+        yield _ids(tokenizer, text[done:start]), False
+        yield _ids(tokenizer, text[start:end]), True
+        done = end
     if done < len(text):
         yield _ids(tokenizer, text[done:]), False
 

@@ -52,7 +52,7 @@ NO_ANSWER = "no answer begins within max_seq_length"
 LOST_START = "prompt longer than max_prompt_length: loses its beginning"
 LOST_TARGET = "answer longer than max_target_length: loses its end and EOS"
 LOST_TAIL = "prompt and answer longer than max_length: the answer loses its end and EOS"
-NO_PROMPT = "max_prompt_length is too small for the last turn's header"
+NO_PROMPT = "max_prompt_length leaves the last turn no room beside its header"
 NO_ROOM = "the prompt alone fills max_length"
 EMPTY = "an answer without text: all that is learned from it is to stop"
 CUT = {LOST_END, LOST_START, LOST_TARGET, LOST_TAIL}
@@ -74,14 +74,13 @@ def load_sft_dataset(
     """`train` and `test` (20%) rows of `messages`, with the `source` and `row` they are from, for fine-tuning.
 
     Each source gives its share, drawn without replacement; the shares are concatenated, then split. `seed` fixes both,
-    so every rank and every resume sees the same rows. With `streaming`, `number_of_samples` are downloaded of each and
-    kept in the data sets' cache. Raises `UserError` for what is missing, malformed or too few.
+    so every rank and every resume sees the same rows. With `streaming`, `number_of_samples` of each are downloaded, the
+    first of ten or more files in random order, and kept in the data sets' cache. Raises `UserError` for what is
+    missing, malformed or too few.
     """
     parts = []
-    subsets = [source.subset for source in sources]
+    _check_apart(sources)
     for source in sources:
-        if subsets.count(source.subset) > 1:  # its rows would be trained on and held out at once
-            raise UserError(f"dataset_subsets names subset {source.subset!r} more than once")
         rows, where = _stream(source, seed) if streaming else _load(source)
         picked = np.random.default_rng(seed).permutation(len(rows))[: _share(source, len(rows), where)]
         if on_source:
@@ -99,6 +98,7 @@ def load_dpo_dataset(sources: list[DataSource], seed: int, on_source: OnSource |
     `UserError` for what is missing or malformed.
     """
     parts: dict[str, list[Dataset]] = {"train": [], "test": []}
+    _check_apart(sources)
     for source in sources:
         rows, where = _load(source)
         count = _share(source, len(rows), where)
@@ -247,7 +247,7 @@ def tokenize_dpo_dataset(
         longest = max(len(chosen), len(rejected))
         lengths = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
         lengths["total"] = len(prompt) + longest
-        lost = [EMPTY] if not row["chosen"].strip() else []
+        lost = [] if row["chosen"].strip() and row["rejected"].strip() else [EMPTY]
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
             shorter = cut_prompt(tokenizer, row["prompt"], max_prompt_length)
             prompt = encode(tokenizer, shorter)[0] if shorter else []
@@ -270,7 +270,7 @@ def cut_prompt(
     """The end of a prompt, as a conversation of at most `max_prompt_length` tokens with BOS and every header.
 
     Turns go from the left; of the first that is left, the content loses its beginning and the header stays. None where
-    the last turn's header alone is longer.
+    nothing of the last turn's content has room.
     """
 
     def fits(messages: list[Message]) -> bool:
@@ -286,7 +286,7 @@ def cut_prompt(
             low, high = (middle, high) if fits([_last(turn, middle), *later]) else (low, middle)
         if low:
             return [_last(turn, low), *later]
-        return later or ([_last(turn, 0)] if fits([_last(turn, 0)]) else None)
+        return later or None
     return None
 
 
@@ -314,7 +314,8 @@ def told_losses(name: str, part: Dataset) -> Iterator[str]:
     for what, rows, share, example in losses(part):
         fate = " dropped" if what in DROPPED else " cut" if what in CUT else ""
         advice = f"; raise {LIMITS[what]}" if what in LIMITS and share > MANY else ""
-        yield f"{name}: {rows} rows ({share:.1%}){fate}: {what} (the first: {example}){advice}"
+        counted = f"{rows} {'row' if rows == 1 else 'rows'} ({share:.1%})"
+        yield f"{name}: {counted}{fate}: {what} (the first: {example}){advice}"
 
 
 def _fate(row: dict[str, Any], lengths: dict[str, int], learned: int, lost: list[str]) -> dict[str, Any]:
@@ -348,6 +349,21 @@ def _tokenized(
             tokenized[name] = (rows.select(kept) if dropped else rows).select_columns(ids)
         tokenized[name].info.description = json.dumps(found)
     return tokenized
+
+
+def _split_of(source: DataSource) -> str:
+    """The split that the source names, or most likely means, without a slice."""
+    return (source.split or "train").split("[")[0]
+
+
+def _check_apart(sources: list[DataSource]) -> None:
+    """Refuse one that is named twice: some of its rows would be trained on and held out at once, or count twice."""
+    seen = set()
+    for source in sources:
+        rows = (source.name, source.subset or "default", _split_of(source))
+        if rows in seen:
+            raise UserError(f"data set {source} is named more than once")
+        seen.add(rows)
 
 
 def _share(source: DataSource, found: int, where: Where) -> int:
@@ -390,16 +406,14 @@ def _stream(source: DataSource, seed: int) -> tuple[Dataset, Where]:
     with _told(source, args, kwargs):
         builder = load_dataset_builder(*args, **kwargs)
         split, rows = _chosen_split(source, load_dataset(*args, split=source.split, streaming=True, **kwargs))
-        files = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime) for file in _local_files(args, kwargs)]
-        # Shuffling draws from a buffer of 1000 rows, filled from ten of its files at a time, in random order.
+        # Shuffling draws from a buffer of 1000 rows, filled from ten files at a time, which it takes in random order
+        # and each from its beginning: no uniform sample, which would need all of them.
         drawn = rows.shuffle(seed=seed).take(source.number_of_samples)
         rows = Dataset.from_generator(
             lambda: iter(drawn),
             features=drawn.features,
-            # Its own key would be of the lambda. The builder's hash is the commit on the hub.
-            fingerprint=fingerprint(
-                *(args, builder.hash, builder.config_id, files, split, source.number_of_samples, seed)
-            ),
+            # Its own key would be of the lambda. The builder's hash is the commit on the hub, or the files' state.
+            fingerprint=fingerprint(*(args, builder.hash, builder.config_id, split, source.number_of_samples, seed)),
         )
     if len(rows) < source.number_of_samples:
         raise UserError(f"data set {source}: number_of_samples asks for {source.number_of_samples} rows of {len(rows)}")
@@ -442,9 +456,11 @@ def _told(source: DataSource, args: list[str | None], kwargs: dict[str, Any]) ->
         raise UserError(f"data set {source}: it has no rows") from None
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
-        told = _malformed(args, kwargs) or f"data set {source}: {one_line(reason)}"
+        told = _malformed(args, kwargs, _split_of(source)) or f"data set {source}: {one_line(reason)}"
         raise (PassingError if _may_pass(source, reason) else UserError)(told) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a hub's client raises what its HTTP library does
+        if not isinstance(error, (OSError, ValueError)) and Path(source.name).exists():
+            raise
         if "corresponds to no data" in str(error):
             raise UserError(f"data set {source}: it has no rows") from None
         told = f"data set {source}: {_not_loaded(source, error)}"
@@ -477,9 +493,9 @@ def _not_loaded(source: DataSource, error: Exception) -> str:
     return f"no such file or folder, and not to be had from the hub ({one_line(error)})"
 
 
-def _malformed(args: list[str], kwargs: dict[str, Any]) -> str | None:
+def _malformed(args: list[str], kwargs: dict[str, Any], split: str) -> str | None:
     """What `load_dataset` could not read: the file and the line, where they are local and hold a row a line."""
-    for file in _local_files(args, kwargs):
+    for file in _local_files(args, kwargs, split):
         for number, line in _json_lines(file) or []:
             try:
                 row = json.loads(line.rstrip())
@@ -531,7 +547,9 @@ def _convert(
             row = rows[index]
             renamed = {column: row[theirs] for column, theirs in source.columns.items()}
             others = {column: value for column, value in row.items() if column not in source.columns.values()}
-            new_row = convert_row({**others, **renamed})
+            new_row = convert_row(readable := _Reading({**others, **renamed}))
+            for column in renamed.keys() - readable.read:
+                raise UserError(f"columns.{column} is not read: the row has the columns of another shape as well")
         except UnicodeDecodeError as error:
             raise UserError(f"{where(index)}: not UTF-8 text ({error.reason})") from error
         except _MissingColumn as error:
@@ -547,6 +565,22 @@ def _split(rows: Dataset, seed: int, name: str) -> DatasetDict:
     if len(rows) < 2:
         raise UserError(f"data set {name}: {len(rows)} row is too few to train on and hold {EVAL_SHARE:.0%} out")
     return rows.train_test_split(test_size=EVAL_SHARE, seed=seed)
+
+
+class _Reading(dict):
+    """A row that remembers which of its columns were read."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        self.read.add(column)
+        return super().get(column, default)
 
 
 class _MissingColumn(UserError):

@@ -131,7 +131,8 @@ class Preparation:
                 rows = pack_dataset(
                     rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy
                 )
-            table = rows.with_format("arrow")[:]
+            needed = list(dict.fromkeys(column for columns in sequences for column in columns))
+            table = rows.select_columns(needed).with_format("arrow")[:]
             lengths[part] = np.stack(
                 [
                     sum(table[column].combine_chunks().value_lengths().to_numpy() for column in columns)
@@ -141,14 +142,32 @@ class Preparation:
             )
         return lengths
 
+    @functools.cached_property
+    def marker_facts(self) -> dict[str, str]:
+        """How turns begin and end, and whether a server will prompt the model as it was trained."""
+        tokenizer, rows = self.tokenizer, self.rows["train"]
+        sizes = {marker: len(tokenizer(marker, add_special_tokens=False)["input_ids"]) for marker in (IM_START, IM_END)}
+        spelled = [f"{marker} is {counted(size, 'token')}" for marker, size in sizes.items()]
+        prompts = [prompt_of(rows[n], self.in_pairs) for n in range(min(len(rows), CHECKED_PROMPTS))]
+        alike = sum(
+            encode(tokenizer, prompt)[0]
+            == tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+            for prompt in prompts
+        )
+        return {
+            "turn markers": ", ".join([*spelled, f"EOS is {tokenizer.eos_token}"]),
+            "prompts that a server renders alike": f"{alike} of {len(prompts)} tried",
+        }
+
 
 def dry_run(
     experiment: Experiment, trials: list[SFTHyperparameters] | list[DPOHyperparameters], examples: int
 ) -> Iterator[Section]:
     """All there is to tell of an experiment, in order. Raises `UserError` where its training would."""
-    preparations = []
+    preparations, process = [], 0
     for preparation in prepare(trials):
         preparations.append(preparation)
+        process = process or resident()  # with the data of one trial
         which = "" if len(preparation.trial_ids) == len(trials) else f", trials {listed(preparation.trial_ids)}"
         yield sources_table(preparation, which)
         yield losses_table(preparation, which)
@@ -160,7 +179,7 @@ def dry_run(
             if not len(rows):
                 raise UserError(f"no {part} row is left within the limits")
     yield from training_tables(experiment, preparations, trials)
-    yield memory_table(experiment, preparations, trials)
+    yield memory_table(experiment, preparations, trials, process)
 
 
 def prepare(trials: list[SFTHyperparameters] | list[DPOHyperparameters]) -> Iterator[Preparation]:
@@ -169,7 +188,8 @@ def prepare(trials: list[SFTHyperparameters] | list[DPOHyperparameters]) -> Iter
     for trial_id, hparams in enumerate(trials, start=1):
         data = (hparams.sources, hparams.split_seed, getattr(hparams, "streaming", False), hparams.tokenizing)
         model = (start_of(hparams), hparams.model_init_kwargs, hparams.added_tokens)
-        packing = [getattr(hparams.args, name, None) for name in ("packing", "packing_strategy", "eval_packing")]
+        names = ("packing", "packing_strategy", "eval_packing", "max_length")
+        packing = [getattr(hparams.args, name, None) for name in names]
         alike.setdefault(str((data, model, packing)), []).append(trial_id)
     for trial_ids in alike.values():
         hparams = trials[trial_ids[0] - 1]
@@ -335,7 +355,7 @@ def trial_facts(
     times = f"{batch} a batch, {accumulated} batches" + (f", {slots} slots" if slots > 1 else "")
     epoch, total = steps(args, len(lengths), slots)
     told = {"model": f"{start_of(hparams)}, {count_parameters(preparation.model):,} parameters"}
-    told |= marker_facts(preparation)
+    told |= preparation.marker_facts
     told[f"{unit} a step"] = f"{batch * accumulated * slots:,}" + (f" ({times})" if accumulated * slots > 1 else "")
     told["steps"] = f"{total:,}, of {epoch:,} an epoch"
     if slots > 1:
@@ -344,20 +364,6 @@ def trial_facts(
     told["tokens an epoch"] = f"{tokens:,}, of which learned {learned:,} ({learned / tokens:.1%})"
     told["padding"] = f"{padding(lengths, args):.1%} of the positions in a batch"
     return told
-
-
-def marker_facts(preparation: Preparation) -> dict[str, str]:
-    """How turns begin and end, and whether a server will prompt the model as it was trained."""
-    tokenizer, rows = preparation.tokenizer, preparation.rows["train"]
-    sizes = [len(tokenizer(marker, add_special_tokens=False)["input_ids"]) for marker in (IM_START, IM_END)]
-    spelled = [f"{marker} is {counted(size, 'token')}" for marker, size in zip((IM_START, IM_END), sizes, strict=True)]
-    spelled = ", ".join([*spelled, f"EOS is {tokenizer.eos_token}"])
-    prompts = [prompt_of(rows[n], preparation.in_pairs) for n in range(min(len(rows), CHECKED_PROMPTS))]
-    alike = sum(
-        encode(tokenizer, prompt)[0] == tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-        for prompt in prompts
-    )
-    return {"turn markers": spelled, "prompts that a server renders alike": f"{alike} of {len(prompts)} tried"}
 
 
 def prompt_of(row: dict[str, Any], in_pairs: bool) -> list[Message]:
@@ -390,12 +396,14 @@ def padding(lengths: np.ndarray, args: Any) -> float:
 
 
 def memory_table(
-    experiment: Experiment, preparations: list[Preparation], trials: list[SFTHyperparameters] | list[DPOHyperparameters]
+    experiment: Experiment,
+    preparations: list[Preparation],
+    trials: list[SFTHyperparameters] | list[DPOHyperparameters],
+    process: int,
 ) -> Table:
     """A row for each way of training that the trials take, on this machine and on a slot with a GPU."""
     held = ("weights", "gradients", "optimizer", "activations", "process", "total")
     rows: dict[tuple[str, ...], list[int]] = {}
-    process = resident()
     for preparation in preparations:
         for trial_id in preparation.trial_ids:
             for where, estimate in estimates(experiment, preparation, trials[trial_id - 1], process):

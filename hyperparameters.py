@@ -198,6 +198,14 @@ class SFTHyperparameters(TrainerArgs):
         if loss not in SFT_LOSSES:  # TRL refuses it too, but only once the model is loaded
             raise UserError(f"training_args.loss_type {loss!r} is none of {', '.join(SFT_LOSSES)}")
         self.args = build_training_args(SFTConfig, training_args)
+        if self.args.packing and self.args.max_length is None:
+            raise UserError("training_args.packing needs max_seq_length, the length of a pack")
+        if self.args.packing and self.args.packing_strategy != "bfd" and self.args.eval_packing is False:
+            # TRL would cut the evaluation's rows itself, and say nothing.
+            raise UserError(
+                f"training_args.packing_strategy {self.args.packing_strategy!r} splits long rows, which eval_packing:"
+                " false would have to cut; leave eval_packing out, or take packing_strategy: bfd"
+            )
 
     @property
     def added_tokens(self) -> list[str]:

@@ -461,7 +461,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="default: local_runs/<experiment name>; with --dry-run a page.html to write, by default none",
+        help="default: local_runs/<experiment name>; with --dry-run, the page to write: FILE.html, or"
+        " a folder for its dry_run.html (default: none)",
     )
     parser.add_argument(
         "--dry-run",

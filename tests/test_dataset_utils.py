@@ -214,6 +214,7 @@ def test_columns_are_renamed(tmp_path):
         ({"promt": "ask"}, r"columns.promt: no column of that name is read \(did you mean 'prompt'\?\)"),
         ({"prompt": "aks"}, r"d.jsonl has no column 'aks' \(did you mean 'ask'\?\); it has ask, reply"),
         ({"prompt": "ask"}, "line 1: column 'text' is 5, not text"),
+        ({"prompt": "ask", "completion": "reply", "output": "text"}, "line 1: columns.output is not read"),
     ]:
         with pytest.raises(UserError, match=message):
             load_sft_dataset(path, WHOLE, 1, columns=columns)
@@ -227,6 +228,13 @@ def test_columns_are_renamed(tmp_path):
         1,
     )["train"]
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([USER], "c", "r")
+
+
+def test_sources_that_overlap_are_refused(tmp_path):
+    path = write(tmp_path / "d.jsonl", pairs(20))
+    for second in (DataSource(path), DataSource(path, ratio=0.5), DataSource(path, split="train[:50%]")):
+        with pytest.raises(UserError, match="is named more than once"):
+            load_dpo_dataset([path, second], 1)
 
 
 def test_the_split_is_chosen(tmp_path):
@@ -245,6 +253,10 @@ def test_the_split_is_chosen(tmp_path):
         UserError, match=r"\(split valid\): Unknown split \"valid\". Should be one of \['train', 'valid"
     ):
         first(split="valid")
+    write(tmp_path / "broken" / "train.jsonl", pairs(5))
+    write(tmp_path / "broken" / "validation.jsonl", ["{"])
+    with pytest.raises(UserError, match=r"validation.jsonl line 1: not JSON"):
+        first("broken", split="validation")
     with pytest.raises(UserError, match="no train split among validation, test; choose one with split"):
         first("other")
 
@@ -275,10 +287,9 @@ def test_a_streamed_source_is_read_only_as_far_as_it_takes(tmp_path):
     source.number_of_samples = 50
     assert [rows.to_list() for rows in stream().values()] == [rows.to_list() for rows in dataset.values()]
     for number in range(20):
-        if str(number) not in read:
-            (tmp_path / f"{number:02}.jsonl").write_text("no JSON\n" * 3)
-    again = stream()  # the files have changed, so it is not what was kept of them
-    assert len(again["train"]) == 40
+        text = (tmp_path / f"{number:02}.jsonl").read_text().replace('{"prompt": "', '{"prompt": "new ')
+        (tmp_path / f"{number:02}.jsonl").write_text(text if str(number) in read else "no JSON\n" * 3)
+    assert all(prompt.startswith("new ") for prompt in prompts(stream()))  # not what was kept of the files as they were
     source.number_of_samples = 9999
     with pytest.raises(UserError, match=r"jsonl line 1: not JSON"):
         stream()
@@ -336,7 +347,7 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
         (instructions, [DatasetSubset("kitchn", ratio=1.0)], r"unknown subset 'kitchn' \(did you mean 'kitchen'\?\)"),
         (instructions, WHOLE, "dataset_subsets must name a subset: it has kitchen, home, outdoors"),
         (instructions, [DatasetSubset("home", number_of_samples=999)], "asks for 999 rows of 112"),
-        (instructions, [DatasetSubset("home", ratio=0.5)] * 2, "names subset 'home' more than once"),
+        (instructions, [DatasetSubset("home", ratio=0.5)] * 2, r"\(subset home\) is named more than once"),
         (str(tmp_path / "no.jsonl"), WHOLE, "no.jsonl: no such file or folder"),
         (str(tiny / "base" / "config.toml"), WHOLE, "no such file or folder"),
         ("nobody/nothing", WHOLE, "not to be had from the hub"),
@@ -391,9 +402,9 @@ def test_sft_rows_that_lose_something_are_counted(tmp_path, tokenizer):
         (EMPTY, 1, "8"),
     ]
     assert [re.sub(r"\S+d.jsonl", "d", line) for line in told_losses("train", masked)] == [
-        "train: 1 rows (3.3%) dropped: no answer begins within max_seq_length (the first: d row 6)",
-        f"train: 1 rows (3.3%) cut: {LOST_END} (the first: d row 4)",
-        "train: 1 rows (3.3%): an answer without text: all that is learned from it is to stop (the first: d row 8)",
+        "train: 1 row (3.3%) dropped: no answer begins within max_seq_length (the first: d row 6)",
+        f"train: 1 row (3.3%) cut: {LOST_END} (the first: d row 4)",
+        "train: 1 row (3.3%): an answer without text: all that is learned from it is to stop (the first: d row 8)",
     ]
     whole = tokenize(on_completions_only=False)
     assert len(whole) == 30
@@ -444,6 +455,12 @@ def test_length_limits(tmp_path, tokenizer):
         first(max_prompt_length=5)
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_empty_answers_of_a_pair_are_told(tmp_path, tokenizer, side):
+    dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", [{**pair, side: " "} for pair in pairs(5)])], seed=1)
+    assert [loss.what for loss in losses(tokenize_dpo_dataset(dataset, tokenizer, max_length=None)["train"])] == [EMPTY]
+
+
 def test_pairs_without_room_are_dropped_and_told_with_the_limit_to_raise(tmp_path, tokenizer):
     rows = [*pairs(8), *({**row, "prompt": "far too long " * 9} for row in pairs(8))]
     dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", rows)], seed=1)
@@ -466,10 +483,10 @@ def test_a_cut_prompt_is_a_conversation_that_fits(model, tokenizer, added):
     def size(messages):
         return len(encode(tokenizer, messages)[0])
 
-    header = size([{"role": "user", "content": ""}])
+    least = size([{**asked, "content": asked["content"][-1]}])
     for limit in range(size(prompt), 0, -1):
         kept = cut_prompt(tokenizer, prompt, limit)
-        if limit < header:
+        if limit < least:
             assert kept is None
             continue
         assert size(kept) <= limit

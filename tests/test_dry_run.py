@@ -189,6 +189,17 @@ def test_trials_that_pack_and_trials_that_do_not(told, sft_config):
     assert (rows["rows a step"], rows["packs of rows a step"]) == ("4", "")
     assert (packs["rows a step"], packs["packs of rows a step"]) == ("", "4")
 
+    split = {"packing": True, "packing_strategy": "wrapped", "max_steps": None, "num_train_epochs": 1}
+    length = {"type": "categorical", "vals": [64, 256]}
+    tables, _ = told(
+        sft_config,
+        searcher__name="grid",
+        hyperparameters__max_seq_length=length,
+        **{f"hyperparameters__training_args__{key}": value for key, value in split.items()},
+    )
+    short, long = (dict(zip(tables["The 2 trials"].columns, row, strict=True)) for row in tables["The 2 trials"].rows)
+    assert number(short["steps"]) >= 3 * number(long["steps"])
+
 
 def test_slots_share_the_steps_and_the_memory(told, sft_config):
     changes = {"hyperparameters__training_args__max_steps": None}

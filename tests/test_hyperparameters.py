@@ -183,3 +183,16 @@ def test_the_reference_pass_needs_one_machine(monkeypatch):
 def test_no_is_no_where_yaml_reads_it_as_false():
     hparams = {"model_name": "m", "dataset": "d", "training_args": {"eval_strategy": False}}
     assert parse_hyperparameters(SFTHyperparameters, hparams).args.eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("training_args", "message"),
+    [
+        ({"packing": True, "max_length": None}, "training_args.packing needs max_seq_length"),
+        ({"packing": True, "packing_strategy": "wrapped", "eval_packing": False}, "'wrapped' splits long rows"),
+    ],
+)
+def test_packing_that_would_cut_in_silence(training_args, message):
+    hparams = {"model_name": "m", "dataset": "d", "training_args": training_args}
+    with pytest.raises(UserError, match=message):
+        parse_hyperparameters(SFTHyperparameters, hparams)
