@@ -336,9 +336,10 @@ def _tokenized(
             for what in lost.splitlines():
                 losers.setdefault(what, []).append(index)
         found = []
+        places = list(zip(rows["source"][:], rows["row"][:], strict=True))
         for what, indices in losers.items():
-            first = rows[indices[0]]
-            found.append(Loss(what, len(indices), len(indices) / len(rows), f"{first['source']} row {first['row']}"))
+            source, row = min(places[index] for index in indices)
+            found.append(Loss(what, len(indices), len(indices) / len(rows), f"{source} row {row}"))
         if not every_row:
             dropped = {index for what in losers if what in DROPPED for index in losers[what]}
             kept = [index for index in range(len(rows)) if index not in dropped]
@@ -431,7 +432,7 @@ def _arguments(source: DataSource) -> tuple[list[str | None], dict[str, Any]]:
         if source.subset is not None:
             raise UserError(
                 f"data set {source.name}: a single file has no subset {source.subset!r}: for all of its rows leave it"
-                " out (for SFT, leave dataset_subsets out; for some of them set it to [{ratio: 0.5}])"
+                " out (for SFT, set dataset_subsets to [{ratio: 1.0}])"
             )
         return [FILE_FORMATS[path.suffix]], {"data_files": {"train": source.name}}
     if path.is_dir() and not (path / "README.md").exists():  # where a README may say which files are a subset's
@@ -615,7 +616,7 @@ def _turns(row: dict[str, Any], column: str) -> list[Message]:
                 turns.append(_message(ROLES.get(role, role), content))
                 break
         else:
-            raise UserError(f"column {column!r}, turn {number}: {_short(turn)} has no role and content")
+            raise UserError(f"column {column!r}, turn {number}: {_short(turn)} has no role and content as text")
     return turns
 
 

@@ -177,7 +177,10 @@ def dry_run(
             yield from first_examples(preparation, examples)
         for part, rows in preparation.kept.items():
             if not len(rows):
-                raise UserError(f"no {part} row is left within the limits")
+                what = next(
+                    w for lost in preparation.tokenized[part]["lost"] for w in lost.splitlines() if w in DROPPED
+                )
+                raise UserError(f"{LIMITS[what]} is too small: no {part} row is left ({what})")
     yield from training_tables(experiment, preparations, trials)
     yield memory_table(experiment, preparations, trials, process)
 
@@ -251,8 +254,10 @@ def losses_table(preparation: Preparation, which: str) -> Table:
         for what in lost.splitlines():
             losers.setdefault(what, []).append(index)
     told, raised = [], []
+    places = list(zip(rows["source"][:], rows["row"][:], strict=True))
     for what in sorted(losers, key=lambda what: (what not in DROPPED, -len(losers[what]))):
-        first, share = rows[losers[what][0]], len(losers[what]) / len(rows)
+        first = rows[min(losers[what], key=lambda index: places[index])]
+        share = len(losers[what]) / len(rows)
         turns = prompt_of(first, preparation.in_pairs)
         fate = "dropped: " if what in DROPPED else "cut: " if what in CUT else ""
         example = f"{first['source']} row {first['row']}: {shortened(turns[-1]['content'], 60)}"
@@ -355,9 +360,11 @@ def trial_facts(
     times = f"{batch} a batch, {accumulated} batches" + (f", {slots} slots" if slots > 1 else "")
     epoch, total = steps(args, len(lengths), slots)
     told = {"model": f"{start_of(hparams)}, {count_parameters(preparation.model):,} parameters"}
+    if isinstance(hparams, DPOHyperparameters) and not hparams.model_ckpt:
+        told["with a model_ckpt"] = "the SFT model's tokens take the place of this one's: lengths and cuts may differ"
     told |= preparation.marker_facts
     told[f"{unit} a step"] = f"{batch * accumulated * slots:,}" + (f" ({times})" if accumulated * slots > 1 else "")
-    told["steps"] = f"{total:,}, of {epoch:,} an epoch"
+    told["steps"] = f"{total:,} ({epoch:,} an epoch)"
     if slots > 1:
         told["steps with the one process of this machine"] = f"{steps(args, len(lengths), 1)[1]:,}"
     tokens, learned = int(lengths.sum()), sum(preparation.kept["train"]["learned"][:])

@@ -185,12 +185,12 @@ class SFTHyperparameters(TrainerArgs):
     def __post_init__(self) -> None:
         check_positive(self, "max_seq_length")
         if not self.dataset_subsets:
-            raise UserError("dataset_subsets is empty")
+            raise UserError("dataset_subsets is empty: for all rows of the data set it is [{ratio: 1.0}]")
         for share in self.dataset_subsets:
             if self.streaming and share.number_of_samples is None:
                 raise UserError(
-                    f"streaming: true takes number_of_samples of a subset; subset {share.subset!r} has a ratio, of a"
-                    " number that is not known before all is downloaded (streaming: false downloads it)"
+                    "streaming: true needs a number_of_samples for each of dataset_subsets, as in [{number_of_samples:"
+                    " 1000}]: how many rows a ratio is, is not known before all are downloaded (streaming: false)"
                 )
         own = {"max_length": ("max_seq_length", self.max_seq_length)}
         training_args = check_training_args(SFTConfig, self.training_args, own, REFUSED_BY_SFT)
@@ -474,6 +474,9 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
     the forward and backward pass run under bf16 autocast.
     """
     values = dict(training_args)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values.get(name, 1) < 1:
+            raise UserError(f"training_args.{name} {values[name]} is not at least 1")
     values.setdefault("report_to", "none")  # the library's default is every tracker it finds installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # its bars, redrawn, would fill a log file
     # transformers 5.23 warns of the old names, TRL's own default among them. This can go with transformers 6.

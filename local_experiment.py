@@ -513,11 +513,13 @@ def main() -> int:
         if not console.is_terminal:
             console.width = max(console.width, 120)  # of a log file
         sections = []
-        for section in dry_run(experiment, trials, args.examples):
-            show(section, console)
-            sections.append(section)
-        if args.output:
-            console.print(f"Written to {write(sections, name, started_in / args.output)}", markup=False)
+        try:
+            for section in dry_run(experiment, trials, args.examples):
+                show(section, console)
+                sections.append(section)
+        finally:
+            if args.output and sections:  # of one that finds a mistake, too
+                console.print(f"Written to {write(sections, name, started_in / args.output)}", markup=False)
         return 0
     check_sources(trials)
     with only_writer(folder):

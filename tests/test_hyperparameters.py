@@ -196,3 +196,9 @@ def test_packing_that_would_cut_in_silence(training_args, message):
     hparams = {"model_name": "m", "dataset": "d", "training_args": training_args}
     with pytest.raises(UserError, match=message):
         parse_hyperparameters(SFTHyperparameters, hparams)
+
+
+def test_a_batch_of_nothing_is_refused():
+    hparams = {"model_name": "m", "dataset": "d", "training_args": {"per_device_train_batch_size": 0}}
+    with pytest.raises(UserError, match=r"training_args\.per_device_train_batch_size 0 is not at least 1"):
+        parse_hyperparameters(SFTHyperparameters, hparams)
