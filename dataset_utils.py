@@ -143,9 +143,7 @@ def sft_conversation(row: dict[str, Any]) -> dict[str, Any]:
             given = _text(row, "input") if row.get("input") else ""
             prompt = [_message("user", _text(row, "instruction") + (f"\n\n{given}" if given else ""))]
         else:
-            prompt = (
-                _turns(row, "prompt") if isinstance(row["prompt"], list) else [_message("user", _text(row, "prompt"))]
-            )
+            prompt = _prompt_turns(row, ("prompt",))
         answer = row[shape[1]]
         answers = _turns(row, shape[1]) if isinstance(answer, list) else [_message("assistant", _text(row, shape[1]))]
         messages = [*prompt, *answers]
@@ -318,6 +316,16 @@ def told_losses(name: str, part: Dataset) -> Iterator[str]:
         yield f"{name}: {counted}{fate}: {what} (the first: {example}){advice}"
 
 
+def rows_that_lost(rows: Dataset) -> dict[str, list[int]]:
+    """The indices of those of `every_row` that lost something, by what it was, in the order of their sources."""
+    losers: dict[str, list[int]] = {}
+    for index, lost in enumerate(rows["lost"][:]):
+        for what in lost.splitlines():
+            losers.setdefault(what, []).append(index)
+    places = list(zip(rows["source"][:], rows["row"][:], strict=True))
+    return {what: sorted(indices, key=places.__getitem__) for what, indices in losers.items()}
+
+
 def _fate(row: dict[str, Any], lengths: dict[str, int], learned: int, lost: list[str]) -> dict[str, Any]:
     return {
         **{"source": row["source"], "row": row["row"], "lost": "\n".join(lost), "learned": learned},
@@ -331,15 +339,10 @@ def _tokenized(
     columns = dataset["train"].column_names
     tokenized = dataset.map(tokenize, remove_columns=columns, num_proc=num_proc, desc="Tokenizing")
     for name, rows in tokenized.items():
-        losers: dict[str, list[int]] = {}
-        for index, lost in enumerate(rows["lost"][:]):
-            for what in lost.splitlines():
-                losers.setdefault(what, []).append(index)
-        found = []
-        places = list(zip(rows["source"][:], rows["row"][:], strict=True))
+        losers, found = rows_that_lost(rows), []
         for what, indices in losers.items():
-            source, row = min(places[index] for index in indices)
-            found.append(Loss(what, len(indices), len(indices) / len(rows), f"{source} row {row}"))
+            first = rows[indices[0]]
+            found.append(Loss(what, len(indices), len(indices) / len(rows), f"{first['source']} row {first['row']}"))
         if not every_row:
             dropped = {index for what in losers if what in DROPPED for index in losers[what]}
             kept = [index for index in range(len(rows)) if index not in dropped]

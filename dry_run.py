@@ -37,6 +37,7 @@ from dataset_utils import (
     MANY,
     load_dpo_dataset,
     load_sft_dataset,
+    rows_that_lost,
     tokenize_dpo_dataset,
     tokenize_sft_dataset,
 )
@@ -249,15 +250,10 @@ def sources_table(preparation: Preparation, which: str) -> Table:
 def losses_table(preparation: Preparation, which: str) -> Table:
     """What rows lose, with the first of them."""
     rows = concatenate_datasets(list(preparation.rows.values()))
-    losers: dict[str, list[int]] = {}
-    for index, lost in enumerate(preparation.all["lost"][:]):
-        for what in lost.splitlines():
-            losers.setdefault(what, []).append(index)
+    losers = rows_that_lost(preparation.all)
     told, raised = [], []
-    places = list(zip(rows["source"][:], rows["row"][:], strict=True))
     for what in sorted(losers, key=lambda what: (what not in DROPPED, -len(losers[what]))):
-        first = rows[min(losers[what], key=lambda index: places[index])]
-        share = len(losers[what]) / len(rows)
+        first, share = rows[losers[what][0]], len(losers[what]) / len(rows)
         turns = prompt_of(first, preparation.in_pairs)
         fate = "dropped: " if what in DROPPED else "cut: " if what in CUT else ""
         example = f"{first['source']} row {first['row']}: {shortened(turns[-1]['content'], 60)}"
