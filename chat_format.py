@@ -55,8 +55,13 @@ def encode(
 
     An answer, with our template earlier ones in the prompt too, is tokenized apart from what it follows, so no merge
     across their boundary can ever make the prompt of training differ from the prompt of inference. BOS, EOS and the
-    turn markers all come from the template (`tokenizer.chat_template`).
+    turn markers all come from the template (`tokenizer.chat_template`). Without one, as a base model's tokenizer is,
+    a prompt is its plain text, and the answer to it the next line.
     """
+    if tokenizer.chat_template is None:
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        completion = [] if answer is None else _ids(tokenizer, f"\n{answer}") + ends
+        return tokenizer(plain_text(prompt))["input_ids"], completion
     if answer is None:
         return [token for ids, _ in _segments(tokenizer, prompt, add_generation_prompt=True) for token in ids], []
     *before, (completion, is_answer) = _segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
@@ -181,3 +186,8 @@ def generation_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def decode_answer(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int]) -> str:
     """The text of a generated completion without its stops and what a batch padded after them."""
     return tokenizer.decode(completion_ids, skip_special_tokens=True).split(IM_END)[0].strip()
+
+
+def stopped(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int], stops: list[int]) -> bool:
+    """Whether a generated completion ended by itself: at one of the token ids `stops`, or at a spelled out stop."""
+    return not set(stops).isdisjoint(completion_ids) or IM_END in tokenizer.decode(completion_ids)

@@ -116,6 +116,30 @@ def load_dpo_dataset(sources: list[DataSource], seed: int, on_source: OnSource |
     return DatasetDict({part: concatenate_datasets(parts[part]) for part in parts})
 
 
+def load_prompts(source: DataSource) -> Dataset:
+    """Questions to ask: `prompt` (list of messages, the user's last) and `preferred` (the answer that is known to be
+    good, or None), with the `source` and `row` they are from.
+
+    A .txt file holds one a line. Any other data set has rows as in `preference_row` or `sft_conversation`, whose
+    answers may be missing. Raises `UserError` for what is missing or malformed.
+    """
+    if source.name.endswith(".txt"):
+        try:
+            lines = Path(source.name).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{source.name}: {one_line(error)}") from error
+        asked = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+        rows = [
+            {"prompt": [_message("user", text)], "preferred": None, "source": source.name, "row": number}
+            for number, text in asked
+        ]
+        if not rows:
+            raise UserError(f"{source.name}: it holds no question")
+        return Dataset.from_list(rows)
+    rows, where = _load(source)
+    return _convert(rows, np.arange(len(rows)), where, source, _prompt_row, (*SFT_COLUMNS, *PREFERENCE_COLUMNS))
+
+
 def sft_conversation(row: dict[str, Any]) -> dict[str, Any]:
     """A row of an SFT data set as `messages`, a conversation in which every assistant turn is to be learned.
 
@@ -139,11 +163,7 @@ def sft_conversation(row: dict[str, Any]) -> dict[str, Any]:
     if len(shape) == 1:
         messages = _turns(row, *shape)
     else:
-        if shape[0] == "instruction":
-            given = _text(row, "input") if row.get("input") else ""
-            prompt = [_message("user", _text(row, "instruction") + (f"\n\n{given}" if given else ""))]
-        else:
-            prompt = _prompt_turns(row, ("prompt",))
+        prompt = _instruction(row) if shape[0] == "instruction" else _prompt_turns(row, ("prompt",))
         answer = row[shape[1]]
         answers = _turns(row, shape[1]) if isinstance(answer, list) else [_message("assistant", _text(row, shape[1]))]
         messages = [*prompt, *answers]
@@ -336,7 +356,7 @@ def _fate(row: dict[str, Any], lengths: dict[str, int], learned: int, lost: list
 def _tokenized(
     dataset: DatasetDict, tokenize: Callable[[dict], dict], num_proc: int | None, every_row: bool
 ) -> DatasetDict:
-    columns = dataset["train"].column_names
+    columns = next(iter(dataset.values())).column_names
     tokenized = dataset.map(tokenize, remove_columns=columns, num_proc=num_proc, desc="Tokenizing")
     for name, rows in tokenized.items():
         losers, found = rows_that_lost(rows), []
@@ -630,6 +650,27 @@ def _prompt_turns(
     _require(row, column)
     turns = _turns(row, column) if isinstance(row[column], list) else [_message("user", _text(row, column))]
     return _with_system(row, turns)
+
+
+def _instruction(row: dict[str, Any]) -> list[Message]:
+    given = _text(row, "input") if row.get("input") else ""
+    return [_message("user", _text(row, "instruction") + (f"\n\n{given}" if given else ""))]
+
+
+def _prompt_row(row: dict[str, Any]) -> dict[str, Any]:
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        pair = preference_row(row)
+        return {"prompt": pair["prompt"], "preferred": pair["chosen"]}
+    if "instruction" in row:
+        turns = _instruction(row)
+    else:
+        turns = _prompt_turns(row, ("prompt", "question", "messages", "conversations"))
+    answer = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
+    for column in ("completion", "text", "output", "chosen"):
+        answer = _text(row, column) if answer is None and row.get(column) is not None else answer
+    turns = _with_system(row, turns)
+    _check_alternation(turns)
+    return {"prompt": turns, "preferred": answer}
 
 
 def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:

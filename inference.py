@@ -1,7 +1,7 @@
-"""Compare models: the same questions answered by each, side by side, with the preferred answer beside them.
+"""Which model wins? The same questions answered by each, numbers that need no judge, and a page to vote on blind.
 
     python inference.py --model base=local_runs/tiny/base --model sft=UUID --model dpo=UUID \\
-        --dataset local_runs/tiny/questions --output_file comparison.csv
+        --dataset local_runs/tiny/questions --output_file comparison.html
 
 A SOURCE is one of
 
@@ -11,91 +11,124 @@ A SOURCE is one of
                           searcher's metric; --exp_id 12 and --trial_id 34 are short for it
     ckpt:UUID             a checkpoint of that cluster
 
-A model whose tokenizer has no chat template, as a base model's, is given the plain text of the question; the others are
-prompted as they were trained. What comes from a cluster or a hub is kept, and downloaded once.
+Questions and preference pairs are rows that DPO held out. Models are loaded one at a time, and what comes from a
+cluster or a hub is kept, and downloaded once. A model whose tokenizer has no chat template, as a base model's, is given
+the plain text of the question; the others are prompted as they were trained. Interrupted, a comparison with an
+--output_file goes on where it stopped when the same command is given again.
+
+    python inference.py --model dpo=UUID --chat dpo
+
+is a conversation with one of them.
 """
 
 import argparse
-import gc
-import time
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-import pandas as pd
 import torch
 import transformers
 import yaml
-from rich import box
+from datasets import Dataset
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chat_format import Message, decode_answer, encode, generation_stops, plain_text
+from chat import chat
+from chat_format import Message
 from checkpoints import CLUSTER_SOURCES, cluster_checkpoint, local_checkpoint
-from dataset_utils import load_dpo_dataset
+from cluster_task import Task, open_task
+from comparison import Conditions, Contestant, Kept, load, show_progress
+from comparison_files import RESERVED, Comparison, check_output, print_comparison, write_comparison
+from dataset_utils import load_dpo_dataset, load_prompts
+from generation import Sampling
 from hyperparameters import DEFAULT_SPLIT_SEED, DataSource, convert
-from models import check_source, load_model_and_tokenizer
-from trial import hide_progress_bars_in_logs
-from user_error import UserError, exit_on_user_error, one_line
+from locks import only_writer
+from models import check_source
+from preference_metrics import answer_metrics, preference_metrics
+from trial import TrialStopped, hide_progress_bars_in_logs
+from user_error import UserError, exit_on_user_error, nearest, one_line
 
 console = Console(highlight=False)
 DTYPES = ("float32", "bfloat16", "float16")
+# What dpo.yaml trains on, so that what it held out are the questions.
+DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")
+# The first four rows that the published inference.py asks (it takes ten, and begins with the second row).
+BLOG = DataSource("Intel/orca_dpo_pairs", split="train[1:5]")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
-    """What a model is fed for `prompt`: through the chat template it was trained with, or as plain text."""
-    if tokenizer.chat_template is None:
-        return tokenizer(plain_text(prompt))["input_ids"]
-    return encode(tokenizer, prompt)[0]
+def compare(
+    args: argparse.Namespace, task: Task, models: dict[str, str], conditions: Conditions, kept: Kept
+) -> Comparison:
+    """Have every model answer the questions and score the pairs, one after the other, and set them side by side."""
+    questions, preferred, pairs = read_questions(args)
+    answers, scores = {}, {}
+    with show_progress(console) as progress:
+        for name, source in models.items():
+            contestant = Contestant(name, source, conditions, kept, progress, task.stop_if_preempted)
+            answers[name] = contestant.answers(questions)
+            scores[name] = contestant.scores(pairs) if pairs is not None else []
+            contestant.unload()
+            task.save(len(kept.results))
+
+    # A pair that one model has no room for is left out for all: figures compare only over the same pairs.
+    fair = [index for index in range(len(pairs or [])) if all(of[index] for of in scores.values())]
+    scores = {name: [of[index] for index in fair] for name, of in scores.items()}
+    figures = {}
+    for name in models:
+        reference = scores[args.reference] if name != args.reference else None
+        figures[name] = preference_metrics(scores[name], reference, args.beta) if fair else {}
+        figures[name] |= answer_metrics(answers[name])
+    return Comparison(
+        sources=dict(argument.split("=", 1) for argument in args.model),
+        questions=questions,
+        preferred=preferred,
+        answers=answers,
+        figures=figures,
+        reference=args.reference,
+        settings=settings(args, conditions, len(questions), len(fair), len(pairs or [])),
+    )
 
 
-@torch.inference_mode()
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[Message]],
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Progress,
-    name: str,
-) -> list[str]:
-    """Greedy answers to `prompts`, in their order. Batches are left-padded and hold prompts of like lengths."""
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
-    answers = [""] * len(prompts)
-    tokens, started = 0, time.monotonic()
-    task = progress.add_task(name, total=len(prompts), speed="")
-    for start in range(0, len(ids), batch_size):
-        indices = longest_first[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [ids[index] for index in indices]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            **generation_stops(model, tokenizer),
-        )
-        completions = output[:, batch["input_ids"].shape[1] :]
-        for index, completion in zip(indices, completions.tolist(), strict=True):
-            answers[index] = decode_answer(tokenizer, completion)
-        tokens += int((completions != tokenizer.pad_token_id).sum())
-        speed = f"{tokens / (time.monotonic() - started):.0f} tokens/s"
-        progress.update(task, advance=len(indices), speed=speed)
-    return answers
+def settings(args: argparse.Namespace, conditions: Conditions, questions: int, scored: int, pairs: int) -> str:
+    """How a comparison was made, for whoever reads it later."""
+    sampling = conditions.sampling
+    how = (
+        "greedy"
+        if sampling.greedy
+        else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}"
+    )
+    told = [f"{questions} answers of each model, at most {sampling.max_new_tokens} tokens long, {how}"]
+    if scored:
+        left_out = f" ({pairs - scored} left out: longer than {args.max_length} tokens)" if scored < pairs else ""
+        sources = ", ".join(args.dataset or DATASETS)
+        told.append(f"{scored} held-out pairs of {sources}{left_out}; rewards with beta {args.beta:g}")
+    told.append("Below each figure: its 95% interval, from 2,000 bootstrap samples")
+    return ". ".join(told) + "."
 
 
-def print_comparison(table: pd.DataFrame) -> None:
-    """Each question, and below it the answers in columns."""
-    for number, row in enumerate(table.to_dict("records"), start=1):
-        console.print(f"\n[bold]{number}. {escape(row.pop('question'))}[/bold]")
-        answers = Table(box=box.SIMPLE, expand=True)
-        for name in row:
-            answers.add_column(escape(name), ratio=1, style="dim" if name == "preferred" else None)
-        answers.add_row(*(escape(text) for text in row.values()))
-        console.print(answers)
+def read_questions(args: argparse.Namespace) -> tuple[list[list[Message]], list[str | None], Dataset | None]:
+    """The questions, their preferred answers where these are known, and the preference pairs to score, if any."""
+    questions: list[list[Message]] = [[{"role": "user", "content": text}] for text in args.prompt]
+    preferred: list[str | None] = [None] * len(questions)
+    if args.prompts:
+        rows = load_prompts(BLOG if args.prompts == "blog" else parse_source(args.prompts, "--prompts"))
+        questions += rows["prompt"][:]
+        preferred += rows["preferred"][:]
+    if questions and not args.dataset:
+        return questions, preferred, None
+    sources = [parse_source(text, "--dataset") for text in args.dataset or DATASETS]
+    # Shuffled, so that the first ones are of all sources.
+    held_out = load_dpo_dataset(sources, args.data_seed)["test"].shuffle(seed=args.data_seed)
+
+    def first(option: str, count: int | None, default: int) -> Dataset:
+        if (count or 0) > len(held_out):
+            console.print(f"{option} {count}: only {len(held_out)} rows are held out")
+        return held_out.select(range(min(default if count is None else count, len(held_out))))
+
+    pairs = first("--number-of-pairs", args.number_of_pairs, 100)
+    if not questions:
+        rows = first("--number-of-samples", args.number_of_samples, 10)
+        questions, preferred = rows["prompt"][:], rows["chosen"][:]
+    return questions, preferred, pairs if len(pairs) else None
 
 
 def parse_models(arguments: list[str]) -> dict[str, str]:
@@ -104,7 +137,7 @@ def parse_models(arguments: list[str]) -> dict[str, str]:
         name, separator, source = argument.partition("=")
         if not (separator and name and source):
             raise UserError(f"--model {argument!r} is not NAME=SOURCE")
-        if name in models or name in ("question", "preferred"):
+        if name in models or name in RESERVED:
             raise UserError(f"--model {argument!r}: the name {name!r} is taken")
         models[name] = resolve_source(source, f"--model {name}")
     return models
@@ -124,13 +157,13 @@ def resolve_source(source: str, key: str) -> str:
     return source
 
 
-def parse_dataset(text: str) -> DataSource:
+def parse_source(text: str, option: str) -> DataSource:
     if not text.startswith("{"):
         return DataSource(text)
     try:
-        return convert(yaml.safe_load(text), DataSource, "--dataset")
+        return convert(yaml.safe_load(text), DataSource, option)
     except yaml.YAMLError as error:
-        raise UserError(f"--dataset {text!r}: {one_line(error)}") from error
+        raise UserError(f"{option} {text!r}: {one_line(error)}") from error
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -144,19 +177,18 @@ def parse_device(name: str | None) -> torch.device:
     return device
 
 
-def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    if name is None:
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"--dtype {name!r} is none of {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME=SOURCE", action="append", help="repeatable")
+    add = parser.add_argument_group("models").add_argument
+    add("--model", metavar="NAME=SOURCE", action="append", help="repeatable")
     for kind in ("exp", "trial"):
-        parser.add_argument(
+        add(
             *(f"--{kind}_id", f"--{kind}-id"),
             metavar="N",
             dest="model",
@@ -164,65 +196,138 @@ def parse_arguments() -> argparse.Namespace:
             type=f"{kind}:{{0}}={kind}:{{0}}".format,
             help=f"the same as --model {kind}:N={kind}:N",
         )
-    parser.add_argument(
-        "--dataset",
-        default="Intel/orca_dpo_pairs",
-        help="preference data set whose held-out 20%% gives the questions, as dpo.yaml would name it: also"
-        " '{name: ..., split: ..., columns: ...}' (default: %(default)s)",
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best at hand)")
+    add(
+        "--dtype",
+        default="float32",
+        help=f"of the weights: {', '.join(DTYPES)} (default: %(default)s). DPO's changes to a weight are finer than"
+        " bfloat16 can tell, which takes half the memory",
     )
-    parser.add_argument("--number-of-samples", type=int, default=10, help="how many questions (default: %(default)s)")
-    parser.add_argument(
+    add("--batch-size", type=int, default=8, help="questions or pairs at a time (default: %(default)s)")
+
+    add = parser.add_argument_group("questions").add_argument
+    add(
+        "--dataset",
+        action="append",
+        help="preference data set whose held-out 20%% gives the questions and the pairs, as dpo.yaml would name it:"
+        f" also '{{name: ..., split: ..., columns: ...}}'; repeatable (default: dpo.yaml's, {' and '.join(DATASETS)})",
+    )
+    add("--number-of-samples", type=int, metavar="N", help="how many questions (default: 10)")
+    add(
         "--data-seed",
         type=int,
         default=DEFAULT_SPLIT_SEED,
         help="training_args.data_seed of the DPO run, where it set one: it decides which rows are held out",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best at hand)")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: bfloat16 where CUDA has it, else float32)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: %(default)s)")
-    parser.add_argument("--output_file", "--output-file", metavar="F.csv", help="also write the table there")
-    args = parser.parse_args()
+    add("--prompt", action="append", default=[], help="a question of your own, instead; repeatable")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a file of them: .txt, one a line, or rows as of a data set; or 'blog', the first four that the published"
+        " example asks (from the hub)",
+    )
+
+    add = parser.add_argument_group("answers").add_argument
+    add("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token (default: %(default)s)")
+    add(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens with this share (default: %(default)s)"
+    )
+    add("--seed", type=int, default=0, help="of what is drawn; with the same --batch-size, the same (default: 0)")
+    add("--chat", metavar="NAME", help="talk to this model in the terminal instead of comparing")
+
+    add = parser.add_argument_group("numbers").add_argument
+    add("--number-of-pairs", type=int, metavar="N", help="how many held-out pairs to score (default: 100; 0: none)")
+    add(
+        "--reference",
+        metavar="NAME",
+        help="the model that rewards are measured against, as DPO's against SFT (default: base, or the first model)",
+    )
+    add("--beta", type=float, default=0.1, help="of the rewards: scales their margin (default: %(default)s)")
+    add(
+        "--max-length",
+        type=int,
+        default=4096,
+        help="tokens of a pair; its prompt and its answers get half each, and are cut (default: %(default)s)",
+    )
+
+    parser.add_argument(
+        *("--output_file", "--output-file"),
+        metavar="FILE",
+        action="append",
+        default=[],
+        help=".html: the page to vote on; .csv, .jsonl, .md: a row a question; repeatable",
+    )
+    args = parser.parse_args(arguments)
     if not args.model:
         parser.error("which models? Give --model NAME=SOURCE, --exp_id or --trial_id")
     return args
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what argparse lets through, before anything is loaded."""
+    for option in ("number_of_samples", "max_new_tokens", "batch_size", "number_of_pairs", "max_length"):
+        value, least = getattr(args, option), {"number_of_pairs": 0, "max_length": 2}.get(option, 1)
+        if value is not None and value < least:
+            raise UserError(f"--{option.replace('_', '-')} {value} is not at least {least}")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature:g} is below 0")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p:g} is not in (0, 1]")
+    if args.top_p < 1 and not args.temperature:
+        raise UserError(f"--top-p {args.top_p:g} has no effect without a --temperature above 0")
+    if not args.beta > 0:
+        raise UserError(f"--beta {args.beta:g} is not above 0")
+    names = [argument.split("=")[0] for argument in args.model]
+    for option in ("chat", "reference"):
+        name = getattr(args, option)
+        if name is not None and name not in names:
+            raise UserError(f"--{option} {name!r} is none of the models: {', '.join(names)}{nearest(name, names)}")
+    if args.reference is None:
+        args.reference = "base" if "base" in names else names[0]
+    for path in args.output_file:
+        check_output(path)
+
+
 @exit_on_user_error
 def main() -> None:
-    args = parse_arguments()
     hide_progress_bars_in_logs()
-    transformers.utils.logging.set_verbosity_error()  # a base model's sampling defaults do not matter to greedy answers
-    for option in ("number_of_samples", "max_new_tokens", "batch_size"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not at least 1")
-    if args.output_file and not args.output_file.endswith(".csv"):
-        raise UserError(f"--output_file {args.output_file}: its name must end in .csv")
-    models, device = parse_models(args.model), parse_device(args.device)
-    dtype = parse_dtype(args.dtype, device)
-    held_out = load_dpo_dataset([parse_dataset(args.dataset)], args.data_seed)["test"]
-    if args.number_of_samples > len(held_out):
-        console.print(
-            f"{args.dataset} holds {len(held_out)} rows out: fewer than the {args.number_of_samples} asked for"
-        )
-    rows = held_out.select(range(min(args.number_of_samples, len(held_out))))
+    transformers.utils.logging.set_verbosity_error()  # a model's own sampling defaults do not matter here
+    with open_task() as task:
+        args = parse_arguments(task.arguments)
+        check_arguments(args)
+        device, dtype = parse_device(args.device), parse_dtype(args.dtype)
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+        conditions = Conditions(device, dtype, sampling, args.batch_size, args.max_length)
+        models = parse_models(args.model)
+        if args.chat:
+            torch.manual_seed(args.seed)
+            chat(console, args.chat, *load(args.chat, models[args.chat], conditions), sampling)
+            return
 
-    table = pd.DataFrame({"question": [plain_text(prompt) for prompt in rows["prompt"]]})
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[speed]}"), console=console) as progress:
-        for name, source in models.items():
-            model, tokenizer = load_model_and_tokenizer(source, f"--model {name}", dtype=dtype)
-            model.to(device).eval()
-            table[name] = answer(model, tokenizer, rows["prompt"], args.max_new_tokens, args.batch_size, progress, name)
-            del model  # one model in memory at a time
-            gc.collect()
-    table["preferred"] = rows["chosen"]
-
-    print_comparison(table)
-    if args.output_file:
-        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(args.output_file, index=False)
-        console.print(f"Written to {args.output_file}")
+        outputs = [task.path(name) for name in args.output_file]
+        with ExitStack() as stack:
+            partial = outputs[0].with_name(f"{outputs[0].name}.partial") if outputs else None
+            if partial:
+                stack.enter_context(only_writer(partial))
+            kept = Kept(partial)
+            try:
+                comparison = compare(args, task, models, conditions, kept)
+            except KeyboardInterrupt:
+                told = f": {partial} holds what was done, and the same command goes on from it" if partial else ""
+                console.print(f"\ninterrupted{told}", soft_wrap=True)
+                sys.exit(130)
+            except TrialStopped:
+                task.save(len(kept.results))
+                return
+            print_comparison(console, comparison)
+            for path in outputs:
+                write_comparison(comparison, path)
+                opened = ": open it in a browser to vote" if path.suffix == ".html" else ""
+                console.print(f"Written to {path}{opened}", soft_wrap=True)
+            kept.remove()
+            task.report(len(kept.results) + 1, comparison.metrics())
+            task.save(len(kept.results) + 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""A conversation with a model in the terminal, with its history, each answer printed as it comes."""
+
+from collections.abc import Callable
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chat_format import IM_END, Message, encode
+from dataset_utils import cut_prompt
+from generation import Sampling, answer_batch
+
+HELP = "Enter sends, an empty line is not sent, /new begins anew, /quit or Ctrl-D ends; Ctrl-C stops an answer."
+
+
+def chat(
+    console: Console,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    read: Callable[[str], str] = input,
+) -> None:
+    """Talk to `model` until the user has enough. What no longer fits its context goes from the conversation's start."""
+    console.print(f"You are talking to {name}. {HELP}", markup=False)
+    if tokenizer.chat_template is None:
+        console.print("It has no chat template: it goes on with the text of the conversation.")
+    room = model.config.get_text_config().max_position_embeddings - sampling.max_new_tokens
+    messages: list[Message] = []
+    while True:
+        try:
+            said = read("\nyou: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if said == "/quit":
+            return
+        if said == "/new":
+            messages = []
+            console.print("(a new conversation)")
+        elif said:
+            messages.append({"role": "user", "content": said})
+            prompt = messages
+            if len(encode(tokenizer, messages)[0]) > room:
+                prompt = cut_prompt(tokenizer, messages, room) or messages[-1:]
+                console.print("(the beginning of the conversation no longer fits, and is left out)", style="dim")
+            console.print(f"{name}: ", end="", style="bold", markup=False)
+            answer = _answer(console, model, tokenizer, prompt, sampling)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(
+    console: Console,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    sampling: Sampling,
+) -> str:
+    """The answer to `prompt`, printed as it comes: all of it, or what there was when Ctrl-C stopped it."""
+    ids: list[int] = []
+    printed = ""
+
+    def show(new: list[int], last: bool = False) -> None:
+        nonlocal printed
+        ids.extend(new)
+        text = tokenizer.decode(ids, skip_special_tokens=True).split(IM_END)[0].lstrip()
+        if not last:  # what may be the beginning of a stop, or of a character, is held back
+            held = next((n for n in range(len(IM_END) - 1, 0, -1) if text.endswith(IM_END[:n])), 0)
+            text = text[: len(text) - held].rstrip("�")
+        console.print(text[len(printed) :], end="", markup=False, soft_wrap=True)
+        printed = text
+
+    try:
+        answer_batch(model, tokenizer, [encode(tokenizer, prompt)[0]], sampling, show)
+    except KeyboardInterrupt:
+        console.print(" (stopped)", end="", style="dim")
+    show([], last=True)
+    console.print()
+    return printed.strip()

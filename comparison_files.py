@@ -1,0 +1,182 @@
+"""Models side by side: their answers to the same questions, what the numbers say of them, and the files that hold both.
+
+F.html                  a page on which to vote blind, and then to read who was who (`vote.html.jinja`)
+F.csv, F.jsonl, F.md    a row a question, a column a model, the preferred answer last
+"""
+
+import html
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from chat_format import Message, plain_text
+from experiment_results import write_whole
+from generation import Answer
+from pages import render_page
+from preference_metrics import NGRAM, Estimate
+from shared_cache import fingerprint
+from user_error import UserError
+
+RESERVED = ("question", "preferred")  # columns that no model can be called
+
+
+class Metric(NamedTuple):
+    """How a figure of `preference_metrics` is told."""
+
+    title: str
+    write: Callable[[float], str]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def number(value: float) -> str:
+    """Three significant digits, and no more than two after the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+METRICS = {
+    "preference_accuracy": Metric("preference accuracy", percent),
+    "preference_accuracy_by_token": Metric("preference accuracy, by token", percent),
+    "reward_accuracy": Metric("reward accuracy against {reference}", percent),
+    "reward_margin": Metric("reward margin against {reference}", number),
+    "perplexity": Metric("perplexity of the chosen answers", number),
+    "answer_tokens": Metric("length of an answer, tokens", number),
+    "stopped": Metric("answers that stopped by themselves", percent),
+    "distinct_ngrams": Metric(f"distinct {NGRAM}-grams of an answer", percent),
+}
+
+
+@dataclass
+class Comparison:
+    """What was asked and answered. `answers` and `figures` are by model; `preferred` is known of some questions."""
+
+    sources: dict[str, str]  # model: where it is from, as the user named it
+    questions: list[list[Message]]
+    preferred: list[str | None]
+    answers: dict[str, list[Answer]]
+    figures: dict[str, dict[str, Estimate | None]]
+    reference: str
+    settings: str  # in words: how the answers were made, what the figures are of
+
+    def table(self) -> pd.DataFrame:
+        """A row a question, a column a model, the preferred answer last (where one is known)."""
+        table = pd.DataFrame({"question": [plain_text(question) for question in self.questions]})
+        for name, answers in self.answers.items():
+            table[name] = [answer.text for answer in answers]
+        if any(text is not None for text in self.preferred):
+            table["preferred"] = [text or "" for text in self.preferred]
+        return table
+
+    def numbers(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """For each figure its title and, for each model, it and its 95% interval in words."""
+        rows = []
+        for key, metric in METRICS.items():
+            found = [self.figures[name].get(key) for name in self.sources]
+            if any(found):
+                cells = [told(value, metric.write) if value else ("-", "") for value in found]
+                rows.append((metric.title.format(reference=self.reference), cells))
+        return rows
+
+    def metrics(self) -> dict[str, float]:
+        """All figures by `model/figure`, and the number of questions."""
+        figures = {
+            f"{name}/{key}": value.value
+            for name, of in self.figures.items()
+            for key, value in of.items()
+            if value is not None
+        }
+        return {"questions": len(self.questions)} | figures
+
+
+def told(value: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
+    return write(value.value), f"{write(value.low)} to {write(value.high)}"
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Each question with the answers in columns below it, then the numbers."""
+    for position, row in enumerate(comparison.table().to_dict("records"), start=1):
+        console.print(f"\n[bold]{position}. {escape(row.pop('question'))}[/bold]")
+        answers = Table(box=box.SIMPLE, expand=True)
+        for name in row:
+            answers.add_column(escape(name), ratio=1, style="dim" if name == "preferred" else None)
+        answers.add_row(*(escape(text) for text in row.values()))
+        console.print(answers)
+    numbers = Table(box=box.SIMPLE, caption=escape(comparison.settings), caption_justify="left")
+    numbers.add_column("")
+    for name in comparison.sources:
+        numbers.add_column(escape(name), justify="right")
+    for title, cells in comparison.numbers():
+        numbers.add_row(escape(title), *(f"{value}\n[dim]{interval}[/dim]" for value, interval in cells))
+    console.print(numbers)
+
+
+def write_csv(comparison: Comparison) -> str:
+    return comparison.table().to_csv(index=False)
+
+
+def write_jsonl(comparison: Comparison) -> str:
+    rows = comparison.table().to_dict("records")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_markdown(comparison: Comparison) -> str:
+    """The table of answers, then the numbers."""
+    table = comparison.table()
+    numbers = [[title, *(f"{value} ({interval})" if interval else value for value, interval in cells)]
+               for title, cells in comparison.numbers()]  # fmt: skip
+    answers = markdown_table(list(table.columns), table.values.tolist())
+    figures = markdown_table(["", *comparison.sources], numbers)
+    return f"{answers}\n{figures}\n{markdown_cell(comparison.settings)}\n"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(markdown_cell, line))} |\n" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """`text` as a cell shows it: nothing in it is markup, and a line break is one."""
+    for marker in "\\`*_[]~#|":
+        text = text.replace(marker, f"\\{marker}")
+    return "<br>".join(html.escape(text, quote=False).splitlines())
+
+
+def write_html(comparison: Comparison) -> str:
+    table = comparison.table()
+    return render_page(
+        "vote.html.jinja",
+        "Which answer is best?",
+        comparison=comparison,
+        numbers=comparison.numbers(),
+        about={
+            "id": fingerprint(table.to_csv(), list(comparison.sources)),  # its votes are another page's no more
+            "sources": comparison.sources,
+            "settings": comparison.settings,
+            "questions": table["question"].tolist(),
+        },
+    )
+
+
+WRITERS = {".html": write_html, ".csv": write_csv, ".jsonl": write_jsonl, ".md": write_markdown}
+
+
+def check_output(path: str) -> None:
+    if Path(path).suffix not in WRITERS:
+        raise UserError(f"--output_file {path}: its name must end in one of {', '.join(WRITERS)}")
+    if Path(path).is_dir():
+        raise UserError(f"--output_file {path}: it is a folder")
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, WRITERS[path.suffix](comparison))
