@@ -160,7 +160,7 @@ def write_html(comparison: Comparison) -> str:
         numbers=comparison.numbers(),
         about={
             "id": fingerprint(table.to_csv(), list(comparison.sources)),  # its votes are another page's no more
-            "sources": comparison.sources,
+            "models": list(comparison.sources.items()),  # a list: tojson sorts the keys of a mapping
             "settings": comparison.settings,
             "questions": table["question"].tolist(),
         },
