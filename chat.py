@@ -1,7 +1,5 @@
 """A conversation with a model in the terminal, with its history, each answer printed as it comes."""
 
-from collections.abc import Callable
-
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +16,6 @@ def chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
-    read: Callable[[str], str] = input,
 ) -> None:
     """Talk to `model` until the user has enough. What no longer fits its context goes from the conversation's start."""
     console.print(f"You are talking to {name}. {HELP}", markup=False)
@@ -28,7 +25,7 @@ def chat(
     messages: list[Message] = []
     while True:
         try:
-            said = read("\nyou: ").strip()
+            said = input("\nyou: ").strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return

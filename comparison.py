@@ -5,6 +5,7 @@ more models or questions computes only what is new.
 """
 
 import gc
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Contestant:
         sampling, batch_size = self.conditions.sampling, self.conditions.batch_size
         # What is drawn for an answer depends on the batch that it is in.
         drawn_with = None if sampling.greedy else (batch_size, questions)
-        keys = [fingerprint("answer", self.depends_on, repr(sampling), drawn_with, question) for question in questions]
+        keys = [self.key(repr(sampling), drawn_with, question) for question in questions]
         if not self.kept.results.keys() >= set(keys):
             model, tokenizer = self.load()
             prompts = [encode(tokenizer, question)[0] for question in questions]
@@ -117,7 +118,7 @@ class Contestant:
     def scores(self, pairs: Dataset) -> list[PairScore | None]:
         """The scores of `load_dpo_dataset`'s pairs; None for one that has no room for its answers."""
         rows = zip(pairs["prompt"][:], pairs["chosen"][:], pairs["rejected"][:], strict=True)
-        keys = [fingerprint("score", self.depends_on, self.conditions.max_length, *row) for row in rows]
+        keys = [self.key(self.conditions.max_length, *row) for row in rows]
         if not self.kept.results.keys() >= set(keys):
             model, tokenizer = self.load()
             tokenized = tokenize_pairs(pairs, tokenizer, self.conditions.max_length)
@@ -133,6 +134,10 @@ class Contestant:
                     bar.count(sum(score.chosen_tokens + score.rejected_tokens for score in found))
                 bar.advance(len(batch))
         return [score and PairScore(*score) for score in (self.kept.results[key] for key in keys)]
+
+    def key(self, *parts: Any) -> str:
+        """The name of a result of this model that depends on `parts`."""
+        return fingerprint(json.dumps([self.depends_on, parts]))
 
     def keep(self, keys: list[str], results: list[Answer] | list[PairScore]) -> None:
         for key, result in zip(keys, results, strict=True):

@@ -95,12 +95,16 @@ class Experiment:
         models = {"base": hparams.get("model_name"), "sft": sft and self.source(sft)}
         models["dpo"] = self.source(best["checkpoint_uuid"])
         words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
-        source = hparams["datasets"][0]
-        words += ["--dataset", source if isinstance(source, str) else json.dumps(source)]
+        if models["sft"]:  # what DPO's own rewards are measured against
+            words += ["--reference", "sft"]
+        if hparams.get("dpo_beta") is not None:  # and scaled by
+            words += ["--beta", str(hparams["dpo_beta"])]
+        for source in hparams["datasets"]:
+            words += ["--dataset", source if isinstance(source, str) else json.dumps(source)]
         data_seed = hparams.get("training_args", {}).get("data_seed")
         if data_seed is not None:  # it decides which rows were held out
             words += ["--data-seed", str(data_seed)]
-        return "python " + shlex.join(["inference.py", *words])
+        return "python " + shlex.join(["inference.py", *words, "--output_file", "comparison.html"])
 
     def dpo_command(self) -> str | None:
         """The DPO experiment that starts from the best SFT model; None for other experiments."""

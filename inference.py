@@ -96,8 +96,10 @@ def settings(args: argparse.Namespace, conditions: Conditions, questions: int, s
         if sampling.greedy
         else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}"
     )
-    told = [f"{questions} answers of each model, at most {sampling.max_new_tokens} tokens long, {how}"]
-    if scored:
+    told = [
+        f"{questions} answer{'s' * (questions > 1)} of each model, at most {sampling.max_new_tokens} tokens long, {how}"
+    ]
+    if pairs:
         left_out = f" ({pairs - scored} left out: longer than {args.max_length} tokens)" if scored < pairs else ""
         sources = ", ".join(args.dataset or DATASETS)
         told.append(f"{scored} held-out pairs of {sources}{left_out}; rewards with beta {args.beta:g}")
@@ -307,14 +309,14 @@ def main() -> None:
 
         outputs = [task.path(name) for name in args.output_file]
         with ExitStack() as stack:
-            partial = outputs[0].with_name(f"{outputs[0].name}.partial") if outputs else None
-            if partial:
-                stack.enter_context(only_writer(partial))
-            kept = Kept(partial)
+            unfinished = outputs[0].with_name(f"{outputs[0].name}.unfinished") if outputs else None
+            if unfinished:
+                stack.enter_context(only_writer(unfinished))
+            kept = Kept(unfinished)
             try:
                 comparison = compare(args, task, models, conditions, kept)
             except KeyboardInterrupt:
-                told = f": {partial} holds what was done, and the same command goes on from it" if partial else ""
+                told = f": {unfinished} holds what was done, and the same command goes on from it" if unfinished else ""
                 console.print(f"\ninterrupted{told}", soft_wrap=True)
                 sys.exit(130)
             except TrialStopped:

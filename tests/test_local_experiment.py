@@ -70,7 +70,8 @@ def test_from_base_to_comparison(call, write_config, sft_config, dpo_config, tin
     (command,) = re.findall(r"^Next: python inference.py (.*)$", out, flags=re.MULTILINE)
     assert f"DPO starts from checkpoint {uuid}" in out
 
-    repeated, words = words, command.split()
+    repeated, (*words, option, page) = words, command.split()
+    assert (option, page) == ("--output_file", "comparison.html")
     table = tmp_path / "comparison.csv"
     more = ("--number-of-samples", 3, "--max-new-tokens", 8, "--output_file", table)
     status, out, err = call(inference.main, *words, *more)
