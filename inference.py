@@ -63,11 +63,13 @@ def compare(
     answers, scores = {}, {}
     with show_progress(console) as progress:
         for name, source in models.items():
+            known = len(kept.results)
             contestant = Contestant(name, source, conditions, kept, progress, task.stop_if_preempted)
             answers[name] = contestant.answers(questions)
             scores[name] = contestant.scores(pairs) if pairs is not None else []
             contestant.unload()
-            task.save(len(kept.results))
+            if len(kept.results) > known:
+                task.save(len(kept.results))
 
     # A pair that one model has no room for is left out for all: figures compare only over the same pairs.
     fair = [index for index in range(len(pairs or [])) if all(of[index] for of in scores.values())]

@@ -349,6 +349,7 @@ class Container:
             **{"DET_MASTER": master.url, "DET_CLUSTER_ID": "stand-in", "DET_AGENT_ID": "agent"},
             **{"DET_SLOT_IDS": json.dumps(list(range(slots))), "DET_TASK_ID": f"{trial.id}.task"},
             **{"DET_ALLOCATION_ID": allocation, "DET_SESSION_TOKEN": "token", "DET_TASK_TYPE": "TRIAL"},
+            "DET_USER_TOKEN": "token",  # what the SDK logs in with
             **{"DET_USER": "determined", "DET_TRIAL_ID": str(trial.id), "DET_EXPERIMENT_ID": str(trial.experiment_id)},
             **{"DET_TRIAL_SEED": "0", "DET_HPARAMS": json.dumps(trial.hparams)},
             **{"DET_EXPERIMENT_CONFIG": json.dumps(config), "DET_TRIAL_RUN_ID": str(trial.starts)},

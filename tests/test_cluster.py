@@ -12,12 +12,14 @@ import pytest
 import torch
 import yaml
 from cluster import Container, Master, containers_work
-from conftest import REPO
+from conftest import REPO, run_script
 from determined.common import util
 from processes import run_ranks
 from safetensors.torch import load_file
 from test_resume import metrics_by_step
 
+import inference
+from cluster_task import as_arguments
 from trial import read_reports
 
 needs_containers = pytest.mark.skipif(not containers_work(), reason="this machine lets us make no namespaces")
@@ -187,6 +189,59 @@ def test_dpo_on_two_slots_killed(master, create, start, untouched, sft_starts, s
     # Off the cluster the SFT checkpoint has to be in the local store.
     (Path(os.environ["LOCAL_CHECKPOINT_STORAGE"]) / sft_checkpoint).symlink_to(master.storage / sft_checkpoint)
     assert same_as(untouched(trial, "dpo_finetune", 2), trial, master)
+
+
+@needs_containers
+def test_comparison_preempted(master, create, start, sft_starts, sft_trial, tiny, folder, call, tmp_path):
+    """Of the base and the trial above. What was answered before the preemption is not answered again."""
+    options = {
+        **{"number_of_samples": 4, "number_of_pairs": 4, "max_new_tokens": 4, "batch_size": 2},
+        "dataset": [str(tiny / "questions")],
+    }
+    (trial,) = create(
+        "inference.yaml",
+        **{f"hyperparameters__{key}": value for key, value in options.items()},
+        hyperparameters__model={"base": str(tiny / "base"), "sft": f"trial:{sft_trial.id}", "dpo": str(tiny / "base")},
+    )
+
+    def preempt(trial, report):
+        trial.preempt |= report["kind"] == "checkpoint"
+
+    master.watch = preempt
+    first = start(trial, slots=1)
+    assert first.wait() == 0, first.log.read_text()
+    assert trial.acknowledged == 1
+    assert "sft: answers" not in first.log.read_text().split("base: pairs")[0]
+    master.watch = lambda trial, report: None
+    second = start(trial, slots=1)
+    assert second.wait() == 0, second.log.read_text()
+    assert "base: " not in second.log.read_text()  # nor the dpo model, which is the same one here
+    assert "sft: answers" in second.log.read_text()
+
+    steps = [report["steps_completed"] for report in trial.of_kind("checkpoint")]
+    assert steps == sorted(set(steps))
+    (validation,) = trial.of_kind("validation")
+    assert validation["steps_completed"] == steps[-1]
+    assert validation["metrics"]["questions"] == 4
+    assert 0 <= validation["metrics"]["sft/preference_accuracy"] <= 1
+    page = master.storage / trial.of_kind("checkpoint")[-1]["uuid"]
+    assert {path.name for path in page.iterdir()} - {"metadata.json"} == {"comparison.html", "comparison.jsonl"}
+
+    # The same options, as a command line on this machine, give the same answers.
+    checkpoint = next((master.storage / sft_trial.of_kind("checkpoint")[-1]["uuid"]).glob("checkpoint-*"))
+    words = [*as_arguments(options), "--model", f"base={tiny / 'base'}", "--model", f"sft={checkpoint}"]
+    words += ["--model", f"dpo={tiny / 'base'}", "--output_file", tmp_path / "c.jsonl"]
+    status, _, err = call(inference.main, *words)
+    assert status == 0, err
+    assert (tmp_path / "c.jsonl").read_text() == (page / "comparison.jsonl").read_text()
+
+
+def test_a_mistake_in_the_comparisons_options_is_not_tried_again():
+    (policy,) = yaml.safe_load((REPO / "inference.yaml").read_text())["log_policies"]
+    unknown = run_script("inference.py", *as_arguments({"model": {"a": "b"}, "number_of_question": 3}))
+    assert re.search(policy["pattern"], unknown.stderr, flags=re.MULTILINE)
+    assert re.search(policy["pattern"], "error: --model sft exp:12: no such experiment")
+    assert not re.search(policy["pattern"], "error (or out of reach for now): a hub")
 
 
 @pytest.mark.parametrize("config", ["sft.yaml", "dpo.yaml"])
