@@ -25,9 +25,12 @@ demo: setup
 	$(PY) local_experiment.py examples/tiny/dpo.yaml . \
 	    --config hyperparameters.model_ckpt=$$(cat local_runs/tiny-sft/best_checkpoint)
 	$(PY) inference.py --model base=$(TINY)/base --model sft=$$(cat local_runs/tiny-sft/best_checkpoint) \
-	    --model dpo=$$(cat local_runs/tiny-dpo/best_checkpoint) --dataset $(TINY)/questions \
-	    --number-of-samples 5 --output_file local_runs/tiny-comparison.csv
-	@echo "The grid as a picture, to open in a browser: $(CURDIR)/local_runs/tiny-dpo/report.html"
+	    --model dpo=$$(cat local_runs/tiny-dpo/best_checkpoint) --reference sft \
+	    --dataset $(TINY)/questions --dataset $(TINY)/conversations \
+	    --output_file local_runs/tiny-comparison.html --output_file local_runs/tiny-comparison.csv
+	@echo "To open in a browser:"
+	@echo "  the grid of DPO trials     $(CURDIR)/local_runs/tiny-dpo/report.html"
+	@echo "  your own vote on answers   $(CURDIR)/local_runs/tiny-comparison.html"
 
 lint: setup
 	$(PY) -m ruff check .
