@@ -3,9 +3,9 @@
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chat_format import IM_END, Message, encode
-from dataset_utils import cut_prompt
-from generation import Sampling, answer_batch
+from chat_format import IM_END, Message
+from generation import Sampling, answer_batch, fitted, in_halves
+from terminal import visible
 
 HELP = "Enter sends, an empty line is not sent, /new begins anew, /quit or Ctrl-D ends; Ctrl-C stops an answer."
 
@@ -21,7 +21,6 @@ def chat(
     console.print(f"You are talking to {name}. {HELP}", markup=False)
     if tokenizer.chat_template is None:
         console.print("It has no chat template: it goes on with the text of the conversation.")
-    room = model.config.get_text_config().max_position_embeddings - sampling.max_new_tokens
     messages: list[Message] = []
     while True:
         try:
@@ -36,12 +35,11 @@ def chat(
             console.print("(a new conversation)")
         elif said:
             messages.append({"role": "user", "content": said})
-            prompt = messages
-            if len(encode(tokenizer, messages)[0]) > room:
-                prompt = cut_prompt(tokenizer, messages, room) or messages[-1:]
+            ids, forgot = fitted(model, tokenizer, messages, sampling.max_new_tokens)
+            if forgot:
                 console.print("(the beginning of the conversation no longer fits, and is left out)", style="dim")
             console.print(f"{name}: ", end="", style="bold", markup=False)
-            answer = _answer(console, model, tokenizer, prompt, sampling)
+            answer = _answer(console, model, tokenizer, ids, sampling)
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -49,7 +47,7 @@ def _answer(
     console: Console,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[Message],
+    prompt: list[int],
     sampling: Sampling,
 ) -> str:
     """The answer to `prompt`, printed as it comes: all of it, or what there was when Ctrl-C stopped it."""
@@ -63,11 +61,11 @@ def _answer(
         if not last:  # what may be the beginning of a stop, or of a character, is held back
             held = next((n for n in range(len(IM_END) - 1, 0, -1) if text.endswith(IM_END[:n])), 0)
             text = text[: len(text) - held].rstrip("�")
-        console.print(text[len(printed) :], end="", markup=False, soft_wrap=True)
+        console.print(visible(text[len(printed) :]), end="", markup=False, soft_wrap=True)
         printed = text
 
     try:
-        answer_batch(model, tokenizer, [encode(tokenizer, prompt)[0]], sampling, show)
+        in_halves(lambda batch: answer_batch(model, tokenizer, batch, sampling, show), [prompt])
     except KeyboardInterrupt:
         console.print(" (stopped)", end="", style="dim")
     show([], last=True)

@@ -59,9 +59,10 @@ def encode(
     a prompt is its plain text, and the answer to it the next line.
     """
     if tokenizer.chat_template is None:
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        completion = [] if answer is None else _ids(tokenizer, f"\n{answer}") + ends
-        return tokenizer(plain_text(prompt))["input_ids"], completion
+        ids = tokenizer(plain_text(prompt))["input_ids"]
+        if answer is None:
+            return ids, []
+        return ids, [*_ids(tokenizer, "\n"), *_ids(tokenizer, answer), tokenizer.eos_token_id]
     if answer is None:
         return [token for ids, _ in _segments(tokenizer, prompt, add_generation_prompt=True) for token in ids], []
     *before, (completion, is_answer) = _segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
@@ -113,13 +114,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError:
+    except TemplateError as error:
         # Some models' own templates (gemma-2b-it's) refuse a system turn: it then opens the user's.
-        if messages[0]["role"] != "system":
-            raise
-        system, user, *rest = messages
-        merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
-        return tokenizer.apply_chat_template([merged, *rest], tokenize=False, **kwargs)
+        if messages[0]["role"] == "system":
+            system, user, *rest = messages
+            merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
+            return _render(tokenizer, [merged, *rest], **kwargs)
+        raise UserError(f"the chat template of {tokenizer.name_or_path!r} refuses a conversation: {error}") from error
 
 
 def plain_text(prompt: list[Message]) -> str:
@@ -183,11 +184,27 @@ def generation_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return stops
 
 
-def decode_answer(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int]) -> str:
-    """The text of a generated completion without its stops and what a batch padded after them."""
-    return tokenizer.decode(completion_ids, skip_special_tokens=True).split(IM_END)[0].strip()
+def read_answer(
+    tokenizer: PreTrainedTokenizerBase, completion_ids: list[int], stops: list[int]
+) -> tuple[str, int, bool]:
+    """A generated completion, without its stops and what a batch padded after them: its text, how many tokens that is,
+    and whether it ended by itself. `stops` are token ids; `<|im_end|>` may be spelled out as well."""
+    end = next((n for n, token in enumerate(completion_ids) if token in (*stops, tokenizer.pad_token_id)), None)
+    ids = completion_ids[:end]
+    text, spelled, _ = tokenizer.decode(ids, skip_special_tokens=True).partition(IM_END)
+    tokens = len(ids) - (len(_ids(tokenizer, IM_END)) if spelled else 0)
+    return text.strip(), max(tokens, 0), end is not None or bool(spelled)
 
 
-def stopped(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int], stops: list[int]) -> bool:
-    """Whether a generated completion ended by itself: at one of the token ids `stops`, or at a spelled out stop."""
-    return not set(stops).isdisjoint(completion_ids) or IM_END in tokenizer.decode(completion_ids)
+def answer_span(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int]) -> tuple[int, int]:
+    """Where in a completion of `encode`'s the answer's own tokens are: before its stops and, without a template, after
+    its line break. (A token that holds an answer's end and a stop's beginning counts as the answer's.)"""
+    one, other = (encode(tokenizer, [{"role": "user", "content": "?"}], text)[1][::-1] for text in ("a", "b"))
+    stops = one[: _shared(one, other)]
+    begin = len(_ids(tokenizer, "\n")) if tokenizer.chat_template is None else 0
+    return begin, max(begin, len(completion_ids) - _shared(completion_ids[::-1], stops))
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many ids two lists begin with alike."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

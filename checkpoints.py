@@ -12,6 +12,7 @@ from pathlib import Path
 
 import determined as det
 from determined.common import api, storage
+from determined.common.constants import SHARED_FS_CONTAINER_PATH
 from determined.errors import CheckpointNotFound
 from determined.experimental import Determined, client
 from huggingface_hub.constants import HF_HOME
@@ -187,7 +188,10 @@ def _fetch_from_cluster(checkpoint: client.Checkpoint, folder: Path, key: str) -
     wanted = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name)}
     with _shows_download(f"checkpoint {checkpoint.uuid}", folder, sum(wanted.values())):
         try:
-            manager = storage.build(checkpoint.training.experiment_config["checkpoint_storage"], container_path=None)
+            # In a container a shared file system is mounted in a place of its own.
+            mounted = SHARED_FS_CONTAINER_PATH if det.get_cluster_info() else None
+            config = checkpoint.training.experiment_config["checkpoint_storage"]
+            manager = storage.build(config, container_path=mounted)
             manager.download(checkpoint.uuid, str(folder), selector=is_model_file)
         except Exception as direct:  # each kind of storage has its own
             try:

@@ -22,6 +22,8 @@ from user_error import UserError
 class Task:
     """What a script is to do, where it writes, and who may tell it to stop."""
 
+    restored = False  # whether an earlier start of the same task has left something
+
     def __init__(self) -> None:
         self.arguments = sys.argv[1:]
 
@@ -38,11 +40,15 @@ class Task:
     def report(self, done: int, metrics: dict[str, Any]) -> None:
         """Show metrics in the Web UI."""
 
+    def progress(self, share: float) -> None:
+        """Show there how far it is."""
+
 
 class ClusterTask(Task):
     def __init__(self, hparams: dict[str, Any], core_context: core.Context, folder: Path) -> None:
         self.arguments = as_arguments(hparams)
         self.core_context, self.folder, self.saved = core_context, folder, 0
+        self.restored = any(folder.iterdir())
 
     def path(self, name: str) -> Path:
         return self.folder / Path(name).name
@@ -54,6 +60,9 @@ class ClusterTask(Task):
 
     def report(self, done: int, metrics: dict[str, Any]) -> None:
         self.core_context.train.report_validation_metrics(done, metrics)
+
+    def progress(self, share: float) -> None:
+        self.core_context.train.report_progress(share)
 
     def stop_if_preempted(self) -> None:
         if self.core_context.preempt.should_preempt():
@@ -80,12 +89,12 @@ def open_task() -> Iterator[Task]:
 
 def as_arguments(hparams: dict[str, Any]) -> list[str]:
     """`{number_of_samples: 5, model: {sft: "exp:12"}, dataset: [a, {name: b}]}` as a command line:
-    `--number-of-samples 5 --model sft=exp:12 --dataset a --dataset '{"name": "b"}'`."""
+    `--number-of-samples=5 --model=sft=exp:12 --dataset=a --dataset='{"name": "b"}'`. What is null is left out."""
     words = []
     for key, value in hparams.items():
         option = "--" + key.replace("_", "-")
         if isinstance(value, dict):
             value = [f"{name}={source}" for name, source in value.items()]
-        for item in value if isinstance(value, list) else [value]:
-            words += [option, json.dumps(item) if isinstance(item, dict) else str(item)]
+        for item in value if isinstance(value, list) else [] if value is None else [value]:
+            words.append(f"{option}={json.dumps(item) if isinstance(item, dict) else item}")
     return words

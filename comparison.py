@@ -1,10 +1,11 @@
 """The comparison itself: each model in turn answers the questions and scores the pairs.
 
-What is computed is kept as it comes in a file, so that an interrupted comparison goes on where it stopped, and one of
-more models or questions computes only what is new.
+What is computed is kept as it comes in a file, so that an interrupted comparison goes on where it stopped, also with
+other models or questions.
 """
 
 import gc
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -21,14 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from chat_format import Message, encode
+from chat_format import Message
 from checkpoints import is_model_file
 from experiment_results import read_reports
-from generation import Answer, Sampling, answer_batch, batch_seed, batches, in_halves
+from generation import Answer, Sampling, answer_batch, batch_seed, batches, context_length, fitted, in_halves
 from models import load_model_and_tokenizer
 from preference_metrics import PairScore, pair_batches, score_batch, tokenize_pairs
 from shared_cache import fingerprint
 from trial import append_report
+from user_error import UserError
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class Conditions:
 
 
 def load(name: str, source: str, conditions: Conditions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that is ready to answer. Raises `UserError` for one that cannot."""
     model, tokenizer = load_model_and_tokenizer(source, f"--model {name}", dtype=conditions.dtype)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name} {source!r}: its tokenizer has no EOS token, so answers would never end")
     return model.to(conditions.device).eval(), tokenizer
 
 
@@ -52,12 +57,17 @@ class Kept:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.results = {line["key"]: line["value"] for line in read_reports(path)} if path else {}
+        lines = read_reports(path) if path else []
+        ours = [line for line in lines if isinstance(line, dict) and line.keys() == {"key", "value"}]
+        self.results = {line["key"]: line["value"] for line in ours}
 
     def add(self, key: str, value: Any) -> None:
         self.results[key] = value
         if self.path:
-            append_report(self.path, key=key, value=value)
+            try:
+                append_report(self.path, key=key, value=value)
+            except OSError as error:
+                raise UserError(f"{self.path}: {error.strerror}") from error
 
     def remove(self) -> None:
         if self.path:
@@ -79,6 +89,8 @@ class Contestant:
         self.name, self.source, self.conditions, self.kept = name, source, conditions, kept
         self.progress, self.after_batch = progress, after_batch
         self.depends_on = (model_identity(source), str(conditions.dtype), conditions.device.type)
+        if conditions.dtype is not torch.float32:  # in others, how a batch is padded moves the result
+            self.depends_on += (conditions.batch_size,)
         self.loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -96,12 +108,16 @@ class Contestant:
 
     def answers(self, questions: list[list[Message]]) -> list[Answer]:
         sampling, batch_size = self.conditions.sampling, self.conditions.batch_size
-        # What is drawn for an answer depends on the batch that it is in.
-        drawn_with = None if sampling.greedy else (batch_size, questions)
-        keys = [self.key(repr(sampling), drawn_with, question) for question in questions]
+        keys = [self.key(repr(sampling), question) for question in questions]
+        if not sampling.greedy:  # what is drawn depends on the batch, and the place in it
+            keys = [self.key(key, place, batch_size, questions) for place, key in enumerate(keys)]
         if not self.kept.results.keys() >= set(keys):
             model, tokenizer = self.load()
-            prompts = [encode(tokenizer, question)[0] for question in questions]
+            fits = [fitted(model, tokenizer, question, sampling.max_new_tokens) for question in questions]
+            prompts = [ids for ids, _ in fits]
+            if cut := sum(was_cut for _, was_cut in fits):
+                told = f"{cut} of the questions and an answer are longer than its context: they lose their beginning"
+                self.progress.console.print(f"{escape(self.name)}: {told}")
             bar = self.bar("answers", len(questions))
 
             def ask(part: list[list[int]]) -> list[Answer]:
@@ -118,10 +134,11 @@ class Contestant:
     def scores(self, pairs: Dataset) -> list[PairScore | None]:
         """The scores of `load_dpo_dataset`'s pairs; None for one that has no room for its answers."""
         rows = zip(pairs["prompt"][:], pairs["chosen"][:], pairs["rejected"][:], strict=True)
-        keys = [self.key(self.conditions.max_length, *row) for row in rows]
+        max_length = self.conditions.max_length
+        keys = [self.key(max_length, *row) for row in rows]
         if not self.kept.results.keys() >= set(keys):
             model, tokenizer = self.load()
-            tokenized = tokenize_pairs(pairs, tokenizer, self.conditions.max_length)
+            tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
             for key, fits in zip(keys, tokenized["kept"][:], strict=True):
                 if not fits:
                     self.kept.add(key, None)
@@ -145,6 +162,8 @@ class Contestant:
         self.after_batch()
 
     def bar(self, what: str, total: int) -> "Bar":
+        if not self.progress.console.is_terminal:  # there a bar is only seen when all is done
+            self.progress.console.print(f"{escape(self.name)}: {total} {what}")
         return Bar(self.progress, f"{escape(self.name)}: {what}", total)
 
 
@@ -170,6 +189,18 @@ def show_progress(console: Console) -> Progress:
 
 
 def model_identity(source: str) -> list[Any]:
-    """What tells a model from another: a folder's model files with their sizes and times, else the hub id."""
-    files = sorted(file for file in Path(source).glob("*") if is_model_file(file.name))
-    return [source, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+    """What tells a model from another, wherever it lies: of its files the sizes and some of their bytes. A hub id is
+    taken to stay what it is."""
+    files = sorted(file for file in Path(source).glob("*") if is_model_file(file.name) or file.suffix == ".bin")
+    return [(file.name, *_sample(file)) for file in files] or [source]
+
+
+def _sample(file: Path, length: int = 2**20) -> tuple[int, str]:
+    """A file's size and a hash of its beginning, middle and end, which is all of a small one: training changes every
+    weight, and to read all gigabytes of a model would take longer than to load it."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        for start in (0, (size - length) // 2, size - length):
+            opened.seek(max(0, start))
+            digest.update(opened.read(length))
+    return size, digest.hexdigest()

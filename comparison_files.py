@@ -6,6 +6,7 @@ F.csv, F.jsonl, F.md    a row a question, a column a model, the preferred answer
 
 import html
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from generation import Answer
 from pages import render_page
 from preference_metrics import NGRAM, Estimate
 from shared_cache import fingerprint
+from terminal import visible
 from user_error import UserError
 
 RESERVED = ("question", "preferred")  # columns that no model can be called
@@ -105,11 +107,11 @@ def told(value: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Each question with the answers in columns below it, then the numbers."""
     for position, row in enumerate(comparison.table().to_dict("records"), start=1):
-        console.print(f"\n[bold]{position}. {escape(row.pop('question'))}[/bold]")
+        console.print(f"\n[bold]{position}. {escape(visible(row.pop('question')))}[/bold]")
         answers = Table(box=box.SIMPLE, expand=True)
         for name in row:
             answers.add_column(escape(name), ratio=1, style="dim" if name == "preferred" else None)
-        answers.add_row(*(escape(text) for text in row.values()))
+        answers.add_row(*(escape(visible(text)) for text in row.values()))
         console.print(answers)
     numbers = Table(box=box.SIMPLE, caption=escape(comparison.settings), caption_justify="left")
     numbers.add_column("")
@@ -175,8 +177,14 @@ def check_output(path: str) -> None:
         raise UserError(f"--output_file {path}: its name must end in one of {', '.join(WRITERS)}")
     if Path(path).is_dir():
         raise UserError(f"--output_file {path}: it is a folder")
+    there = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output_file {path}: {there} is no folder to write to")
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, WRITERS[path.suffix](comparison))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, WRITERS[path.suffix](comparison))
+    except OSError as error:
+        raise UserError(f"--output_file {path}: {error.strerror}") from error

@@ -292,7 +292,10 @@ def cut_prompt(
     """
 
     def fits(messages: list[Message]) -> bool:
-        return len(encode(tokenizer, messages)[0]) <= max_prompt_length
+        try:
+            return len(encode(tokenizer, messages)[0]) <= max_prompt_length
+        except UserError:  # some models' own templates refuse to begin with an answer
+            return False
 
     for number, turn in enumerate(prompt):
         later = prompt[number + 1 :]
@@ -660,17 +663,22 @@ def _instruction(row: dict[str, Any]) -> list[Message]:
 def _prompt_row(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         pair = preference_row(row)
-        return {"prompt": pair["prompt"], "preferred": pair["chosen"]}
-    if "instruction" in row:
-        turns = _instruction(row)
+        turns, preferred = pair["prompt"], pair["chosen"]
     else:
-        turns = _prompt_turns(row, ("prompt", "question", "messages", "conversations"))
-    answer = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
-    for column in ("completion", "text", "output", "chosen"):
-        answer = _text(row, column) if answer is None and row.get(column) is not None else answer
-    turns = _with_system(row, turns)
+        columns = ("prompt", "question", "messages", "conversations")
+        asked = [column for column in columns if row.get(column) is not None]
+        instructed = row.get("instruction") is not None
+        turns = _instruction(row) if instructed else _prompt_turns(row, tuple(asked or columns))
+        preferred = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
+        answers = [column for column in ("chosen", "completion", "text", "output") if row.get(column)]
+        if preferred is None and answers:
+            answer = row[answers[0]]
+            preferred = _turns(row, answers[0])[-1]["content"] if isinstance(answer, list) else _text(row, answers[0])
+        turns = _with_system(row, turns)
     _check_alternation(turns)
-    return {"prompt": turns, "preferred": answer}
+    if not turns[-1]["content"].strip():
+        raise UserError("the question is empty")
+    return {"prompt": turns, "preferred": preferred}
 
 
 def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:

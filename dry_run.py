@@ -47,6 +47,7 @@ from hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
 from memory import MemoryEstimate, estimate_memory, resident
 from models import load_model_and_tokenizer
 from pages import render_page
+from terminal import visible
 from user_error import UserError
 
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -461,11 +462,6 @@ def listed(trial_ids: list[int]) -> str:
 
 def counted(count: int, unit: str) -> str:
     return f"{count:,} {unit}" + ("" if count == 1 else "s")
-
-
-def visible(text: str) -> str:
-    """`text` with its line breaks as they are and what else has no shape, or moves a terminal's cursor, escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, length: int) -> str:

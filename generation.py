@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from chat_format import decode_answer, generation_stops, stopped
+from chat_format import Message, encode, generation_stops, read_answer
+from dataset_utils import cut_prompt
 from user_error import UserError, one_line
 
 
@@ -28,16 +29,16 @@ class Sampling:
         return self.temperature == 0
 
     def arguments(self) -> dict[str, Any]:
-        """For `generate`. What it does not name, a model's own generation config would decide."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": 1.0}
+        """For `generate`."""
         if self.greedy:
-            return chosen | {"do_sample": False}
-        return chosen | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return drawn | {"max_new_tokens": self.max_new_tokens}
 
 
 class Answer(NamedTuple):
     text: str
-    tokens: int  # of the text: stops are not counted
+    tokens: int  # stops are not counted
     stopped: bool  # by itself, where False is: cut at max_new_tokens
 
 
@@ -51,6 +52,27 @@ def batches(prompts: list[list[int]], batch_size: int) -> list[list[int]]:
 def batch_seed(seed: int, number: int) -> int:
     """What a batch is sampled with: a comparison that goes on at this batch draws what it would have drawn."""
     return random.Random(f"{seed} {number}").getrandbits(63)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens of prompt and answer the model has positions for; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def fitted(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[Message], max_new_tokens: int
+) -> tuple[list[int], bool]:
+    """Token ids of a prompt, and whether it had to lose its beginning for an answer to have room in the context.
+
+    Raises `UserError` where nothing of the prompt's last turn has room.
+    """
+    ids, context = encode(tokenizer, prompt)[0], context_length(model)
+    if context is None or len(ids) + max_new_tokens <= context:
+        return ids, False
+    shorter = cut_prompt(tokenizer, prompt, context - max_new_tokens)
+    if shorter is None:
+        raise UserError(f"--max-new-tokens {max_new_tokens} leaves a prompt no room in a context of {context} tokens")
+    return encode(tokenizer, shorter)[0], True
 
 
 def in_halves(run: Callable[[list], list], items: list) -> list:
@@ -82,6 +104,8 @@ def answer_batch(
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     stops = generation_stops(model, tokenizer)
+    # Nothing but the stops of a model's own config: models are compared under the same rules.
+    model.generation_config = GenerationConfig(eos_token_id=stops["eos_token_id"])
     output = model.generate(
         **batch,
         **sampling.arguments(),
@@ -89,12 +113,8 @@ def answer_batch(
         pad_token_id=tokenizer.pad_token_id,
         streamer=_Listener(tokenizer.pad_token_id, on_tokens),
     )
-    answers = []
-    for completion in output[:, batch["input_ids"].shape[1] :].tolist():
-        text = decode_answer(tokenizer, completion)
-        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        answers.append(Answer(text, tokens, stopped(tokenizer, completion, stops["eos_token_id"])))
-    return answers
+    completions = output[:, batch["input_ids"].shape[1] :].tolist()
+    return [Answer(*read_answer(tokenizer, completion, stops["eos_token_id"])) for completion in completions]
 
 
 class _Listener(BaseStreamer):

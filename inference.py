@@ -22,8 +22,9 @@ is a conversation with one of them.
 """
 
 import argparse
+import math
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -43,11 +44,11 @@ from generation import Sampling
 from hyperparameters import DEFAULT_SPLIT_SEED, DataSource, convert
 from locks import only_writer
 from models import check_source
-from preference_metrics import answer_metrics, preference_metrics
+from preference_metrics import RESAMPLES, PairScore, answer_metrics, preference_metrics
 from trial import TrialStopped, hide_progress_bars_in_logs
 from user_error import UserError, exit_on_user_error, nearest, one_line
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 DTYPES = ("float32", "bfloat16", "float16")
 # What dpo.yaml trains on, so that what it held out are the questions.
 DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")
@@ -60,11 +61,16 @@ def compare(
 ) -> Comparison:
     """Have every model answer the questions and score the pairs, one after the other, and set them side by side."""
     questions, preferred, pairs = read_questions(args)
-    answers, scores = {}, {}
+    answers, scores, expected = {}, {}, len(models) * (len(questions) + len(pairs or []))
+
+    def after_batch() -> None:
+        task.progress(min(1.0, len(kept.results) / expected))
+        task.stop_if_preempted()
+
     with show_progress(console) as progress:
         for name, source in models.items():
             known = len(kept.results)
-            contestant = Contestant(name, source, conditions, kept, progress, task.stop_if_preempted)
+            contestant = Contestant(name, source, conditions, kept, progress, after_batch)
             answers[name] = contestant.answers(questions)
             scores[name] = contestant.scores(pairs) if pairs is not None else []
             contestant.unload()
@@ -86,26 +92,28 @@ def compare(
         answers=answers,
         figures=figures,
         reference=args.reference,
-        settings=settings(args, conditions, len(questions), len(fair), len(pairs or [])),
+        settings=settings(args, conditions, len(questions), len(pairs or []), scores),
     )
 
 
-def settings(args: argparse.Namespace, conditions: Conditions, questions: int, scored: int, pairs: int) -> str:
+def settings(
+    args: argparse.Namespace, conditions: Conditions, questions: int, pairs: int, scores: dict[str, list[PairScore]]
+) -> str:
     """How a comparison was made, for whoever reads it later."""
-    sampling = conditions.sampling
-    how = (
-        "greedy"
-        if sampling.greedy
-        else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}"
-    )
+    sampling, (scored, *_) = conditions.sampling, map(len, scores.values())
+    drawn = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}"
     told = [
-        f"{questions} answer{'s' * (questions > 1)} of each model, at most {sampling.max_new_tokens} tokens long, {how}"
+        f"{questions} answer{'s' * (questions > 1)} of each model, at most {sampling.max_new_tokens} tokens long, "
+        f"{'greedy' if sampling.greedy else drawn}; {args.dtype} on {conditions.device}"
     ]
     if pairs:
-        left_out = f" ({pairs - scored} left out: longer than {args.max_length} tokens)" if scored < pairs else ""
         sources = ", ".join(args.dataset or DATASETS)
-        told.append(f"{scored} held-out pairs of {sources}{left_out}; rewards with beta {args.beta:g}")
-    told.append("Below each figure: its 95% interval, from 2,000 bootstrap samples")
+        told.append(f"{scored} held-out pairs of {sources}; rewards with beta {args.beta:g}")
+        if scored < pairs:
+            told.append(f"{pairs - scored} pairs are left out: --max-length {args.max_length} leaves them no room")
+        if cut := sum(any(score.cut for score in of) for of in zip(*scores.values(), strict=True)):
+            told.append(f"{cut} of them cut to --max-length {args.max_length} or a model's context")
+    told.append(f"Intervals: 95%, from {RESAMPLES:,} bootstrap samples")
     return ". ".join(told) + "."
 
 
@@ -118,6 +126,8 @@ def read_questions(args: argparse.Namespace) -> tuple[list[list[Message]], list[
         questions += rows["prompt"][:]
         preferred += rows["preferred"][:]
     if questions and not args.dataset:
+        if args.number_of_pairs:
+            raise UserError("--number-of-pairs: of which --dataset? With questions of your own there is no default")
         return questions, preferred, None
     sources = [parse_source(text, "--dataset") for text in args.dataset or DATASETS]
     # Shuffled, so that the first ones are of all sources.
@@ -223,7 +233,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=DEFAULT_SPLIT_SEED,
         help="training_args.data_seed of the DPO run, where it set one: it decides which rows are held out",
     )
-    add("--prompt", action="append", default=[], help="a question of your own, instead; repeatable")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        help="a question of your own, instead; repeatable. Pairs are then scored only of a --dataset that is named",
+    )
     add(
         "--prompts",
         metavar="FILE",
@@ -245,7 +260,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--reference",
         metavar="NAME",
-        help="the model that rewards are measured against, as DPO's against SFT (default: base, or the first model)",
+        help="the model that rewards are measured against: sft, for what DPO's training reports. One that is prompted"
+        " in another way, as a base without a chat template, compares other tokens (default: base, or the first model)",
     )
     add("--beta", type=float, default=0.1, help="of the rewards: scales their margin (default: %(default)s)")
     add(
@@ -274,14 +290,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         value, least = getattr(args, option), {"number_of_pairs": 0, "max_length": 2}.get(option, 1)
         if value is not None and value < least:
             raise UserError(f"--{option.replace('_', '-')} {value} is not at least {least}")
-    if args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature:g} is below 0")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature:g} is no number from 0 on")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p:g} is not in (0, 1]")
     if args.top_p < 1 and not args.temperature:
         raise UserError(f"--top-p {args.top_p:g} has no effect without a --temperature above 0")
-    if not args.beta > 0:
-        raise UserError(f"--beta {args.beta:g} is not above 0")
+    if not 0 < args.beta < math.inf:
+        raise UserError(f"--beta {args.beta:g} is no number above 0")
     names = [argument.split("=")[0] for argument in args.model]
     for option in ("chat", "reference"):
         name = getattr(args, option)
@@ -291,47 +307,61 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.reference = "base" if "base" in names else names[0]
     for path in args.output_file:
         check_output(path)
+    if "" in map(str.strip, args.prompt):
+        raise UserError("--prompt is empty")
+    if args.number_of_samples and (args.prompt or args.prompts):
+        raise UserError("--number-of-samples has no effect on questions of your own: all are asked")
+    if args.chat and args.output_file:
+        raise UserError("--chat writes no --output_file")
+
+
+def run(args: argparse.Namespace, task: Task, conditions: Conditions, models: dict[str, str]) -> None:
+    """Compare, and write what came out; what is done is kept meanwhile, beside the first file that is asked for."""
+    outputs = [task.path(name) for name in args.output_file]
+    unfinished = outputs[0].with_name(f"{outputs[0].name}.unfinished") if outputs else None
+    if task.restored and unfinished and not unfinished.exists() and all(path.exists() for path in outputs):
+        return  # all was done and saved before the restart
+    with only_writer(unfinished) if unfinished else nullcontext():
+        kept = Kept(unfinished)
+        try:
+            comparison = compare(args, task, models, conditions, kept)
+        except TrialStopped:
+            task.save(len(kept.results))
+            return
+        except KeyboardInterrupt:
+            if unfinished and unfinished.exists():
+                console.print(f"\n{unfinished} holds what was done: the same command goes on from it", soft_wrap=True)
+            raise
+        print_comparison(console, comparison)
+        for path in outputs:
+            write_comparison(comparison, path)
+            opened = ": open it in a browser to vote" if path.suffix == ".html" else ""
+            console.print(f"Written to {path}{opened}", soft_wrap=True)
+        kept.remove()
+        task.report(len(kept.results) + 1, comparison.metrics())
+        task.save(len(kept.results) + 1)
 
 
 @exit_on_user_error
 def main() -> None:
     hide_progress_bars_in_logs()
     transformers.utils.logging.set_verbosity_error()  # a model's own sampling defaults do not matter here
-    with open_task() as task:
-        args = parse_arguments(task.arguments)
-        check_arguments(args)
-        device, dtype = parse_device(args.device), parse_dtype(args.dtype)
-        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-        conditions = Conditions(device, dtype, sampling, args.batch_size, args.max_length)
-        models = parse_models(args.model)
-        if args.chat:
-            torch.manual_seed(args.seed)
-            chat(console, args.chat, *load(args.chat, models[args.chat], conditions), sampling)
-            return
-
-        outputs = [task.path(name) for name in args.output_file]
-        with ExitStack() as stack:
-            unfinished = outputs[0].with_name(f"{outputs[0].name}.unfinished") if outputs else None
-            if unfinished:
-                stack.enter_context(only_writer(unfinished))
-            kept = Kept(unfinished)
-            try:
-                comparison = compare(args, task, models, conditions, kept)
-            except KeyboardInterrupt:
-                told = f": {unfinished} holds what was done, and the same command goes on from it" if unfinished else ""
-                console.print(f"\ninterrupted{told}", soft_wrap=True)
-                sys.exit(130)
-            except TrialStopped:
-                task.save(len(kept.results))
-                return
-            print_comparison(console, comparison)
-            for path in outputs:
-                write_comparison(comparison, path)
-                opened = ": open it in a browser to vote" if path.suffix == ".html" else ""
-                console.print(f"Written to {path}{opened}", soft_wrap=True)
-            kept.remove()
-            task.report(len(kept.results) + 1, comparison.metrics())
-            task.save(len(kept.results) + 1)
+    try:
+        with open_task() as task:
+            args = parse_arguments(task.arguments)
+            check_arguments(args)
+            sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+            device, dtype = parse_device(args.device), parse_dtype(args.dtype)
+            conditions = Conditions(device, dtype, sampling, args.batch_size, args.max_length)
+            if args.chat:
+                (source,) = parse_models([model for model in args.model if model.startswith(f"{args.chat}=")]).values()
+                torch.manual_seed(args.seed)
+                chat(console, args.chat, *load(args.chat, source, conditions), sampling)
+            else:
+                run(args, task, conditions, parse_models(args.model))
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from chat_format import encode
-from dataset_utils import DROPPED, tokenize_dpo_dataset
+from chat_format import answer_span
+from dataset_utils import CUT, DROPPED, tokenize_dpo_dataset
 
 RESAMPLES = 2000
 BATCH_TOKENS = 8192  # TRL's fused head takes 128 KiB for each, while it is at work
@@ -34,15 +34,15 @@ class PairScore(NamedTuple):
     rejected_tokens: int
     text: float
     text_tokens: int
+    cut: bool = False  # by a limit
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95% interval; `count` is of the rows it is from."""
+    """A figure and its 95% interval."""
 
     value: float
     low: float
     high: float
-    count: int
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -68,21 +68,14 @@ def score_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair
     chosen, rejected = logps.sum(dim=1).chunk(2)
     scores = []
     for index, pair in enumerate(pairs):
-        text_tokens = count_text(tokenizer, pair["chosen_ids"])
-        start = len(pair["prompt_ids"]) - 1  # the log-prob of a token stands where the one before it does
-        text = logps[index, start : start + text_tokens].sum()
+        begin, end = answer_span(tokenizer, pair["chosen_ids"])
+        offset = len(pair["prompt_ids"]) - 1  # the log-prob of a token stands where the one before it does
+        text = logps[index, offset + begin : offset + end].sum()
         lengths = len(pair["chosen_ids"]), len(pair["rejected_ids"])
-        scores.append(PairScore(chosen[index].item(), rejected[index].item(), *lengths, text.item(), text_tokens))
+        logp = chosen[index].item(), rejected[index].item()
+        cut = not CUT.isdisjoint(pair["lost"].splitlines())
+        scores.append(PairScore(*logp, *lengths, text.item(), end - begin, cut))
     return scores
-
-
-def count_text(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int]) -> int:
-    """How many tokens of a completion come before its stops (one that a cut has left without stops has none)."""
-    _, stops = encode(tokenizer, [{"role": "user", "content": "?"}], "")
-    shared = 0
-    while shared < min(len(stops), len(completion_ids)) and stops[-1 - shared] == completion_ids[-1 - shared]:
-        shared += 1
-    return len(completion_ids) - shared
 
 
 def preference_metrics(
@@ -99,10 +92,11 @@ def preference_metrics(
     | perplexity of chosen          | exp of the mean negative log-prob of the chosen answers' tokens, stops left out  |
 
     The implicit reward is beta (log p(answer) - log p_reference(answer)), equation 5 of the DPO paper without its
-    partition function, which the difference of two rewards does not need (https://arxiv.org/abs/2305.18290).
+    partition function, which the difference of two rewards does not need (https://arxiv.org/abs/2305.18290). It is
+    what training reports where both models are prompted alike, as SFT and DPO are. A base model without a chat template
+    reads the same words without their markers: against it, each is measured on its own terms.
     """
-    of = np.array(scores, dtype=float)
-    chosen, rejected, chosen_tokens, rejected_tokens, text, text_tokens = of.T
+    chosen, rejected, chosen_tokens, rejected_tokens, text, text_tokens, _ = np.array(scores, dtype=float).T
     figures: dict[str, Estimate | None] = {
         "preference_accuracy": estimate(chosen > rejected),
         "preference_accuracy_by_token": estimate(chosen / chosen_tokens > rejected / rejected_tokens),
@@ -125,7 +119,7 @@ def answer_metrics(answers: list) -> dict[str, Estimate | None]:
     return {
         "answer_tokens": estimate([answer.tokens for answer in answers]),
         "stopped": estimate([answer.stopped for answer in answers]),
-        "distinct_ngrams": estimate(distinct) if distinct else None,
+        "distinct_ngrams": estimate(distinct),
     }
 
 
@@ -138,16 +132,21 @@ def distinct_ngrams(text: str, n: int = NGRAM) -> float | None:
 
 def estimate(
     values: np.ndarray | list, weights: np.ndarray | None = None, transform: Callable = lambda mean: mean
-) -> Estimate:
-    """`transform` of the weighted mean, sum(values) / sum(weights), with a 95% bootstrap interval: the percentiles of
-    it over 2,000 samples of the rows, each as many as there are, drawn with replacement. Where all rows agree, so do
-    all samples, and the interval has no width, however few they are."""
+) -> Estimate | None:
+    """`transform` (a rising function) of the weighted mean, sum(values) / sum(weights), with a 95% bootstrap interval.
+
+    That is the percentiles of it over `RESAMPLES` samples of the rows, each as many as there are, drawn with
+    replacement. Where all rows agree, so do all samples, and the interval has no width, however few they are. Rows
+    without weight are left out; None where there are no others.
+    """
     values = np.asarray(values, dtype=float)
     weights = np.ones_like(values) if weights is None else weights
+    values, weights = values[weights > 0], weights[weights > 0]
+    if not len(values):
+        return None
     draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    resampled = transform(values[draws].sum(axis=1) / weights[draws].sum(axis=1))
-    low, high = np.percentile(resampled, (2.5, 97.5))
-    return Estimate(float(transform(values.sum() / weights.sum())), float(low), float(high), len(values))
+    low, high = np.percentile(values[draws].sum(axis=1) / weights[draws].sum(axis=1), (2.5, 97.5))
+    return Estimate(*(float(transform(mean)) for mean in (values.sum() / weights.sum(), low, high)))
 
 
 def pair_batches(tokenized: Dataset, batch_size: int) -> list[list[int]]:

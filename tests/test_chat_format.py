@@ -12,11 +12,11 @@ from chat_format import (
     IM_START,
     RESPONSE_TEMPLATE,
     add_chat_tokens,
-    decode_answer,
     encode,
     encode_conversation,
     generation_stops,
     plain_text,
+    read_answer,
     set_chat_format,
 )
 from user_error import UserError
@@ -252,9 +252,11 @@ def test_generation_stops_at_im_end_as_text(model, tokenizer):
     assert stopped == [False] * (len(completion) - 2) + [True]
 
 
-def test_decode_answer_drops_stops_and_padding(tokenizer):
+def test_an_answer_is_read_without_stops_and_padding(tokenizer):
     _, completion = encode(tokenizer, [USER], ANSWER)
-    assert decode_answer(tokenizer, completion + [tokenizer.pad_token_id] * 3) == ANSWER
+    ids = len(tokenizer(ANSWER, add_special_tokens=False)["input_ids"])
+    padded = completion + [tokenizer.pad_token_id] * 3
+    assert read_answer(tokenizer, padded, [tokenizer.eos_token_id]) == (ANSWER, ids, True)
 
 
 def test_plain_text_has_no_markers():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from chat_format import add_chat_tokens, encode, set_chat_format, stopped
+from chat_format import encode, read_answer, set_chat_format
 from dataset_utils import load_dpo_dataset
-from generation import Answer, Sampling, answer_batch, batch_seed, batches, in_halves
+from generation import Answer, Sampling, answer_batch, batch_seed, batches, context_length, fitted, in_halves
 from hyperparameters import DataSource
 from user_error import UserError
 
@@ -33,6 +33,7 @@ def test_a_models_own_generation_config_changes_nothing(model, tokenizer, prompt
     torch.manual_seed(0)
     drawn = answer_batch(model, tokenizer, prompts, DRAWN)
     model.generation_config.update(do_sample=True, temperature=9.0, top_k=2, top_p=0.1, repetition_penalty=5.0)
+    model.generation_config.update(no_repeat_ngram_size=1, num_beams=4, max_time=1e-6, min_new_tokens=9, min_p=0.5)
     assert answer_batch(model, tokenizer, prompts, GREEDY) == expected
     torch.manual_seed(0)
     assert answer_batch(model, tokenizer, prompts, DRAWN) == drawn
@@ -45,6 +46,7 @@ def test_what_is_drawn_is_drawn_again_with_the_same_seed(model, tokenizer, promp
 
     assert draw(0) == draw(0) != draw(1)
     assert draw(0) != answer_batch(model, tokenizer, prompts, GREEDY)
+    assert all(answer.tokens == 12 for answer in draw(0) if not answer.stopped)
     assert len({batch_seed(seed, number) for seed in range(3) for number in range(3)}) == 9
 
 
@@ -63,20 +65,36 @@ def test_an_answer_ends_at_a_stop_or_at_the_limit(model, tokenizer, prompts):
     short, fewer = draw()
     assert short.stopped
     assert fewer == ids[: later + 1]
-    assert cut.text.startswith(short.text[:-1])
+    assert short.tokens == later  # the stop is none of the answer, and not in its text
+    assert short.text == tokenizer.decode(ids[:later], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("added", [True, False])
 def test_stops_are_told_from_limits_however_they_are_spelled(model, tokenizer, added):
-    set_chat_format(model, tokenizer)
-    if added:
-        add_chat_tokens(model, tokenizer, ["<|im_start|>", "<|im_end|>"])
+    set_chat_format(model, tokenizer, ["<|im_start|>", "<|im_end|>"] if added else None)
     _, completion = encode(tokenizer, [{"role": "user", "content": "Hi"}], "Hello there.")
-    assert (len(completion) - len(tokenizer("Hello there.", add_special_tokens=False)["input_ids"]) == 2) == added
-    eos = [tokenizer.eos_token_id]
-    assert stopped(tokenizer, completion, eos)
-    assert stopped(tokenizer, completion[:-1], eos)  # `generate` stops at the spelled out marker, before EOS
-    assert not stopped(tokenizer, completion[:-2], eos)
+    text = len(tokenizer("Hello there.", add_special_tokens=False)["input_ids"])
+    assert (len(completion) == text + 2) == added
+    stops = [tokenizer.eos_token_id, *([completion[-2]] if added else [])]
+    assert read_answer(tokenizer, completion, stops) == ("Hello there.", text, True)
+    # `generate` stops at the spelled out marker, before EOS.
+    assert read_answer(tokenizer, completion[:-1], stops) == ("Hello there.", text, True)
+    assert not read_answer(tokenizer, completion[:-2], stops)[2]
+
+
+def test_what_does_not_fit_the_context_loses_its_beginning(model, tokenizer):
+    long = [{"role": "user", "content": "first " * 900}, {"role": "assistant", "content": "Yes."}]
+    long += [{"role": "user", "content": "second " * 90}]
+    whole = encode(tokenizer, long)[0]
+    assert context_length(model) == 1024 < len(whole) + 100
+    ids, cut = fitted(model, tokenizer, long, 100)
+    assert cut
+    assert len(ids) <= 924
+    assert tokenizer.decode(ids).endswith(tokenizer.decode(whole[-300:]))
+    assert fitted(model, tokenizer, long[2:], 100) == (encode(tokenizer, long[2:])[0], False)
+    with pytest.raises(UserError, match="--max-new-tokens 1024 leaves a prompt no room in a context of 1024 tokens"):
+        fitted(model, tokenizer, long, 1024)
+    answer_batch(model, tokenizer, [ids], GREEDY)
 
 
 def test_tokens_are_told_as_they_come(model, tokenizer, prompts):

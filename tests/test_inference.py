@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import comparison
 import inference
 from chat_format import encode, plain_text, set_chat_format
 from comparison import Kept, model_identity
+from comparison_files import Comparison, print_comparison
 from dataset_utils import load_dpo_dataset
+from generation import Answer
 from hyperparameters import DataSource
 from models import load_model_and_tokenizer
 
@@ -24,11 +27,12 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 def compare(call, tiny):
     """`inference.py` on the tiny base, twice under two names, with few and short answers; returns status, out, err."""
 
-    def run(*arguments, models=("one", "two"), data=True):
+    def run(*arguments, models=("one", "two"), data=True, own=None):
         words = [word for name in models for word in ("--model", f"{name}={tiny / 'base'}")]
         words += ["--dataset", tiny / "conversations"] if data else []
-        short = ("--number-of-samples", 3, "--number-of-pairs", 4, "--max-new-tokens", 3, "--device", "cpu")
-        return call(inference.main, *words, *short, *arguments)
+        words += ["--number-of-pairs", 4] if data else []
+        words += ["--number-of-samples", 3] if own is None else []
+        return call(inference.main, *words, "--max-new-tokens", 3, "--device", "cpu", *(own or ()), *arguments)
 
     return run
 
@@ -76,7 +80,7 @@ def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, he
 def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
     def questions(*arguments, data=False):
         output = tmp_path / "out.jsonl"
-        status, out, err = compare(*arguments, "--output_file", output, models=("one",), data=data)
+        status, out, err = compare("--output_file", output, models=("one",), data=data, own=arguments)
         assert status == 0, err
         rows = [json.loads(line) for line in output.read_text().splitlines()]
         return [(row["question"], row.get("preferred")) for row in rows], out
@@ -95,6 +99,8 @@ def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
     assert questions("--prompts", rows)[0] == [("Tea?", "Yes.")]
     rows.write_text('{"instruction": "Translate.", "input": "Tee"}\n')
     assert questions("--prompts", rows)[0] == [("Translate.\n\nTee", None)]
+    rows.write_text('{"prompt": "One?", "completion": [{"role": "assistant", "content": "1"}]}\n{"question": "Two?"}\n')
+    assert questions("--prompts", rows)[0] == [("One?", "1"), ("Two?", "")]
 
     # With a data set beside them, its pairs are scored.
     assert "preference accuracy" in questions("--prompt", "Who?", data=True)[1]
@@ -124,11 +130,12 @@ def test_pairs_that_one_model_has_no_room_for_are_left_out_for_all(call, tiny, t
         saved.save_pretrained(tmp_path / "tuned")
     words = ["--number-of-samples", 1, "--number-of-pairs", 4, "--max-new-tokens", 2, "--device", "cpu"]
     words += ["--dataset", tiny / "questions", "--max-length", 20, "--model", f"base={tiny / 'base'}"]
-    told = "4 held-out pairs of"
-    assert told in " ".join(call(inference.main, *words)[1].split())
+    alone = " ".join(call(inference.main, *words)[1].split())
+    assert "4 held-out pairs of" in alone
+    assert "4 of them cut to --max-length 20" in alone
     status, out, err = call(inference.main, *words, "--model", f"tuned={tmp_path / 'tuned'}")
     assert status == 0, err
-    assert "(4 left out: longer than 20 tokens)" in " ".join(out.split())
+    assert "4 pairs are left out: --max-length 20 leaves them no room" in " ".join(out.split())
     assert "preference accuracy" not in out
 
 
@@ -159,12 +166,12 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
         status, out, err = compare(*arguments, output)
         if status != 130:
             break
-        assert f"interrupted: {unfinished} holds what was done" in " ".join(out.split())
+        assert f"{unfinished} holds what was done: the same command goes on from it" in out
         assert not output.exists()
         assert len(unfinished.read_text().splitlines()) > lines
         lines = len(unfinished.read_text().splitlines())
         with unfinished.open("a") as file:
-            file.write('{"key": "torn')
+            file.write('{"key": 1}\n[]\n{"key": "torn')
     assert status == 0, err
     assert lines >= 3
     assert output.read_text() == untouched.read_text()
@@ -192,10 +199,22 @@ def test_kept_results_are_of_the_same_model_and_conditions_only(compare, tmp_pat
     assert batches("--temperature", 1) == 0
     assert batches("--temperature", 1, "--seed", 1) == 1
     assert batches("--temperature", 1, "--batch-size", 7) == 1
-    before = model_identity(str(tiny / "base"))
-    (tiny / "base" / "model.safetensors").touch()
-    assert model_identity(str(tiny / "base")) != before
-    assert batches() == 1
+    assert batches("--dtype", "bfloat16") == 1
+    assert batches("--dtype", "bfloat16", "--batch-size", 7) == 1  # there padding moves an answer
+
+
+def test_a_model_is_told_by_what_it_is_and_not_by_where(model, tokenizer, tmp_path):
+    """A checkpoint that was fetched again is the same; one that was trained is another."""
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").touch()
+    assert model_identity(str(tmp_path / "a")) == model_identity(str(tmp_path / "b"))
+    with torch.no_grad():
+        model.model.norm.weight.add_(1e-3)
+    model.save_pretrained(tmp_path / "b")
+    assert model_identity(str(tmp_path / "a")) != model_identity(str(tmp_path / "b"))
+    assert model_identity("google/gemma-2b") == ["google/gemma-2b"]
 
 
 def test_one_model_at_a_time_each_loaded_once(call, tiny, tmp_path, monkeypatch):
@@ -211,6 +230,8 @@ def test_one_model_at_a_time_each_loaded_once(call, tiny, tmp_path, monkeypatch)
     words = ["--number-of-samples", 3, "--number-of-pairs", 3, "--max-new-tokens", 2, "--device", "cpu"]
     for name in "abc":
         shutil.copytree(tiny / "base", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"called": name}))  # or they would be one
         words += ["--model", f"{name}={tmp_path / name}"]
     status, _, err = call(inference.main, *words, "--dataset", tiny / "conversations")
     assert status == 0, err
@@ -286,10 +307,20 @@ def test_chat_forgets_what_does_not_fit(talk):
         (["--model", "a={tiny}/base", "--dtype", "float33"], "--dtype 'float33' is none of float32"),
         (["--model", "a={tiny}/base", "--number-of-samples", "0"], "--number-of-samples 0 is not at least 1"),
         (["--model", "a={tiny}/base", "--number-of-pairs", "-1"], "--number-of-pairs -1 is not at least 0"),
-        (["--model", "a={tiny}/base", "--temperature", "-1"], "--temperature -1 is below 0"),
+        (["--model", "a={tiny}/base", "--temperature", "-1"], "--temperature -1 is no number from 0 on"),
+        (["--model", "a={tiny}/base", "--temperature", "nan"], "--temperature nan is no number from 0 on"),
+        (["--model", "a={tiny}/base", "--prompt", " "], "--prompt is empty"),
+        (["--model", "a={tiny}/base", "--prompts", "{tiny}/empty.jsonl"], "empty.jsonl line 1: the question is empty"),
+        (
+            ["--model", "a={tiny}/base", "--prompt", "x", "--number-of-samples", "3"],
+            "--number-of-samples has no effect",
+        ),
+        (["--model", "a={tiny}/base", "--chat", "a", "--output_file", "a.csv"], "--chat writes no --output_file"),
+        (["--model", "a={tiny}/base", "--output_file", "{tiny}/how.txt/a.csv"], "how.txt is no folder to write to"),
+        (["--model", "a={tiny}/base", "--max-new-tokens", "2000"], "--max-new-tokens 2000 leaves a prompt no room"),
         (["--model", "a={tiny}/base", "--top-p", "0.9"], "--top-p 0.9 has no effect without a --temperature above 0"),
         (["--model", "a={tiny}/base", "--top-p", "2", "--temperature", "1"], "--top-p 2 is not in (0, 1]"),
-        (["--model", "a={tiny}/base", "--beta", "0"], "--beta 0 is not above 0"),
+        (["--model", "a={tiny}/base", "--beta", "0"], "--beta 0 is no number above 0"),
         (
             ["--model", "dpo={tiny}/base", "--reference", "dop"],
             "none of the models: dpo (did you mean 'dpo'?)",
@@ -301,6 +332,8 @@ def test_chat_forgets_what_does_not_fit(talk):
 )
 def test_mistakes_get_one_line(call, tiny, arguments, message):
     (tiny / "base.html").mkdir(exist_ok=True)
+    (tiny / "how.txt").touch()
+    (tiny / "empty.jsonl").write_text('{"prompt": ""}\n')
     arguments = [argument.format(tiny=tiny) for argument in arguments]
     if "--dataset" not in arguments:
         arguments += ["--dataset", str(tiny / "questions")]
@@ -308,6 +341,31 @@ def test_mistakes_get_one_line(call, tiny, arguments, message):
     assert status == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_pairs_beside_questions_of_ones_own_need_a_data_set(call, tiny):
+    status, _, err = call(inference.main, "--model", f"a={tiny / 'base'}", "--prompt", "x", "--number-of-pairs", 3)
+    assert (status, err) == (
+        2,
+        "error: --number-of-pairs: of which --dataset? With questions of your own there is no default\n",
+    )
+
+
+def test_what_models_say_does_not_reach_the_terminal(capsys):
+    of = Comparison(
+        sources={"a": "x"},
+        questions=[[{"role": "user", "content": "Why? :fire:"}]],
+        preferred=[None],
+        answers={"a": [Answer("red \x1b[31m :warning: [bold]", 3, True)]},
+        figures={"a": {}},
+        reference="a",
+        settings="",
+    )
+    print_comparison(inference.console, of)
+    out = capsys.readouterr().out
+    assert "Why? :fire:" in out
+    assert "red \\x1b[31m :warning: [bold]" in out
+    assert "\x1b[31m" not in out
 
 
 def test_the_default_questions_are_of_what_dpo_yaml_trains_on():

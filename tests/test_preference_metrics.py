@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from trl.trainer.utils import add_fused_lm_head
 
 import dpo_finetune
-from chat_format import encode, set_chat_format
+from chat_format import answer_span, encode, set_chat_format
 from comparison_files import METRICS
 from dataset_utils import load_dpo_dataset
 from generation import Answer
@@ -18,7 +19,6 @@ from preference_metrics import (
     BATCH_TOKENS,
     PairScore,
     answer_metrics,
-    count_text,
     distinct_ngrams,
     estimate,
     pair_batches,
@@ -26,6 +26,7 @@ from preference_metrics import (
     score_batch,
     tokenize_pairs,
 )
+from user_error import UserError
 
 PROMPT = [{"role": "user", "content": "How do I boil an egg?"}]
 
@@ -84,25 +85,55 @@ def test_log_probs_are_those_of_the_logits(model, tokenizer, tiny, template):
         expected = logits.log_softmax(-1)[range(len(chosen)), chosen]
         assert scored.chosen == pytest.approx(expected.sum().item(), abs=1e-3)
         assert scored.chosen_tokens == len(chosen)
-        text = tokenizer(("" if template else "\n") + pair["chosen"], add_special_tokens=False)["input_ids"]
-        assert scored.text_tokens == len(text) < len(chosen)
-        assert scored.text == pytest.approx(expected[: len(text)].sum().item(), abs=1e-3)
+        text = len(tokenizer(pair["chosen"], add_special_tokens=False)["input_ids"])
+        begin = 0 if template else 1
+        assert scored.text_tokens == text < len(chosen)
+        assert scored.text == pytest.approx(expected[begin : begin + text].sum().item(), abs=1e-3)
         assert scored == pytest.approx(alone, abs=1e-3)
 
 
 def test_stops_are_not_text(model, tokenizer):
     """Perplexity is of the answer's words: how the stops are spelled differs between the models compared."""
-    text = len(tokenizer("Put it in.", add_special_tokens=False)["input_ids"])
-    spelled = encode(tokenizer, PROMPT, "Put it in.")[1]
-    assert len(spelled) > text + 2
-    assert count_text(tokenizer, spelled) == text
-    assert count_text(tokenizer, spelled[:2]) == 2  # one that a limit has cut has none
+
+    def spoken(answer):
+        completion = encode(tokenizer, PROMPT, answer)[1]
+        begin, end = answer_span(tokenizer, completion)
+        return tokenizer.decode(completion[begin:end]), len(completion) - (end - begin)
+
+    assert spoken("Put it in.")[0] == "Put it in."
+    assert spoken("a")[0] == "a"
+    assert spoken("")[0] == ""
+    assert spoken("Put it in.")[1] > 2  # <|im_end|> is spelled out
+    completion = encode(tokenizer, PROMPT, "Put it in.")[1]
+    assert answer_span(tokenizer, completion[:2]) == (0, 2)  # one that a limit has cut has no stops
     set_chat_format(model, tokenizer, ["<|im_start|>", "<|im_end|>"])
-    assert count_text(tokenizer, encode(tokenizer, PROMPT, "Put it in.")[1]) == text
+    assert spoken("Put it in.") == ("Put it in.", 2)
     tokenizer.chat_template = None
     prompt, completion = encode(tokenizer, PROMPT, "Put it in.")
     assert tokenizer.decode(prompt + completion) == "<bos>How do I boil an egg?\nPut it in.<eos>"
-    assert count_text(tokenizer, completion) == len(completion) - 1
+    assert spoken("Put it in.") == ("Put it in.", 2)  # the line break before it and EOS after it
+
+
+PICKY = (  # as gemma-2b-it's: no system turn, no answer to begin with, and nothing empty
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if not m['content'] %}{{ raise_exception('empty') }}{% endif %}"
+    "<start>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+
+
+def test_a_template_of_another_models_own(model, tokenizer):
+    tokenizer.chat_template = PICKY
+    turns = [{"role": "user", "content": "first " * 60}, {"role": "assistant", "content": "Yes. " * 60}, *PROMPT]
+    rows = {"prompt": [turns], "chosen": ["Put it in."], "rejected": ["No."], "source": ["s"], "row": [1]}
+    pairs = Dataset.from_dict(rows)
+    (found,) = score(model, tokenizer, pairs)
+    assert found.text_tokens == len(tokenizer("Put it in.", add_special_tokens=False)["input_ids"])
+    short = tokenize_pairs(pairs, tokenizer, 120)[0]  # cut at a user's turn
+    assert tokenizer.decode(short["prompt_ids"]).startswith("<bos><start>user\nHow do I boil")
+    with pytest.raises(UserError, match=r"the chat template of .* refuses a conversation: roles must alternate"):
+        encode(tokenizer, turns[1:])
 
 
 def test_pairs_without_room_are_told(tokenizer, tiny):
@@ -158,9 +189,11 @@ def test_intervals():
     half = 1.96 * math.sqrt(0.6 * 0.4 / 100)
     assert (share.low, share.high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.015)
     assert share == estimate([1] * 60 + [0] * 40)
-    assert share.count == 100
     ratio = estimate(np.array([10.0, 1.0]), np.array([100.0, 1.0]), np.exp)
     assert ratio.value == pytest.approx(math.exp(11 / 101))
     assert ratio.low == pytest.approx(math.exp(0.1))
     assert ratio.high == pytest.approx(math.exp(1.0))
-    assert estimate([True, True])[:3] == (1, 1, 1)
+    assert estimate([True, True]) == (1, 1, 1)
+    empty = estimate(np.array([3.0, 0.0]), np.array([2.0, 0.0]), np.exp)  # an answer without text weighs nothing
+    assert empty == pytest.approx((math.exp(1.5),) * 3)
+    assert estimate([]) is None

@@ -447,7 +447,7 @@ def test_commands_of_a_local_trial(write):
     page = page_of(write(DPO, ACCURACIES))
     assert page.commands[1] == (
         f"python inference.py --model base=base --model sft={DPO['hyperparameters']['model_ckpt']}"
-        f" --model dpo={uuid_of(2, 40)} --reference sft --beta 0.05 --dataset pairs"
+        f" --model dpo={uuid_of(2, 40)} --reference sft --beta 0.1 --dataset pairs"
         " --data-seed 7 --output_file comparison.html"
     )
     folder = local_checkpoint_storage() / uuid_of(2, 40) / "checkpoint-40"
@@ -494,7 +494,7 @@ def test_an_experiment_of_the_cluster_has_the_page_of_a_local_one(master, write)
     assert cluster.commands[0] == local.commands[0] == uuid_of(2, 40)
     assert cluster.commands[1] == (
         f"python inference.py --model base=base --model sft=ckpt:{DPO['hyperparameters']['model_ckpt']}"
-        f" --model dpo=ckpt:{uuid_of(2, 40)} --reference sft --beta 0.05 --dataset pairs"
+        f" --model dpo=ckpt:{uuid_of(2, 40)} --reference sft --beta 0.1 --dataset pairs"
         " --data-seed 7 --output_file comparison.html"
     )
     assert cluster.commands[2] == (

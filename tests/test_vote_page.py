@@ -45,7 +45,7 @@ def comparison(questions: int = 3, names: list[str] = NAMES) -> Comparison:
         questions=[[{"role": "user", "content": f"Question {number}? {EVIL}"}] for number in range(questions)],
         preferred=["The preferred answer.", *[None] * (questions - 1)],
         answers={name: [Answer(text, 3, True) for text in of] for name, of in texts.items()},
-        figures={name: {"preference_accuracy": Estimate(0.625, 0.5, 0.75, 8)} for name in names},
+        figures={name: {"preference_accuracy": Estimate(0.625, 0.5, 0.75)} for name in names},
         reference=names[0],
         settings="Settings & such.",
     )
@@ -212,6 +212,35 @@ def test_by_keyboard_alone(visit):
     page.keyboard.press("Enter")
     winner = order[1] if order[1] in NAMES else "base"
     expect(page.locator("article").nth(0).locator(".answer.best .name")).to_have_text(winner)
+
+
+def test_keys_do_only_what_was_meant(visit):
+    page = visit(comparison(4, [f"model{number}" for number in range(12)]))
+    page.keyboard.down("9")
+    for _ in range(5):
+        page.keyboard.down("9")  # held down
+    page.keyboard.up("9")
+    move_on(page, 2)
+    expect(page.locator("#count")).to_have_text("1 of 4 voted")
+    page.keyboard.press("1")
+    page.keyboard.press("ArrowLeft")  # before the page has moved on
+    page.wait_for_timeout(400)
+    move_on(page, 1)
+
+
+def test_one_model_is_only_read(visit):
+    page = visit(comparison(names=["dpo"]))
+    expect(page.locator("article:visible")).to_have_count(3)
+    expect(page.locator("#again")).to_be_hidden()
+    expect(page.locator("#result")).to_contain_text("62.5%")
+
+
+@pytest.mark.parametrize("stored", ["x", "[]", "1", '{"orders": []}', "null"])
+def test_what_is_stored_and_cannot_be_read_is_left_aside(visit, stored):
+    page = visit()
+    page.evaluate("stored => localStorage.setItem(localStorage.key(0), stored)", stored)
+    page.reload()
+    expect(page.locator("#count")).to_have_text("0 of 3 voted")
 
 
 def test_what_models_write_is_text(visit):
