@@ -33,6 +33,8 @@ def chat(
         if said == "/new":
             messages = []
             console.print("(a new conversation)")
+        elif said.startswith("/"):
+            console.print(HELP, markup=False)
         elif said:
             messages.append({"role": "user", "content": said})
             ids, forgot = fitted(model, tokenizer, messages, sampling.max_new_tokens)

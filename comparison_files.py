@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from chat_format import Message, plain_text
+from chat_format import Message
 from experiment_results import write_whole
 from generation import Answer
 from pages import render_page
@@ -35,6 +35,7 @@ class Metric(NamedTuple):
 
     title: str
     write: Callable[[float], str]
+    meaning: str
 
 
 def percent(share: float) -> str:
@@ -47,14 +48,39 @@ def number(value: float) -> str:
 
 
 METRICS = {
-    "preference_accuracy": Metric("preference accuracy", percent),
-    "preference_accuracy_by_token": Metric("preference accuracy, by token", percent),
-    "reward_accuracy": Metric("reward accuracy against {reference}", percent),
-    "reward_margin": Metric("reward margin against {reference}", number),
-    "perplexity": Metric("perplexity of the chosen answers", number),
-    "answer_tokens": Metric("length of an answer, tokens", number),
-    "stopped": Metric("answers that stopped by themselves", percent),
-    "distinct_ngrams": Metric(f"distinct {NGRAM}-grams of an answer", percent),
+    "preference_accuracy": Metric(
+        "preference accuracy ↑",
+        percent,
+        "how often the answer that people chose is likelier than the one they rejected",
+    ),
+    "preference_accuracy_by_token": Metric(
+        "preference accuracy, by token ↑",
+        percent,
+        "the same of the mean log-prob of a token: a sum favours short answers",
+    ),
+    "reward_accuracy": Metric(
+        "reward accuracy against {reference} ↑",
+        percent,
+        "how often DPO's reward, by what the model finds an answer likelier than {reference} does, is higher for the"
+        " chosen one",
+    ),
+    "reward_margin": Metric(
+        "reward margin against {reference} ↑",
+        number,
+        "by how much it is higher, times beta; tells something of models that were trained from {reference}",
+    ),
+    "perplexity": Metric(
+        "perplexity of the chosen answers ↓",
+        number,
+        "how many tokens it wavers between, as it were, at each token of a chosen answer",
+    ),
+    "answer_tokens": Metric("length of an answer", number, "in tokens, of its own answers"),
+    "stopped": Metric("stopped by itself ↑", percent, "the share of its answers that ended before the limit"),
+    "distinct_ngrams": Metric(
+        f"distinct {NGRAM}-grams ↑",
+        percent,
+        f"the share of an answer's sequences of {NGRAM} words that are no repetition",
+    ),
 }
 
 
@@ -72,21 +98,22 @@ class Comparison:
 
     def table(self) -> pd.DataFrame:
         """A row a question, a column a model, the preferred answer last (where one is known)."""
-        table = pd.DataFrame({"question": [plain_text(question) for question in self.questions]})
+        table = pd.DataFrame({"question": [asked(question) for question in self.questions]})
         for name, answers in self.answers.items():
             table[name] = [answer.text for answer in answers]
         if any(text is not None for text in self.preferred):
             table["preferred"] = [text or "" for text in self.preferred]
         return table
 
-    def numbers(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """For each figure its title and, for each model, it and its 95% interval in words."""
+    def numbers(self) -> list[tuple[str, str, list[tuple[str, str]]]]:
+        """For each figure its title, what it means and, for each model, it and its 95% interval in words."""
         rows = []
         for key, metric in METRICS.items():
             found = [self.figures[name].get(key) for name in self.sources]
             if any(found):
                 cells = [told(value, metric.write) if value else ("-", "") for value in found]
-                rows.append((metric.title.format(reference=self.reference), cells))
+                title, meaning = (text.format(reference=self.reference) for text in (metric.title, metric.meaning))
+                rows.append((title, meaning, cells))
         return rows
 
     def metrics(self) -> dict[str, float]:
@@ -101,7 +128,16 @@ class Comparison:
 
 
 def told(value: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
-    return write(value.value), f"{write(value.low)} to {write(value.high)}"
+    """A figure and its interval in words. Where all rows agree a bootstrap knows no doubt, however few they are."""
+    sure = f"all {value.count} alike" if value.count > 1 else "of one"
+    return write(value.value), sure if value.low == value.high else f"{write(value.low)} to {write(value.high)}"
+
+
+def asked(question: list[Message]) -> str:
+    """A question as text; one of several turns with who says what."""
+    if len(question) == 1:
+        return question[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in question)
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
@@ -117,7 +153,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     numbers.add_column("")
     for name in comparison.sources:
         numbers.add_column(escape(name), justify="right")
-    for title, cells in comparison.numbers():
+    for title, _, cells in comparison.numbers():
         numbers.add_row(escape(title), *(f"{value}\n[dim]{interval}[/dim]" for value, interval in cells))
     console.print(numbers)
 
@@ -131,14 +167,25 @@ def write_jsonl(comparison: Comparison) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def write_json(comparison: Comparison) -> str:
+    """All of it for a program: figures with their intervals, too."""
+    figures = {
+        name: {key: value and value._asdict() for key, value in of.items()} for name, of in comparison.figures.items()
+    }
+    rows = comparison.table().to_dict("records")
+    whole = {"models": comparison.sources, "settings": comparison.settings, "figures": figures, "questions": rows}
+    return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"
+
+
 def write_markdown(comparison: Comparison) -> str:
-    """The table of answers, then the numbers."""
-    table = comparison.table()
-    numbers = [[title, *(f"{value} ({interval})" if interval else value for value, interval in cells)]
-               for title, cells in comparison.numbers()]  # fmt: skip
+    """The table of answers, then the numbers and what they mean."""
+    table, numbers = comparison.table(), comparison.numbers()
+    figures = [[title, *(f"{value} ({range_})" if range_ else value for value, range_ in cells)]
+               for title, _, cells in numbers]  # fmt: skip
     answers = markdown_table(list(table.columns), table.values.tolist())
-    figures = markdown_table(["", *comparison.sources], numbers)
-    return f"{answers}\n{figures}\n{markdown_cell(comparison.settings)}\n"
+    meanings = "".join(f"- {markdown_cell(title)}: {markdown_cell(meaning)}\n" for title, meaning, _ in numbers)
+    figures = markdown_table(["", *comparison.sources], figures)
+    return f"{answers}\n{figures}\n{meanings}\n{markdown_cell(comparison.settings)}\n"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -169,7 +216,7 @@ def write_html(comparison: Comparison) -> str:
     )
 
 
-WRITERS = {".html": write_html, ".csv": write_csv, ".jsonl": write_jsonl, ".md": write_markdown}
+WRITERS = {".html": write_html, ".csv": write_csv, ".jsonl": write_jsonl, ".md": write_markdown, ".json": write_json}
 
 
 def check_output(path: str) -> None:

@@ -126,8 +126,10 @@ def load_prompts(source: DataSource) -> Dataset:
     if source.name.endswith(".txt"):
         try:
             lines = Path(source.name).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{source.name}: {one_line(error)}") from error
+        except OSError as error:
+            raise UserError(f"{source.name}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source.name}: not UTF-8 text ({error.reason})") from error
         asked = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
         rows = [
             {"prompt": [_message("user", text)], "preferred": None, "source": source.name, "row": number}
@@ -136,6 +138,8 @@ def load_prompts(source: DataSource) -> Dataset:
         if not rows:
             raise UserError(f"{source.name}: it holds no question")
         return Dataset.from_list(rows)
+    if Path(source.name).is_file() and Path(source.name).suffix not in FILE_FORMATS:
+        raise UserError(f"{source.name}: a file of questions ends in one of .txt, {', '.join(FILE_FORMATS)}")
     rows, where = _load(source)
     return _convert(rows, np.arange(len(rows)), where, source, _prompt_row, (*SFT_COLUMNS, *PREFERENCE_COLUMNS))
 
@@ -668,7 +672,10 @@ def _prompt_row(row: dict[str, Any]) -> dict[str, Any]:
         columns = ("prompt", "question", "messages", "conversations")
         asked = [column for column in columns if row.get(column) is not None]
         instructed = row.get("instruction") is not None
-        turns = _instruction(row) if instructed else _prompt_turns(row, tuple(asked or columns))
+        if not asked and not instructed:
+            known = ", ".join((*columns, "instruction"))
+            raise UserError(f"no column of it asks ({', '.join(row)}): one of {known} does, and columns renames others")
+        turns = _instruction(row) if instructed else _prompt_turns(row, tuple(asked))
         preferred = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
         answers = [column for column in ("chosen", "completion", "text", "output") if row.get(column)]
         if preferred is None and answers:

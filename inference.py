@@ -26,6 +26,7 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import transformers
@@ -276,12 +277,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         action="append",
         default=[],
-        help=".html: the page to vote on; .csv, .jsonl, .md: a row a question; repeatable",
+        help=".html: the page to vote on; .csv, .jsonl, .md: a row a question; .json: all, for a program; repeatable",
     )
-    args = parser.parse_args(arguments)
+    parser.error = _refuse
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        raise UserError(f"{option}: no such option{nearest(option, parser._option_string_actions)}")
     if not args.model:
-        parser.error("which models? Give --model NAME=SOURCE, --exp_id or --trial_id")
+        raise UserError("which models? Give --model NAME=SOURCE, --exp_id or --trial_id")
     return args
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -303,6 +312,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         name = getattr(args, option)
         if name is not None and name not in names:
             raise UserError(f"--{option} {name!r} is none of the models: {', '.join(names)}{nearest(name, names)}")
+    ignored = "--output_file --dataset --prompt --prompts --number-of-samples --number-of-pairs --reference".split()
+    for option in ignored if args.chat else []:
+        if getattr(args, option[2:].replace("-", "_")):
+            raise UserError(f"{option} has no effect with --chat")
     if args.reference is None:
         args.reference = "base" if "base" in names else names[0]
     for path in args.output_file:
@@ -311,8 +324,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--prompt is empty")
     if args.number_of_samples and (args.prompt or args.prompts):
         raise UserError("--number-of-samples has no effect on questions of your own: all are asked")
-    if args.chat and args.output_file:
-        raise UserError("--chat writes no --output_file")
 
 
 def run(args: argparse.Namespace, task: Task, conditions: Conditions, models: dict[str, str]) -> None:

@@ -38,11 +38,12 @@ class PairScore(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95% interval."""
+    """A figure and its 95% interval; `count` is of the rows it is from."""
 
     value: float
     low: float
     high: float
+    count: int
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -146,7 +147,8 @@ def estimate(
         return None
     draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.percentile(values[draws].sum(axis=1) / weights[draws].sum(axis=1), (2.5, 97.5))
-    return Estimate(*(float(transform(mean)) for mean in (values.sum() / weights.sum(), low, high)))
+    value, low, high = (float(transform(mean)) for mean in (values.sum() / weights.sum(), low, high))
+    return Estimate(value, low, high, len(values))
 
 
 def pair_batches(tokenized: Dataset, batch_size: int) -> list[list[int]]:

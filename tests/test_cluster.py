@@ -225,7 +225,7 @@ def test_comparison_preempted(master, create, start, sft_starts, sft_trial, tiny
     assert validation["metrics"]["questions"] == 4
     assert 0 <= validation["metrics"]["sft/preference_accuracy"] <= 1
     page = master.storage / trial.of_kind("checkpoint")[-1]["uuid"]
-    assert {path.name for path in page.iterdir()} - {"metadata.json"} == {"comparison.html", "comparison.jsonl"}
+    assert {path.name for path in page.iterdir()} - {"metadata.json"} == {"comparison.html", "comparison.json"}
 
     third = start(trial, slots=1)  # as after a power cut before the master heard of its end
     assert third.wait() == 0, third.log.read_text()
@@ -235,12 +235,11 @@ def test_comparison_preempted(master, create, start, sft_starts, sft_trial, tiny
     # The same options, as a command line on this machine, give the same answers.
     checkpoint = next((master.storage / sft_trial.of_kind("checkpoint")[-1]["uuid"]).glob("checkpoint-*"))
     words = [*as_arguments(options), "--model", f"base={tiny / 'base'}", "--model", f"sft={checkpoint}"]
-    words += ["--model", f"dpo={tiny / 'base'}", "--output_file", tmp_path / "c.jsonl"]  # a cluster sorts its options
+    words += ["--model", f"dpo={tiny / 'base'}", "--output_file", tmp_path / "c.json"]  # a cluster sorts its options
     status, _, err = call(inference.main, *words)
     assert status == 0, err
     here, there = (
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (tmp_path / "c.jsonl", page / "comparison.jsonl")
+        json.loads(path.read_text())["questions"] for path in (tmp_path / "c.json", page / "comparison.json")
     )
     assert len(here) == 4
     assert here == there

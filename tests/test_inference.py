@@ -11,9 +11,9 @@ import torch
 
 import comparison
 import inference
-from chat_format import encode, plain_text, set_chat_format
+from chat_format import encode, set_chat_format
 from comparison import Kept, model_identity
-from comparison_files import Comparison, print_comparison
+from comparison_files import METRICS, Comparison, asked, print_comparison
 from dataset_utils import load_dpo_dataset
 from generation import Answer
 from hyperparameters import DataSource
@@ -52,15 +52,15 @@ def test_a_base_model_gets_plain_text_and_a_tuned_one_its_template(tokenizer):
     assert tokenizer.decode(completion) == "\nGently.<eos>"
 
 
-def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, held_out, tmp_path):
-    names = [str(tmp_path / "new" / f"table.{ending}") for ending in ("csv", "jsonl", "md", "html")]
+def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, held_out, tmp_path, tiny):
+    names = [str(tmp_path / "new" / f"table.{ending}") for ending in ("csv", "jsonl", "md", "html", "json")]
     outputs = [word for name in names for word in ("--output_file", name)]
     status, out, err = compare(*("--number-of-samples", 999, "--max-new-tokens", 16, *outputs), models=("[one]", "two"))
     assert status == 0, err
-    csv, jsonl, md, _ = map(Path, names)
+    csv, jsonl, md, _, whole = map(Path, names)
     table = pd.read_csv(csv, keep_default_na=False)
     assert list(table.columns) == ["question", "[one]", "two", "preferred"]
-    assert table["question"].tolist() == [plain_text(prompt) for prompt in held_out["prompt"][:]]
+    assert table["question"].tolist() == [asked(prompt) for prompt in held_out["prompt"][:]]
     assert table["preferred"].tolist() == held_out["chosen"][:]
     assert table["[one]"].tolist() == table["two"].tolist()
     rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
@@ -69,7 +69,12 @@ def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, he
     lines = md.read_text().splitlines()
     assert lines[0] == "| question | \\[one\\] | two | preferred |"
     assert lines[2 + len(held_out)] == ""
-    assert lines[2 + len(held_out) + 3].startswith("| preference accuracy | ")
+    assert lines[2 + len(held_out) + 3].startswith("| preference accuracy \N{UPWARDS ARROW} | ")
+    everything = json.loads(whole.read_text())
+    assert everything["questions"] == rows
+    assert set(everything["figures"]["two"]) == set(METRICS)
+    assert set(everything["figures"]["two"]["perplexity"]) == {"value", "low", "high", "count"}
+    assert everything["models"] == {name: str(tiny / "base") for name in ("[one]", "two")}
     assert f"--number-of-samples 999: only {len(held_out)} rows are held out" in out
     assert "[one]" in out  # rich's markup is not for what users and models write
     assert "4 held-out pairs of" in " ".join(out.split())
@@ -90,11 +95,11 @@ def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
     found, out = questions("--prompt", "Who?", "--prompt", "Where?", "--prompts", text)
     assert found == [("Who?", None), ("Where?", None), ("What is tea?", None), ("Why?", None)]
     assert "preference accuracy" not in out  # there are no pairs
-    assert "answers that stopped by themselves" in out
+    assert "stopped by itself" in out
 
     rows = tmp_path / "mine.jsonl"
     rows.write_text('{"system": "Be brief.", "prompt": "What is tea?", "chosen": "A drink."}\n')
-    assert questions("--prompts", rows)[0] == [("Be brief.\nWhat is tea?", "A drink.")]
+    assert questions("--prompts", rows)[0] == [("system: Be brief.\nuser: What is tea?", "A drink.")]
     rows.write_text('{"messages": [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]}\n')
     assert questions("--prompts", rows)[0] == [("Tea?", "Yes.")]
     rows.write_text('{"instruction": "Translate.", "input": "Tee"}\n')
@@ -111,15 +116,16 @@ def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
     with (tiny / "questions" / "train.jsonl").open() as file:
         published = [json.loads(line) for line in file][1:5]
     assert questions("--prompts", "blog")[0] == [
-        ("\n".join(filter(None, (row["system"], row["question"]))), row["chosen"]) for row in published
+        (f"system: {row['system']}\nuser: {row['question']}" if row["system"] else row["question"], row["chosen"])
+        for row in published
     ]
 
 
 def test_a_reference_has_no_rewards_and_equal_models_no_margin(compare, tmp_path):
     output = tmp_path / "t.md"
     assert compare("--reference", "two", "--output_file", output)[0] == 0
-    assert "| reward accuracy against two | 0.0% (0.0% to 0.0%) | - |" in output.read_text()
-    assert "| reward margin against two | 0.00 (0.00 to 0.00) | - |" in output.read_text()
+    assert "| reward accuracy against two \N{UPWARDS ARROW} | 0.0% (all 4 alike) | - |" in output.read_text()
+    assert "| reward margin against two \N{UPWARDS ARROW} | 0.00 (all 4 alike) | - |" in output.read_text()
 
 
 def test_pairs_that_one_model_has_no_room_for_are_left_out_for_all(call, tiny, tmp_path):
@@ -315,7 +321,22 @@ def test_chat_forgets_what_does_not_fit(talk):
             ["--model", "a={tiny}/base", "--prompt", "x", "--number-of-samples", "3"],
             "--number-of-samples has no effect",
         ),
-        (["--model", "a={tiny}/base", "--chat", "a", "--output_file", "a.csv"], "--chat writes no --output_file"),
+        (
+            ["--model", "a={tiny}/base", "--chat", "a", "--output_file", "a.csv"],
+            "output_file has no effect with --chat",
+        ),
+        (["--model", "a={tiny}/base", "--nubmer-of-pairs", "3"], "no such option (did you mean '--number-of-pairs'?)"),
+        (["--model", "a={tiny}/base", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--prompt", "x"], "which models? Give --model NAME=SOURCE"),
+        (
+            ["--model", "a={tiny}/base", "--prompts", "{tiny}/how.md"],
+            "how.md: a file of questions ends in one of .txt",
+        ),
+        (
+            ["--model", "a={tiny}/base", "--prompts", "{tiny}/other.jsonl"],
+            "no column of it asks (body): one of prompt",
+        ),
+        (["--model", "a={tiny}/base", "--prompts", "{tiny}/utf16.txt"], "utf16.txt: not UTF-8 text"),
         (["--model", "a={tiny}/base", "--output_file", "{tiny}/how.txt/a.csv"], "how.txt is no folder to write to"),
         (["--model", "a={tiny}/base", "--max-new-tokens", "2000"], "--max-new-tokens 2000 leaves a prompt no room"),
         (["--model", "a={tiny}/base", "--top-p", "0.9"], "--top-p 0.9 has no effect without a --temperature above 0"),
@@ -333,9 +354,12 @@ def test_chat_forgets_what_does_not_fit(talk):
 def test_mistakes_get_one_line(call, tiny, arguments, message):
     (tiny / "base.html").mkdir(exist_ok=True)
     (tiny / "how.txt").touch()
+    (tiny / "how.md").touch()
+    (tiny / "other.jsonl").write_text('{"body": "x"}\n')
+    (tiny / "utf16.txt").write_text("What is tea?", encoding="utf-16")
     (tiny / "empty.jsonl").write_text('{"prompt": ""}\n')
     arguments = [argument.format(tiny=tiny) for argument in arguments]
-    if "--dataset" not in arguments:
+    if "--dataset" not in arguments and "--chat" not in arguments:
         arguments += ["--dataset", str(tiny / "questions")]
     status, _, err = call(inference.main, *arguments)
     assert status == 2

@@ -193,7 +193,7 @@ def test_intervals():
     assert ratio.value == pytest.approx(math.exp(11 / 101))
     assert ratio.low == pytest.approx(math.exp(0.1))
     assert ratio.high == pytest.approx(math.exp(1.0))
-    assert estimate([True, True]) == (1, 1, 1)
+    assert estimate([True, True]) == (1, 1, 1, 2)
     empty = estimate(np.array([3.0, 0.0]), np.array([2.0, 0.0]), np.exp)  # an answer without text weighs nothing
-    assert empty == pytest.approx((math.exp(1.5),) * 3)
+    assert empty == pytest.approx((math.exp(1.5),) * 3 + (1,))
     assert estimate([]) is None

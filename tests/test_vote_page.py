@@ -45,7 +45,7 @@ def comparison(questions: int = 3, names: list[str] = NAMES) -> Comparison:
         questions=[[{"role": "user", "content": f"Question {number}? {EVIL}"}] for number in range(questions)],
         preferred=["The preferred answer.", *[None] * (questions - 1)],
         answers={name: [Answer(text, 3, True) for text in of] for name, of in texts.items()},
-        figures={name: {"preference_accuracy": Estimate(0.625, 0.5, 0.75)} for name in names},
+        figures={name: {"preference_accuracy": Estimate(0.625, 0.5, 0.75, 8)} for name in names},
         reference=names[0],
         settings="Settings & such.",
     )
@@ -155,7 +155,9 @@ def test_votes_survive_a_reload_and_the_names_are_revealed(visit):
     expect(page.locator("#reveal")).to_have_text("Show the names")
     page.locator("#reveal").click()
 
-    expect(page.locator("#verdict")).to_have_text("You liked sft and dpo best: 1 of 3 votes each, 1 tie")
+    expect(page.locator("#verdict")).to_have_text(
+        "You liked sft and dpo best: 1 of 3 votes each, 1 tie. Too few to be sure"
+    )
     wins = [row.split("\t") for row in page.locator("#wins").inner_text().splitlines()]
     assert [row[:3] for row in wins] == [["base", "0", "0%"], ["sft", "1", "33%"], ["dpo", "1", "33%"]]
     # sft against base: one vote and one tie, 75%; Wilson's interval of 1.5 of 2.
@@ -258,14 +260,38 @@ def test_models_that_said_the_same_share_a_column_and_a_vote(visit):
     of.answers["dpo"][1] = of.answers["sft"][1] = of.answers["base"][1]
     page = visit(of)
     assert sorted(shown(page)) == sorted([EVIL, "sft says 0"])
+    expect(page.locator(".alike:visible")).to_contain_text("the same answer")
     pick(page, "sft")
     move_on(page, 2)
     assert shown(page) == ["base says 1"]
     page.keyboard.press("1")
     move_on(page, 3)
+    page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#reveal").click()
-    expect(page.locator("#verdict")).to_have_text("You liked sft and dpo best: 1 of 2 votes each, 1 tie")
+    told = "You liked sft and dpo best: 1 of 2 votes each, 1 tie. Too few to be sure"
+    expect(page.locator("#verdict")).to_have_text(told)
     expect(page.locator("#pairs tr", has_text="sft").locator("td").nth(2)).to_contain_text("50%")
+
+
+def test_a_clear_winner_is_told_as_one(visit):
+    page = visit(comparison(8))
+    for number in range(8):
+        move_on(page, number + 1)
+        pick(page, "dpo")
+    page.locator("#reveal").click()
+    expect(page.locator("#verdict")).to_have_text("You liked dpo best: 8 of 8 votes")
+
+
+def test_names_are_not_shown_by_mistake(visit):
+    page = visit()
+    pick(page, "dpo")
+    move_on(page, 2)
+    said = []
+    page.once("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    page.locator("#reveal").click()
+    assert said == ["Show the names now? 2 questions stay without a vote."]
+    expect(page.locator("#result")).to_be_hidden()
+    expect(page.locator("#count")).to_have_text("1 of 3 voted")
 
 
 def test_starting_over_asks_first(visit):
@@ -296,8 +322,12 @@ def test_fits_and_can_be_read(visit, width, scheme):
     fits = "document.documentElement.scrollWidth <= innerWidth"
     assert page.evaluate(fits)
     page.locator("article.current .pick").first.click()
+    page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#reveal").click()
     assert page.evaluate(fits)
+    heads = page.locator("#result th.text:visible").all()
+    assert heads
+    assert all(head.bounding_box()["height"] < 250 for head in heads)  # no letter a line
     paper, ink = page.evaluate(
         "(({backgroundColor, color}) => [backgroundColor, color])(getComputedStyle(document.body))"
     )
