@@ -312,7 +312,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         name = getattr(args, option)
         if name is not None and name not in names:
             raise UserError(f"--{option} {name!r} is none of the models: {', '.join(names)}{nearest(name, names)}")
-    ignored = "--output_file --dataset --prompt --prompts --number-of-samples --number-of-pairs --reference".split()
+    ignored = ["--output_file", "--dataset", "--prompt", "--prompts", "--reference"]
+    for option in [*ignored, "--number-of-samples", "--number-of-pairs"] if args.chat else []:
+        "--dataset",
+        "--prompt",
+        "--prompts",
+        "--number-of-samples",
+        "--number-of-pairs",
+        "--reference",
+    ]
     for option in ignored if args.chat else []:
         if getattr(args, option[2:].replace("-", "_")):
             raise UserError(f"{option} has no effect with --chat")
