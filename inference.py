@@ -314,14 +314,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} {name!r} is none of the models: {', '.join(names)}{nearest(name, names)}")
     ignored = ["--output_file", "--dataset", "--prompt", "--prompts", "--reference"]
     for option in [*ignored, "--number-of-samples", "--number-of-pairs"] if args.chat else []:
-        "--dataset",
-        "--prompt",
-        "--prompts",
-        "--number-of-samples",
-        "--number-of-pairs",
-        "--reference",
-    ]
-    for option in ignored if args.chat else []:
         if getattr(args, option[2:].replace("-", "_")):
             raise UserError(f"{option} has no effect with --chat")
     if args.reference is None:
