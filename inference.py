@@ -218,7 +218,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"of the weights: {', '.join(DTYPES)} (default: %(default)s). DPO's changes to a weight are finer than"
         " bfloat16 can tell, which takes half the memory",
     )
-    add("--batch-size", type=int, default=8, help="questions or pairs at a time (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="questions or pairs at a time (default: %(default)s); in float32 no greedy answer depends on it",
+    )
 
     add = parser.add_argument_group("questions").add_argument
     add(
