@@ -55,7 +55,7 @@ def encode(
 
     An answer, with our template earlier ones in the prompt too, is tokenized apart from what it follows, so no merge
     across their boundary can ever make the prompt of training differ from the prompt of inference. BOS, EOS and the
-    turn markers all come from the template (`tokenizer.chat_template`). Without one, as a base model's tokenizer is,
+    turn markers all come from the template (`tokenizer.chat_template`). Without one, as with a base model's tokenizer,
     a prompt is its plain text, and the answer to it the next line.
     """
     if tokenizer.chat_template is None:
