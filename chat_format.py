@@ -196,13 +196,13 @@ def read_answer(
     return text.strip(), max(tokens, 0), end is not None or bool(spelled)
 
 
-def answer_span(tokenizer: PreTrainedTokenizerBase, completion_ids: list[int]) -> tuple[int, int]:
-    """Where in a completion of `encode`'s the answer's own tokens are: before its stops and, without a template, after
-    its line break. (A token that holds an answer's end and a stop's beginning counts as the answer's.)"""
+def answer_spans(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[tuple[int, int]]:
+    """Where in completions of `encode`'s the answers' own tokens are: before their stops and, without a template, after
+    their line break. (A token that holds an answer's end and a stop's beginning counts as the answer's.)"""
     one, other = (encode(tokenizer, [{"role": "user", "content": "?"}], text)[1][::-1] for text in ("a", "b"))
     stops = one[: _shared(one, other)]
     begin = len(_ids(tokenizer, "\n")) if tokenizer.chat_template is None else 0
-    return begin, max(begin, len(completion_ids) - _shared(completion_ids[::-1], stops))
+    return [(begin, max(begin, len(ids) - _shared(ids[::-1], stops))) for ids in completions]
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +119,11 @@ class Contestant:
                 self.progress.console.print(f"{escape(self.name)}: {told}")
             bar = self.bar("answers", len(questions))
 
-            def ask(part: list[list[int]]) -> list[Answer]:
-                return answer_batch(model, tokenizer, part, sampling, lambda ids: bar.count(len(ids)))
+            def ask(batch: list[int]) -> list[Answer]:
+                asked = [prompts[index] for index in batch]
+                return answer_batch(model, tokenizer, asked, sampling, lambda ids: bar.count(len(ids)))
 
-            for number, batch in enumerate(batches(prompts, batch_size)):
-                if not all(keys[index] in self.kept.results for index in batch):
-                    torch.manual_seed(batch_seed(sampling.seed, number))
-                    found = in_halves(ask, [prompts[index] for index in batch])
-                    self.keep([keys[index] for index in batch], found)
-                bar.advance(len(batch))
+            self.work(keys, batches(prompts, batch_size), ask, bar)
         return [Answer(*self.kept.results[key]) for key in keys]
 
     def scores(self, pairs: Dataset) -> list[PairScore | None]:
@@ -144,22 +139,28 @@ class Contestant:
                     self.kept.add(key, None)
             todo = pair_batches(tokenized, self.conditions.batch_size)
             bar = self.bar("pairs", sum(map(len, todo)))
-            for batch in todo:
-                if not all(keys[index] in self.kept.results for index in batch):
-                    found = in_halves(partial(score_batch, model, tokenizer), [tokenized[index] for index in batch])
-                    self.keep([keys[index] for index in batch], found)
-                    bar.count(sum(score.chosen_tokens + score.rejected_tokens for score in found))
-                bar.advance(len(batch))
+
+            def score(batch: list[int]) -> list[PairScore]:
+                found = score_batch(model, tokenizer, [tokenized[index] for index in batch])
+                bar.count(sum(of.chosen_tokens + of.rejected_tokens for of in found))
+                return found
+
+            self.work(keys, todo, score, bar)
         return [score and PairScore(*score) for score in (self.kept.results[key] for key in keys)]
 
     def key(self, *parts: Any) -> str:
         """The name of a result of this model that depends on `parts`."""
         return fingerprint(json.dumps([self.depends_on, parts]))
 
-    def keep(self, keys: list[str], results: list[Answer] | list[PairScore]) -> None:
-        for key, result in zip(keys, results, strict=True):
-            self.kept.add(key, result)
-        self.after_batch()
+    def work(self, keys: list[str], todo: list[list[int]], run: Callable[[list[int]], list], bar: "Bar") -> None:
+        """Have `run` make the results `keys`, a batch of their indices after the other, and keep them as they come."""
+        for number, batch in enumerate(todo):
+            if not all(keys[index] in self.kept.results for index in batch):
+                torch.manual_seed(batch_seed(self.conditions.sampling.seed, number))
+                for index, result in zip(batch, in_halves(run, batch), strict=True):
+                    self.kept.add(keys[index], result)
+                self.after_batch()
+            bar.advance(len(batch))
 
     def bar(self, what: str, total: int) -> "Bar":
         if not self.progress.console.is_terminal:  # there a bar is only seen when all is done

@@ -2,6 +2,7 @@
 
 F.html                  a page on which to vote blind, and then to read who was who (`vote.html.jinja`)
 F.csv, F.jsonl, F.md    a row a question, a column a model, the preferred answer last
+F.json                  all of it, the numbers too, for a program
 """
 
 import html

@@ -168,9 +168,7 @@ def sft_conversation(row: dict[str, Any]) -> dict[str, Any]:
         messages = _turns(row, *shape)
     else:
         prompt = _instruction(row) if shape[0] == "instruction" else _prompt_turns(row, ("prompt",))
-        answer = row[shape[1]]
-        answers = _turns(row, shape[1]) if isinstance(answer, list) else [_message("assistant", _text(row, shape[1]))]
-        messages = [*prompt, *answers]
+        messages = [*prompt, *_answer_turns(row, shape[1])]
     messages = _with_system(row, messages)
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("the conversation does not end with an assistant turn")
@@ -659,6 +657,10 @@ def _prompt_turns(
     return _with_system(row, turns)
 
 
+def _answer_turns(row: dict[str, Any], column: str) -> list[Message]:
+    return _turns(row, column) if isinstance(row[column], list) else [_message("assistant", _text(row, column))]
+
+
 def _instruction(row: dict[str, Any]) -> list[Message]:
     given = _text(row, "input") if row.get("input") else ""
     return [_message("user", _text(row, "instruction") + (f"\n\n{given}" if given else ""))]
@@ -679,8 +681,7 @@ def _prompt_row(row: dict[str, Any]) -> dict[str, Any]:
         preferred = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
         answers = [column for column in ("chosen", "completion", "text", "output") if row.get(column)]
         if preferred is None and answers:
-            answer = row[answers[0]]
-            preferred = _turns(row, answers[0])[-1]["content"] if isinstance(answer, list) else _text(row, answers[0])
+            preferred = _answer_turns(row, answers[0])[-1]["content"]
         turns = _with_system(row, turns)
     _check_alternation(turns)
     if not turns[-1]["content"].strip():

@@ -87,7 +87,7 @@ def compare(
         figures[name] = preference_metrics(scores[name], reference, args.beta) if fair else {}
         figures[name] |= answer_metrics(answers[name])
     return Comparison(
-        sources=dict(argument.split("=", 1) for argument in args.model),
+        sources=args.model,
         questions=questions,
         preferred=preferred,
         answers=answers,
@@ -147,6 +147,7 @@ def read_questions(args: argparse.Namespace) -> tuple[list[list[Message]], list[
 
 
 def parse_models(arguments: list[str]) -> dict[str, str]:
+    """The sources by name, as the user gave them."""
     models: dict[str, str] = {}
     for argument in arguments:
         name, separator, source = argument.partition("=")
@@ -154,7 +155,7 @@ def parse_models(arguments: list[str]) -> dict[str, str]:
             raise UserError(f"--model {argument!r} is not NAME=SOURCE")
         if name in models or name in RESERVED:
             raise UserError(f"--model {argument!r}: the name {name!r} is taken")
-        models[name] = resolve_source(source, f"--model {name}")
+        models[name] = source
     return models
 
 
@@ -299,7 +300,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what argparse lets through, before anything is loaded."""
+    """Refuse what argparse lets through, before anything is loaded; `args.model` is sources by name from here on."""
     for option in ("number_of_samples", "max_new_tokens", "batch_size", "number_of_pairs", "max_length"):
         value, least = getattr(args, option), {"number_of_pairs": 0, "max_length": 2}.get(option, 1)
         if value is not None and value < least:
@@ -312,7 +313,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--top-p {args.top_p:g} has no effect without a --temperature above 0")
     if not 0 < args.beta < math.inf:
         raise UserError(f"--beta {args.beta:g} is no number above 0")
-    names = [argument.split("=")[0] for argument in args.model]
+    args.model = parse_models(args.model)
+    names = list(args.model)
     for option in ("chat", "reference"):
         name = getattr(args, option)
         if name is not None and name not in names:
@@ -370,11 +372,12 @@ def main() -> None:
             device, dtype = parse_device(args.device), parse_dtype(args.dtype)
             conditions = Conditions(device, dtype, sampling, args.batch_size, args.max_length)
             if args.chat:
-                (source,) = parse_models([model for model in args.model if model.startswith(f"{args.chat}=")]).values()
+                source = resolve_source(args.model[args.chat], f"--model {args.chat}")
                 torch.manual_seed(args.seed)
                 chat(console, args.chat, *load(args.chat, source, conditions), sampling)
             else:
-                run(args, task, conditions, parse_models(args.model))
+                models = {name: resolve_source(source, f"--model {name}") for name, source in args.model.items()}
+                run(args, task, conditions, models)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from chat_format import answer_span
+from chat_format import answer_spans
 from dataset_utils import CUT, DROPPED, tokenize_dpo_dataset
 
 RESAMPLES = 2000
@@ -68,8 +68,8 @@ def score_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair
     logps = model(**batch, labels=labels, fused_lm_head=True).log_probs.double()
     chosen, rejected = logps.sum(dim=1).chunk(2)
     scores = []
-    for index, pair in enumerate(pairs):
-        begin, end = answer_span(tokenizer, pair["chosen_ids"])
+    spans = answer_spans(tokenizer, [pair["chosen_ids"] for pair in pairs])
+    for index, (pair, (begin, end)) in enumerate(zip(pairs, spans, strict=True)):
         offset = len(pair["prompt_ids"]) - 1  # the log-prob of a token stands where the one before it does
         text = logps[index, offset + begin : offset + end].sum()
         lengths = len(pair["chosen_ids"]), len(pair["rejected_ids"])

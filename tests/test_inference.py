@@ -149,11 +149,11 @@ def test_pairs_that_one_model_has_no_room_for_are_left_out_for_all(call, tiny, t
 def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, monkeypatch, drawn):
     """Interrupted after each of its batches in turn, with a line of the file torn: in the end nothing is different."""
     arguments = ("--batch-size", 2, *drawn, "--output_file")
-    untouched, output = tmp_path / "untouched.csv", tmp_path / "out.csv"
+    untouched, output = tmp_path / "untouched.json", tmp_path / "out.json"  # answers and numbers
     assert compare(*arguments, untouched)[0] == 0
-    unfinished = tmp_path / "out.csv.unfinished"
+    unfinished = tmp_path / "out.json.unfinished"
     run, scored = comparison.answer_batch, comparison.score_batch
-    counted = {"batches": 0, "loads": 0, "until": 1}
+    counted = {"batches": 0, "until": 1}
 
     def once(original):
         def batch(*args):

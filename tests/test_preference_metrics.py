@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl.trainer.utils import add_fused_lm_head
 
 import dpo_finetune
-from chat_format import answer_span, encode, set_chat_format
+from chat_format import answer_spans, encode, set_chat_format
 from comparison_files import METRICS
 from dataset_utils import load_dpo_dataset
 from generation import Answer
@@ -97,7 +97,7 @@ def test_stops_are_not_text(model, tokenizer):
 
     def spoken(answer):
         completion = encode(tokenizer, PROMPT, answer)[1]
-        begin, end = answer_span(tokenizer, completion)
+        ((begin, end),) = answer_spans(tokenizer, [completion])
         return tokenizer.decode(completion[begin:end]), len(completion) - (end - begin)
 
     assert spoken("Put it in.")[0] == "Put it in."
@@ -105,7 +105,7 @@ def test_stops_are_not_text(model, tokenizer):
     assert spoken("")[0] == ""
     assert spoken("Put it in.")[1] > 2  # <|im_end|> is spelled out
     completion = encode(tokenizer, PROMPT, "Put it in.")[1]
-    assert answer_span(tokenizer, completion[:2]) == (0, 2)  # one that a limit has cut has no stops
+    assert answer_spans(tokenizer, [completion[:2]]) == [(0, 2)]  # one that a limit has cut has no stops
     set_chat_format(model, tokenizer, ["<|im_start|>", "<|im_end|>"])
     assert spoken("Put it in.") == ("Put it in.", 2)
     tokenizer.chat_template = None
