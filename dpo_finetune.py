@@ -13,6 +13,7 @@ from chat_format import set_chat_format
 from checkpoints import download_ckpt
 from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
 from det_callback import train_until_preempted
+from hardware import suit_hardware
 from hyperparameters import DPOHyperparameters
 from models import load_model_and_tokenizer
 from shared_cache import reference_key
@@ -80,6 +81,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
 
     trial.status("preparing the training" + (", reference log-probs first" if reference is None else ""))
     dataset = trial.tokenized(tokenize_dpo_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
+    suit_hardware(trial, model, dataset, reference)
     trainer = TokenizedDPOTrainer(
         trial,
         model=model,

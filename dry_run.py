@@ -44,8 +44,9 @@ from dataset_utils import (
 from experiment_config import expand_trials
 from experiment_results import Experiment, short_name, write_whole
 from hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
-from memory import MemoryEstimate, estimate_memory, resident
+from memory import MemoryEstimate, computed_lengths, estimate_memory, largest_batch, resident
 from models import load_model_and_tokenizer
+from padding_free import can_remove_padding
 from pages import render_page
 from terminal import visible
 from user_error import UserError
@@ -121,28 +122,25 @@ class Preparation:
     @functools.cached_property
     def lengths(self) -> dict[str, np.ndarray]:
         """Tokens of each kept row's sequences, by part: (rows, 1) for SFT, (rows, 2) for DPO. Packed, of each pack."""
+        return {part: computed_lengths(rows, self.in_pairs, padding_free=False) for part, rows in self.computed.items()}
+
+    @functools.cached_property
+    def computed(self) -> dict[str, Dataset]:
+        """The kept rows, or their packs."""
         args = self.hparams.args
-        if self.in_pairs:
-            ids = {part: [("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")] for part in self.kept}
-        else:
-            ids = {part: [("input_ids",)] for part in self.kept}
-        lengths = {}
-        for part, sequences in ids.items():
-            rows = self.kept[part]
-            if not self.in_pairs and args.packing and (part == "train" or args.eval_packing is not False):
-                rows = pack_dataset(
-                    rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy
-                )
-            needed = list(dict.fromkeys(column for columns in sequences for column in columns))
-            table = rows.select_columns(needed).with_format("arrow")[:]
-            lengths[part] = np.stack(
-                [
-                    sum(table[column].combine_chunks().value_lengths().to_numpy() for column in columns)
-                    for columns in sequences
-                ],
-                axis=1,
-            )
-        return lengths
+        packed = {"train", "test"} if getattr(args, "packing", False) else set()
+        if packed and args.eval_packing is False:
+            packed.remove("test")
+        return {
+            part: pack_dataset(rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
+            if part in packed
+            else rows
+            for part, rows in self.kept.items()
+        }
+
+    @property
+    def padding_free(self) -> bool:
+        return not getattr(self.hparams.args, "packing", False) and can_remove_padding(self.model)
 
     @functools.cached_property
     def marker_facts(self) -> dict[str, str]:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
 from checkpoints import check_uuid
+from hardware import has_bf16
 from user_error import UserError, nearest, one_line
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,8 @@ class TrainerArgs:
     """What both kinds of experiment derive from `args`, TRL's config of the run."""
 
     args: SFTConfig | DPOConfig
+    in_pairs: ClassVar[bool]  # whether a row is two sequences
+    training_args: dict[str, Any]
     # What TRL reports at an evaluation, and so what searcher.metric can be.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
@@ -161,6 +163,12 @@ class TrainerArgs:
         return []
 
     @property
+    def checkpointing_left_open(self) -> bool:
+        """Whether `suit_hardware` is to decide on activation checkpointing."""
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        return not any(name in given for name in names for given in (self.training_args, self.args.fsdp_config or {}))
+
+    @property
     def model_init_kwargs(self) -> dict[str, Any]:
         """For `from_pretrained`: TRL would ignore them where, as here, the model is built before the trainer."""
         return {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
@@ -169,6 +177,8 @@ class TrainerArgs:
 @dataclass
 class SFTHyperparameters(TrainerArgs):
     """`hyperparameters` of an SFT experiment. `args` is the SFTConfig they amount to."""
+
+    in_pairs: ClassVar[bool] = False
 
     model_name: str
     dataset: str
@@ -232,6 +242,7 @@ class SFTHyperparameters(TrainerArgs):
 class DPOHyperparameters(TrainerArgs):
     """`hyperparameters` of a DPO experiment. `args` is the DPOConfig they amount to."""
 
+    in_pairs: ClassVar[bool] = True
     eval_metrics: ClassVar[tuple[str, ...]] = (
         *TrainerArgs.eval_metrics,
         *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),
@@ -470,8 +481,8 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
     """TRL's config of a run, with defaults fit for the hardware at hand.
 
     Precision: weights, gradients and AdamW's state are float32 always. At the learning rates of DPO a step is smaller
-    than the spacing of bf16 numbers (1e-4 near 0.02), so bare bf16 weights would never move. Where the GPU has bf16
-    the forward and backward pass run under bf16 autocast.
+    than the spacing of bf16 numbers (1e-4 near 0.02), so bare bf16 weights would never move. Where the hardware has
+    bf16 the forward and backward pass run under bf16 autocast. What else depends on it is in hardware.py.
     """
     values = dict(training_args)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -483,7 +494,7 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in values:
             values.setdefault(old.replace("gradient", "activation"), values.pop(old))
-    values.setdefault("activation_checkpointing", True)
+    values.setdefault("activation_checkpointing", True)  # until `suit_hardware` knows that it need not be
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if values.get("fsdp") and processes > 1 and not torch.accelerator.is_available():
         logger.info("training_args.fsdp: accelerate ignores it on CPUs, where every process keeps a whole model")
@@ -491,7 +502,7 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
         logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
         values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
     if not values.get("fp16"):
-        values.setdefault("bf16", is_torch_bf16_gpu_available())
+        values.setdefault("bf16", has_bf16())
     if not torch.cuda.is_available():
         # Without it the library refuses bf16 on a machine that has no GPU at all, though its CPU may have it.
         values.setdefault("use_cpu", not torch.backends.mps.is_available())

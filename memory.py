@@ -1,7 +1,7 @@
 """An estimate of the memory that a training will need on each device, made from the model's config: no weights.
 
-With P parameters, of which p are in the largest one (a language model's embeddings), micro-batches of N = sequences x
-tokens of the longest, and 4 bytes for a float32 number, a device holds at its peak
+With P parameters, of which p are in the largest one (a language model's embeddings), micro-batches of N tokens (where
+batches are padded: sequences x tokens of the longest), and 4 bytes for a float32 number, a device holds at its peak
 
     weights     4 P       twice with a reference model beside the policy: DPO without precomputed log-probs
     gradients   4 P       twice under DDP, whose buckets hold a second copy
@@ -18,10 +18,11 @@ tokens of the longest, and 4 bytes for a float32 number, a device holds at its p
               With activation checkpointing only each layer's input, 4 N d, and K / L for the one layer that is being
               computed again
           T   a tile of logits: TRL's loss takes min(N, 4096) tokens by min(V, 32768) of a vocabulary of V words at a
-              time. On a CPU its backward pass has 8 results of that size at once, in float32; on a GPU one kernel
-              overwrites the only one, which has autocast's type
-          g   further gradients of the embeddings: 1 if they are the output layer too, as a gradient comes from either
-              end of the model; 1 if gradients are accumulated, as the new one is added to the old
+              time, on a CPU by 512 (output_layer.py). There its backward pass has 8 results of that size at once, in
+              float32; on a GPU one kernel overwrites the only one, which has autocast's type
+          g   further gradients of the embeddings: 1 if gradients are accumulated, as the new one is added to the old;
+              1 if they are the output layer too and there are several processes, as a gradient comes from either end
+              of the model (output_layer.py spares it in one process)
       in the optimizer's step  one or two temporaries: see `step_temporaries`
       at an evaluation         K / L + 4 T of its own micro-batches: no backward pass, nothing kept; 1 T on a GPU
 
@@ -39,21 +40,25 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import psutil
 import torch
+from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
+import output_layer
+
 logging.getLogger(FakeTensorMode.__module__).disabled = True  # see `usual_bytes` for what it would report
 
 FLOAT32 = 4  # bytes
-TILE_TOKENS, TILE_WORDS = 4096, 32768  # TRL 1.16: TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE
+TILE_TOKENS, TILE_WORDS = 4096, 32768  # TRL 1.16: TOKEN_CHUNK_SIZE and, on a GPU, _CHUNKED_LOGPROB_CHUNK_SIZE
 # Bytes of state a parameter has in an optimizer whose name begins so, in float32. Any other counts as AdamW.
 STATE = {"sgd": 0, "adafactor": 0, "lomo": 0, "adalomo": 0, "adagrad": 4, "rmsprop": 4, "lion": 4, "ademamix": 12}
 
-Shape = tuple[int, int]  # sequences (two for each pair of DPO) and tokens of the longest
+Shape = tuple[int, int]  # sequences and tokens of the longest: see `largest_batch`
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The peak on each of `devices`. The formula is in this module's docstring.
 
-    `model` may be on the meta device; with the vocabulary it will be trained with. The shapes are the largest
-    micro-batches' as padded; `eval_shape` is None where nothing is evaluated.
+    `model` may be on the meta device; with the vocabulary it will be trained with. The shapes are those of
+    `largest_batch`; `eval_shape` is None where nothing is evaluated.
     """
     sharded = bool(args.fsdp) and devices > 1 and device_type == "cuda"
     shards = devices if sharded else 1
@@ -94,7 +99,7 @@ def estimate_memory(
 
     reference = isinstance(args, DPOConfig) and not args.precompute_ref_log_probs
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    copies = tied + (args.gradient_accumulation_steps > 1)
+    copies = (tied and devices > 1) + (args.gradient_accumulation_steps > 1)
     working = training_bytes(model, args, train_shape, device_type) + copies * largest
     if sharded:
         working += 2 * gathered_bytes(model)
@@ -113,6 +118,26 @@ def estimate_memory(
 def resident() -> int:
     """Bytes that this process occupies."""
     return psutil.Process().memory_info().rss
+
+
+def computed_lengths(rows: Dataset, pairs: bool, padding_free: bool) -> np.ndarray:
+    """Tokens that a model computes of each tokenized row, (rows, sequences of a row) int64: of a pair its two
+    sequences, or `padding_free` one that has their prompt once."""
+    columns = [("input_ids",)]
+    if pairs:
+        columns = [("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")]
+        columns = [("prompt_ids", "chosen_ids", "rejected_ids")] if padding_free else columns
+    table = rows.select_columns(sorted({name for names in columns for name in names})).with_format("arrow")[:]
+    lengths = {name: table[name].combine_chunks().value_lengths().to_numpy() for name in table.column_names}
+    return np.stack([sum(lengths[name] for name in names) for names in columns], axis=1)
+
+
+def largest_batch(lengths: np.ndarray, batch: int, padding_free: bool) -> Shape:
+    """The most that a batch of so many rows can be, `lengths` as of `computed_lengths`: its sequences and the tokens of
+    the longest, or `padding_free` one sequence with all of their tokens."""
+    if padding_free:
+        return 1, int(np.sort(lengths.sum(axis=1))[-batch:].sum())
+    return batch * lengths.shape[1], int(lengths.max())
 
 
 def state_bytes(optim: str) -> int:
@@ -153,7 +178,8 @@ def tile_bytes(model: PreTrainedModel, args: SFTConfig | DPOConfig, shape: Shape
     """T: logits of as many tokens and words as TRL's loss takes at a time."""
     words = model.get_output_embeddings().weight.shape[0]
     size = FLOAT32 if device_type == "cpu" or autocast_dtype(args) is None else 2
-    return size * min(math.prod(shape), TILE_TOKENS) * min(words, TILE_WORDS)
+    widest = output_layer.TILE_WORDS if device_type == "cpu" else TILE_WORDS
+    return size * min(math.prod(shape), TILE_TOKENS) * min(words, widest)
 
 
 @functools.lru_cache(maxsize=64)  # the trials of a grid ask for the same

@@ -5,6 +5,7 @@ from trl import SFTTrainer
 from chat_format import set_chat_format
 from dataset_utils import load_sft_dataset, tokenize_sft_dataset
 from det_callback import train_until_preempted
+from hardware import suit_hardware
 from hyperparameters import SFTHyperparameters
 from models import load_model_and_tokenizer
 from trial import Trial, open_trial
@@ -22,6 +23,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
 
     trial.status("preparing the training")
     dataset = trial.tokenized(tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
+    suit_hardware(trial, model, dataset)
     trainer = SFTTrainer(
         model=model,
         args=args,

@@ -1,0 +1,453 @@
+"""Tokens per second and memory of this project's training, side by side with TRL's own on the same rows.
+
+    python benchmarks/throughput.py --model small                    # SFT and DPO, a quarter of an hour on two cores
+    python benchmarks/throughput.py --model gemma-270m --rounds 3
+    python benchmarks/throughput.py --model gemma-2b --length 4096 --kind sft     # on a GPU
+    python benchmarks/throughput.py --model FOLDER --dataset rows.jsonl --kind sft --json out.json
+
+A measurement is a process of its own, so that its peak of memory is: a training of `--steps` steps after two that are
+not counted. The configurations take turns, round by round, and the table has medians over the rounds.
+
+    ours           sft_finetune.py or dpo_finetune.py, with a YAML that leaves open what it can
+    trl            SFTTrainer and DPOTrainer with their own defaults: bf16 autocast and activation checkpointing, for DPO
+                   with a reference model in memory. On a CPU with `use_cpu: true`, without which they refuse to run
+    trl-fp32       the same in float32 and without activation checkpointing
+
+All three train on the same token ids, in the same batches. Models are made with random weights in their true shapes, or
+taken from a folder. Rows are random words whose numbers follow those of public samples (see `LENGTHS`), `--length`
+tokens each, or taken from `--dataset`.
+
+    tokens/s       tokens of the sequences trained on, padding not counted; a pair counts both of its sequences whole
+    supervised/s   those whose log-prob is in the loss
+    padding        the share of positions that the decoder computes for nothing
+    MFU            on a GPU: the share of its peak that goes into the model's own floating-point operations,
+                   F tokens/s / peak with F as in `flops_per_token`: nothing for padding, recomputing or reference
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+GEMMA_2B = {
+    **{"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8},
+    **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192},
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # config class and what differs from its defaults
+    "tiny": (
+        "GemmaConfig",
+        {
+            **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
+            **{"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 8192},
+        },
+    ),
+    "small": (
+        "GemmaConfig",
+        {
+            **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
+            **{"num_key_value_heads": 1, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 8192},
+        },
+    ),
+    "gemma-270m": (
+        "Gemma3TextConfig",
+        {
+            **{"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4},
+            **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "max_position_embeddings": 32768},
+            **{"sliding_window": 512, "query_pre_attn_scalar": 256},
+        },
+    ),
+    "gemma-2b": ("GemmaConfig", GEMMA_2B),
+}
+# Tokens of Gemma's tokenizer in public samples, as (mean, deviation, least, most) of a log-normal distribution: for SFT
+# of Cosmopedia's, for DPO of dpo-mix-7k's and truthy-dpo's, the longest left out.
+LENGTHS = {
+    "sft": {"prompt": (3.67, 0.25, 28, 190), "completion": (4.5, 1.15, 8, 570)},
+    "dpo": {"prompt": (5.0, 0.6, 60, 1000), "chosen": (4.8, 1.2, 9, 860), "rejected": (5.5, 0.68, 20, 760)},
+}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense, by what is in the card's name
+CONFIGURATIONS = ("ours", "trl", "trl-fp32")
+WARM_UP = 2  # steps
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.worker:
+        work(json.loads(Path(args.worker).read_text()))
+        return
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(args.model, Path(folder), args.dataset is not None)
+        for kind in args.kind:
+            rows = args.dataset or make_rows(kind, args, Path(folder) / f"{kind}.jsonl")
+            results += compare(kind, args, model, rows, Path(folder))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="small", help=f"{', '.join(MODELS)} or a model's folder (default: small)")
+    parser.add_argument("--kind", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"], help="default: both")
+    parser.add_argument("--dataset", help="rows to train on, as in a YAML; default: random ones of likely lengths")
+    parser.add_argument("--length", type=int, help="tokens of every sequence, in place of likely lengths")
+    parser.add_argument("--batch", type=int, default=4, help="rows a step; for DPO pairs (default: %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="counted in a measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all configurations (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="of a training (default: %(default)s)")
+    parser.add_argument(
+        "--configurations", nargs="+", default=CONFIGURATIONS, choices=CONFIGURATIONS, help="default: all"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="training_args of ours, as in activation_checkpointing=true",
+    )
+    parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, where it is no H100, H200 or A100")
+    parser.add_argument("--json", help="file for all measurements")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        **{library: version(library) for library in ("torch", "transformers", "trl")},
+    }
+
+
+def make_model(name: str, folder: Path, own_tokenizer: bool) -> Path:
+    """A model's folder, with a tokenizer to which each word is a token unless it is to keep its `own_tokenizer`."""
+    import torch
+    import transformers
+
+    if name in MODELS:
+        if own_tokenizer:
+            sys.exit(f"error: --dataset needs a model with a tokenizer; {name} has none")
+        cls, changes = MODELS[name]
+        config = getattr(transformers, cls)(**changes)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained(folder / "model")
+    elif own_tokenizer:
+        return Path(name)
+    else:
+        (folder / "model").mkdir()
+        for file in Path(name).iterdir():
+            if "token" not in file.name:
+                (folder / "model" / file.name).symlink_to(file.resolve())
+    vocabulary = transformers.AutoConfig.from_pretrained(folder / "model").vocab_size
+    make_tokenizer(min(vocabulary, 30000)).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def make_tokenizer(size: int) -> Any:
+    """A tokenizer of words w0, w1, ..., each of which is a token, as are the turn markers and a line's end."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<bos>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    words = [*special, "\n", "user", "assistant"]
+    words += [f"w{number}" for number in range(size - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[^\s]+"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+
+
+def make_rows(kind: str, args: argparse.Namespace, path: Path) -> Path:
+    """As many rows as the measured steps take, and those that the entrypoints hold out."""
+    draw = random.Random(0)
+    wanted = args.batch * args.accumulate * args.processes * (args.steps + WARM_UP)
+    with path.open("w") as file:
+        for _ in range(math.ceil(wanted / 0.8) + 1):
+            if args.length:
+                # Of the prompt an eighth for SFT and a half for DPO, less what the template adds.
+                prompt = args.length // (8 if kind == "sft" else 2)
+                sizes = {"prompt": prompt - 10}
+                sizes |= dict.fromkeys(
+                    ("completion",) if kind == "sft" else ("chosen", "rejected"), args.length - prompt - 2
+                )
+            else:
+                sizes = {
+                    name: int(min(most, max(least, draw.lognormvariate(mean, deviation))))
+                    for name, (mean, deviation, least, most) in LENGTHS[kind].items()
+                }
+            row = {name: " ".join(f"w{draw.randrange(20000)}" for _ in range(size)) for name, size in sizes.items()}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> list[dict[str, Any]]:
+    """Measure the configurations in turns; print the medians; return all measurements."""
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in args.configurations}
+    for number in range(args.rounds):
+        for name in args.configurations:
+            result = measure(name, kind, args, model, rows, folder / f"{kind}-{name}-{number}")
+            measured[name].append(result)
+            print(f"round {number + 1}, {kind} {name}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+    medians = {
+        name: {key: statistics.median(result[key] for result in results) for key in results[0] if key != "losses"}
+        for name, results in measured.items()
+    }
+    show(kind, args, medians)
+    return [
+        {"kind": kind, "model": args.model, "configuration": n, **r} for n, results in measured.items() for r in results
+    ]
+
+
+def show(kind: str, args: argparse.Namespace, medians: dict[str, dict[str, float]]) -> None:
+    """The table, in Markdown; of several TRL configurations the faster one is what ours is compared with."""
+    columns = {
+        "tokens/s": ("tokens_per_second", "{:.0f}"),
+        "supervised/s": ("supervised_per_second", "{:.0f}"),
+        "padding": ("padding", "{:.0%}"),
+        "s a step": ("seconds", "{:.2f}"),
+        "peak GB": ("peak_gb", "{:.2f}"),
+        "reference pass s": ("reference_seconds", "{:.1f}"),
+        "MFU": ("mfu", "{:.1%}"),
+    }
+    columns = {title: column for title, column in columns.items() if any(m.get(column[0]) for m in medians.values())}
+    length = f", {args.length} tokens" if args.length else ""
+    print(f"\n{kind.upper()}, {args.model}, batch {args.batch}{length}, median of {args.rounds}:\n")
+    print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+    for name, median in medians.items():
+        print(f"| {name} | " + " | ".join(form.format(median.get(key) or 0) for key, form in columns.values()) + " |")
+    others = {name: median for name, median in medians.items() if name != "ours"}
+    if "ours" in medians and others:
+        best = max(others, key=lambda name: others[name]["tokens_per_second"])
+        ratios = [medians["ours"][key] / others[best][key] for key in ("tokens_per_second", "peak_gb")]
+        print(f"\nours / {best}: {ratios[0]:.2f} x the tokens/s, {ratios[1]:.2f} x the memory", flush=True)
+
+
+def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    spec = {
+        "configuration": name, "kind": kind, "model": str(model), "rows": str(rows), "folder": str(folder),
+        "batch": args.batch, "accumulate": args.accumulate, "steps": args.steps, "length": args.length,
+        "set": args.set, "peak_flops": args.peak_tflops and args.peak_tflops * 1e12,
+    }  # fmt: skip
+    (folder / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, __file__, "--worker", str(folder / "spec.json")]
+    environment = {**os.environ, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment["LOCAL_CHECKPOINT_STORAGE"] = str(folder / "checkpoints")
+    if args.processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.processes}"]
+        command = [*launcher, *command[1:]]
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("result-*.json"))]
+    if done.returncode or len(results) != args.processes:
+        sys.exit(f"error: {kind} {name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    summed = ("tokens_per_second", "supervised_per_second", "peak_gb")
+    return results[0] | {key: sum(result[key] for result in results) for key in summed}
+
+
+# What follows runs for each measurement in a process of its own, or in several.
+
+
+def work(spec: dict[str, Any]) -> None:
+    """Run the entrypoint, with a meter on its trainer; for TRL's configurations with TRL's own trainer in its place."""
+    os.chdir(REPO)
+    config = Path(spec["folder"], "experiment.json")  # which is YAML, too
+    config.write_text(json.dumps(experiment(spec)))
+    script = importlib.import_module(f"{spec['kind']}_finetune")
+    if spec["configuration"] != "ours":
+        script.suit_hardware = lambda *args: None
+        name = "SFTTrainer" if spec["kind"] == "sft" else "TokenizedDPOTrainer"
+        setattr(script, name, functools.partial(trl_trainer, spec))
+    script.train_until_preempted = functools.partial(train, spec)
+    sys.argv = [f"{spec['kind']}_finetune.py", "--config", str(config), "--output", spec["folder"] + "/out"]
+    script.main()
+
+
+def experiment(spec: dict[str, Any]) -> dict[str, Any]:
+    """An experiment for the entrypoint that says no more than it must."""
+    given = dict(word.split("=", 1) for word in spec["set"])
+    training_args = settings(spec) | {key: yaml.safe_load(value) for key, value in given.items()}
+    hyperparameters = {"model_name": spec["model"], "training_args": training_args}
+    if spec["kind"] == "sft":
+        hyperparameters |= {"dataset": spec["rows"], "max_seq_length": 8192}
+    else:
+        hyperparameters |= {"datasets": [spec["rows"]], "max_length": 8192, "precompute_ref_log_probs": True}
+    return {
+        "name": "throughput",
+        "entrypoint": f"python {spec['kind']}_finetune.py",
+        "searcher": {"name": "single", "metric": "eval_loss"},
+        "hyperparameters": hyperparameters,
+    }
+
+
+def settings(spec: dict[str, Any]) -> dict[str, Any]:
+    """The training_args that all configurations have in common."""
+    return {
+        "max_steps": spec["steps"] + WARM_UP,
+        "per_device_train_batch_size": spec["batch"],
+        "per_device_eval_batch_size": spec["batch"],
+        "gradient_accumulation_steps": spec["accumulate"],
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+
+
+def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """What a user of TRL alone would build, but for the rows, which are tokenized already."""
+    import torch
+    import trl
+
+    class TokenizedDPOTrainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    config_class = trl.SFTConfig if spec["kind"] == "sft" else trl.DPOConfig
+    plain = {"bf16": False, "gradient_checkpointing": False} if spec["configuration"] == "trl-fp32" else {}
+    config = config_class(
+        output_dir=spec["folder"], report_to="none", disable_tqdm=True, max_length=8192,
+        use_cpu=not torch.cuda.is_available(), **plain, **settings(spec),
+    )  # fmt: skip
+    cls = trl.SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
+    return cls(**{name: value for name, value in kwargs.items() if name != "ref_model"} | {"args": config})
+
+
+def train(spec: dict[str, Any], trainer: Any, trial: Any) -> None:
+    """As `train_until_preempted`, but that nothing is saved or evaluated in the end."""
+    from det_callback import DetCallback
+
+    callback = DetCallback(trial, trainer)
+    callback._force_final_save = callback._force_final_evaluate = False
+    trainer.add_callback(callback)
+    meter = Meter(trainer, spec)
+    trainer.train()
+    meter.write()
+
+
+class Meter:
+    """Counts what a trainer's steps go through, and writes it down when they are over."""
+
+    def __init__(self, trainer: Any, spec: dict[str, Any]) -> None:
+        from transformers import TrainerCallback
+
+        self.trainer, self.spec = trainer, spec
+        self.steps: list[dict[str, float]] = []
+        self.losses: list[float] = []
+        self.now = {"tokens": 0, "supervised": 0, "positions": 0}
+        meter = self
+
+        class Steps(TrainerCallback):
+            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                meter.began = time.perf_counter()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                meter.end_step()
+
+            def on_log(self, *args: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+                if "loss" in logs:
+                    meter.losses.append(logs["loss"])
+
+        trainer.add_callback(Steps())
+        training_step = trainer.training_step
+
+        def count(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.now["tokens"] += int(inputs["attention_mask"].sum())
+            learned = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"].bool()
+            self.now["supervised"] += int(learned[:, 1:].sum())
+            return training_step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = count
+        trainer.model.base_model.norm.register_forward_hook(self.count_positions)
+
+    def count_positions(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.now["positions"] += output.shape[0] * output.shape[1]
+
+    def end_step(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ended = time.perf_counter()
+        self.steps.append({"seconds": ended - self.began, **self.now})
+        self.began, self.now = ended, dict.fromkeys(self.now, 0)
+
+    def write(self) -> None:
+        import torch
+
+        counted = self.steps[WARM_UP:]
+        total = {key: sum(step[key] for step in counted) for key in counted[0]}
+        rank = int(os.environ.get("RANK", "0"))
+        gpu = torch.cuda.is_available()
+        result = {
+            "tokens_per_second": total["tokens"] / total["seconds"],
+            "supervised_per_second": total["supervised"] / total["seconds"],
+            "padding": max(0.0, 1 - total["tokens"] / total["positions"]),
+            "positions_per_token": total["positions"] / total["tokens"],
+            "seconds": total["seconds"] / len(counted),
+            "peak_gb": (torch.cuda.max_memory_reserved() if gpu else peak_rss()) / 1e9,
+            "reference_seconds": getattr(self.trainer, "reference_seconds", {}).get("train", 0.0),
+            "losses": self.losses,
+        }
+        if gpu:
+            peak = self.spec["peak_flops"] or next(
+                (flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), math.nan
+            )
+            flops = sum(self.flops(step) for step in counted)
+            result["mfu"] = flops / total["seconds"] / peak
+        Path(self.spec["folder"], f"result-{rank}.json").write_text(json.dumps(result))
+
+    def flops(self, step: dict[str, float]) -> float:
+        length = self.spec["length"] or 0  # of likely lengths the attention is left out, a few percent
+        share = step["supervised"] / step["tokens"]
+        return step["tokens"] * flops_per_token(self.trainer.model.config, length, share)
+
+
+def flops_per_token(config: Any, length: int, supervised: float) -> float:
+    """Floating-point operations of a training step for each token: forward pass, and twice that for the backward pass.
+
+        F = 6 (L (d (2 q + 2 k) + 3 d f) + s d V) + 6 L q n
+
+    L layers of hidden size d, query width q and key width k, gated MLPs of width f, a vocabulary of V of which only the
+    share s of supervised tokens needs the logits; causal attention over sequences of n tokens: n / 2 keys on average,
+    2 operations each for the scores and 2 for the values, in q, times three.
+    """
+    d, layers, size = config.hidden_size, config.num_hidden_layers, config.head_dim
+    q, k = config.num_attention_heads * size, config.num_key_value_heads * size
+    weights = layers * (d * (2 * q + 2 * k) + 3 * d * config.intermediate_size) + supervised * d * config.vocab_size
+    return 6 * weights + 6 * layers * q * length
+
+
+def peak_rss() -> int:
+    """Bytes: the most that this process has occupied. (macOS counts in bytes what Linux counts in KiB.)"""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()
