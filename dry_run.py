@@ -43,8 +43,9 @@ from dataset_utils import (
 )
 from experiment_config import expand_trials
 from experiment_results import Experiment, short_name, write_whole
+from hardware import free_memory, wants_checkpointing
 from hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
-from memory import MemoryEstimate, computed_lengths, estimate_memory, largest_batch, resident
+from memory import MemoryEstimate, computed_lengths, estimate_memory, largest_batches, resident
 from models import load_model_and_tokenizer
 from padding_free import can_remove_padding
 from pages import render_page
@@ -59,6 +60,7 @@ LEGEND = (
 )
 CHECKED_PROMPTS = 200  # this many are rendered once more, the way a server does
 GIGABYTE = 1e9
+CHECKPOINTED = ", activation checkpointing"
 
 
 class Table(NamedTuple):
@@ -122,21 +124,15 @@ class Preparation:
     @functools.cached_property
     def lengths(self) -> dict[str, np.ndarray]:
         """Tokens of each kept row's sequences, by part: (rows, 1) for SFT, (rows, 2) for DPO. Packed, of each pack."""
-        return {part: computed_lengths(rows, self.in_pairs, padding_free=False) for part, rows in self.computed.items()}
-
-    @functools.cached_property
-    def computed(self) -> dict[str, Dataset]:
-        """The kept rows, or their packs."""
-        args = self.hparams.args
-        packed = {"train", "test"} if getattr(args, "packing", False) else set()
-        if packed and args.eval_packing is False:
-            packed.remove("test")
-        return {
-            part: pack_dataset(rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
-            if part in packed
-            else rows
-            for part, rows in self.kept.items()
-        }
+        lengths = {}
+        for part, rows in self.kept.items():
+            args = self.hparams.args
+            if not self.in_pairs and args.packing and (part == "train" or args.eval_packing is not False):
+                rows = pack_dataset(
+                    rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy
+                )
+            lengths[part] = computed_lengths(rows, self.in_pairs, padding_free=False)
+        return lengths
 
     @property
     def padding_free(self) -> bool:
@@ -365,6 +361,11 @@ def trial_facts(
     tokens, learned = int(lengths.sum()), sum(preparation.kept["train"]["learned"][:])
     told["tokens an epoch"] = f"{tokens:,}, of which learned {learned:,} ({learned / tokens:.1%})"
     told["padding"] = f"{padding(lengths, args):.1%} of the positions in a batch"
+    if preparation.padding_free:
+        told["padding"] += ", which are not computed"
+        if preparation.in_pairs:
+            computed = computed_lengths(preparation.kept["train"], pairs=True, padding_free=True)
+            told["prompts of pairs"] = f"computed once: {1 - computed.sum() / tokens:.1%} fewer tokens"
     return told
 
 
@@ -426,24 +427,33 @@ def estimates(
     process: int,
 ) -> Iterator[tuple[str, MemoryEstimate]]:
     """For the one process of this machine, and for the experiment's slots as GPUs."""
-    args, slots, given = hparams.args, slots_of(experiment), hparams.training_args
-    sequences = 2 if preparation.in_pairs else 1
-    estimate = functools.partial(
-        estimate_memory,
-        preparation.model,
-        train_shape=(sequences * args.per_device_train_batch_size, int(preparation.lengths["train"].max())),
-        eval_shape=(sequences * args.per_device_eval_batch_size, int(preparation.lengths["test"].max())),
-        process=process,
-    )
+    args, slots, given = copy.copy(hparams.args), slots_of(experiment), hparams.training_args
+    model, left_open = preparation.model, hparams.checkpointing_left_open
+    shapes = largest_batches(args, preparation.kept, preparation.in_pairs, preparation.padding_free)
+    estimate = functools.partial(estimate_memory, model, args, *shapes, process=process)
+
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    yield f"{here.upper()} here", estimate(args=args, devices=1, device_type=here)
+    told = f"{here.upper()} here"
+    if left_open:
+        args.activation_checkpointing = False
+        needed = estimate(devices=1, device_type=here).total
+        args.activation_checkpointing, _ = wants_checkpointing(model, needed, free_memory())
+        told += CHECKPOINTED if args.activation_checkpointing else ""
+    yield told, estimate(devices=1, device_type=here)
+
     # `args` are of this machine: on a GPU there would be bf16, and on several FSDP.
-    args = copy.copy(args)
     args.bf16 = given.get("bf16", not args.fp16)
     args.fsdp = given.get("fsdp") if slots > 1 else None
     where = f"each of {slots} GPUs" if slots > 1 else "a GPU"
     where += f", {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}{', FSDP' if args.fsdp else ''}"
-    yield where, estimate(args=args, devices=slots, device_type="cuda")
+    if not left_open:
+        yield where, estimate(devices=slots, device_type="cuda")
+        return
+    # Its memory decides, unless the model does.
+    always, _ = wants_checkpointing(model, needed=0, free=1)
+    for checkpointed in [True] if always else [False, True]:
+        args.activation_checkpointing = checkpointed
+        yield where + (CHECKPOINTED if checkpointed else ""), estimate(devices=slots, device_type="cuda")
 
 
 def in_gigabytes(size: int) -> str:

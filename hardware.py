@@ -8,16 +8,17 @@ output layer, embeddings  computed where there is a label, and one gradient for 
 attention, optimizer      PyTorch's SDPA and fused AdamW, which transformers takes by itself
 """
 
+import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel
-from transformers.utils import is_torch_bf16_gpu_available
 
-from memory import FLOAT32, computed_lengths, estimate_memory, largest_batch, resident
+from memory import FLOAT32, estimate_memory, largest_batches, resident
 from output_layer import add_embedding_gradient_in_place, fit_fused_head_to_cpu
 from padding_free import remove_padding
 
@@ -25,13 +26,7 @@ if TYPE_CHECKING:
     from trial import Trial
 
 SPARE = 0.15  # of the free memory, for what no estimate knows of
-
-
-def has_bf16() -> bool:
-    """Whether the device that is trained on computes in bf16, rather than emulate it."""
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        return is_torch_bf16_gpu_available()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+NEXT_TO_NOTHING = 1 / 8  # of a step's operations
 
 
 def free_memory() -> int:
@@ -39,12 +34,28 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     available = psutil.virtual_memory().available
-    try:  # a container may have less than its machine
-        limit, used = (int(open(f"/sys/fs/cgroup/memory.{name}").read()) for name in ("max", "current"))
+    with contextlib.suppress(OSError, ValueError):  # a container may have less than its machine
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         available = min(available, limit - used)
-    except (OSError, ValueError):
-        pass
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + resident()
+
+
+def recomputed_share(model: PreTrainedModel) -> float:
+    """What activation checkpointing adds to a training step's operations, as a share of them.
+
+    With P weights in the layers and W in the output layer: a forward pass 2 P over the step's 6 P + 8 W, as TRL's loss
+    projects onto the vocabulary twice. (Every token taken for supervised.)
+    """
+    output = model.get_output_embeddings().weight.numel()
+    layers = sum(parameter.numel() for parameter in model.get_decoder().layers.parameters())
+    return 2 * layers / (6 * layers + 8 * output)
+
+
+def wants_checkpointing(model: PreTrainedModel, needed: int, free: int) -> tuple[bool, str]:
+    """Whether to train with activation checkpointing, and why: of `free` bytes, `needed` are without it."""
+    if (share := recomputed_share(model)) < NEXT_TO_NOTHING:
+        return True, f"it adds {share:.0%} to a step"
+    return needed > (1 - SPARE) * free, f"up to {needed / 1e9:.1f} GB without it, of {free / 1e9:.1f}"
 
 
 def suit_hardware(
@@ -68,29 +79,15 @@ def suit_hardware(
         told.append("the vocabulary at every position, as this TRL is not known")
     if args.world_size == 1:
         add_embedding_gradient_in_place(model)
+    reason = "as asked"
     if hparams.checkpointing_left_open:
         args.activation_checkpointing = False
-        batches = {"train": args.per_device_train_batch_size, "test": args.per_device_eval_batch_size}
-        if getattr(args, "packing", False):  # by TRL, later
-            shapes = [(size, args.max_length) for size in batches.values()]
-        else:
-            shapes = [
-                largest_batch(computed_lengths(dataset[part], pairs, padding_free), size, padding_free)
-                for part, size in batches.items()
-            ]
         loaded = FLOAT32 * model.num_parameters() * (1 if reference is None else 2)
-        process = max(0, resident() - loaded)
-        estimate = estimate_memory(model, args, *shapes, args.world_size, device, process)
-        # All ranks alike: under FSDP they compute together what is computed again.
-        fits, needed, free = trial.core_context.distributed.broadcast(
-            (estimate.total < (1 - SPARE) * (free := free_memory()), estimate.total, free)
-        )
-        args.activation_checkpointing = not fits
-        told.append(
-            f"activation checkpointing {'off' if fits else 'on'}: without it {needed / 1e9:.1f} GB at the most, of"
-            f" {free / 1e9:.1f}"
-        )
-    else:
-        told.append(f"activation checkpointing {'on' if args.activation_checkpointing else 'off'}")
+        shapes = largest_batches(args, dataset, pairs, padding_free)
+        estimate = estimate_memory(model, args, *shapes, args.world_size, device, process=max(0, resident() - loaded))
+        # All ranks alike: under FSDP they compute again together.
+        needed, free = trial.core_context.distributed.broadcast((estimate.total, free_memory()))
+        args.activation_checkpointing, reason = wants_checkpointing(model, needed, free)
+    told.append(f"activation checkpointing {'on' if args.activation_checkpointing else 'off'} ({reason})")
     args.gradient_checkpointing = args.activation_checkpointing  # TRL 1.16 reads the old name
     trial.status("training with " + "; ".join(told))

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
 from checkpoints import check_uuid
-from hardware import has_bf16
 from user_error import UserError, nearest, one_line
 
 logger = logging.getLogger(__name__)
@@ -475,6 +475,14 @@ def check_training_args(
             raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
         values[name] = value
     return values
+
+
+def has_bf16() -> bool:
+    """Whether the device that is trained on computes in bf16. (Without instructions for it a CPU emulates it, a hundred
+    times slower than float32.)"""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return is_torch_bf16_gpu_available()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def build_training_args(cls: type[TrainingArguments], training_args: dict[str, Any]) -> Any:

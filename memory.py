@@ -37,6 +37,7 @@ gradient yet or any more, so neither decides. A GPU's own context, about half a 
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,6 +139,19 @@ def largest_batch(lengths: np.ndarray, batch: int, padding_free: bool) -> Shape:
     if padding_free:
         return 1, int(np.sort(lengths.sum(axis=1))[-batch:].sum())
     return batch * lengths.shape[1], int(lengths.max())
+
+
+def largest_batches(
+    args: SFTConfig | DPOConfig, dataset: Mapping[str, Dataset], pairs: bool, padding_free: bool
+) -> tuple[Shape, Shape]:
+    """`largest_batch` of the tokenized rows of train, and that of test."""
+    sizes = {"train": args.per_device_train_batch_size, "test": args.per_device_eval_batch_size}
+    if getattr(args, "packing", False):  # by TRL, later
+        train, test = ((size, args.max_length) for size in sizes.values())
+    else:
+        lengths = {part: computed_lengths(dataset[part], pairs, padding_free) for part in sizes}
+        train, test = (largest_batch(lengths[part], size, padding_free) for part, size in sizes.items())
+    return train, test
 
 
 def state_bytes(optim: str) -> int:

@@ -5,6 +5,7 @@ the output layer too. Both functions change how something is computed, not what:
 to the original's results.
 """
 
+import functools
 from importlib.metadata import version
 from typing import Any
 
@@ -26,7 +27,7 @@ def fit_fused_head_to_cpu() -> bool:
 
     - projects every position onto the vocabulary, prompts and padding too, to keep shapes constant for compilers. A
       CPU in eager mode has nothing from that: here, too, only the positions with a label are projected.
-    - takes 32,768 words at a time, which is for a GPU: on a CPU eight temporaries of 4096 x 32,768 go through main memory.
+    - takes 32,768 words at a time, which suits a GPU: on a CPU eight results of 4096 x 32,768 go through main memory.
     - multiplies bf16 numbers as float32 to sum them in float32. The CPU's bf16 instructions sum in float32 anyway.
 
     This can go once TRL asks for Triton where it needs Triton and has a tile size for CPUs.
@@ -41,6 +42,7 @@ def fit_fused_head_to_cpu() -> bool:
     def scores_labels_only(device: torch.device) -> bool:
         return device.type == "cpu" or has_triton(device)
 
+    @functools.wraps(add_float32)
     def add_bf16(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         if a.device.type != "cpu" or a.dtype != torch.bfloat16:
             return add_float32(total, a, b)

@@ -5,12 +5,12 @@
     python benchmarks/throughput.py --model gemma-2b --length 4096 --kind sft     # on a GPU
     python benchmarks/throughput.py --model FOLDER --dataset rows.jsonl --kind sft --json out.json
 
-A measurement is a process of its own, so that its peak of memory is: a training of `--steps` steps after two that are
+A measurement is a process of its own, so that its peak of memory is: a training of `--steps` steps after one that is
 not counted. The configurations take turns, round by round, and the table has medians over the rounds.
 
     ours           sft_finetune.py or dpo_finetune.py, with a YAML that leaves open what it can
-    trl            SFTTrainer and DPOTrainer with their own defaults: bf16 autocast and activation checkpointing, for DPO
-                   with a reference model in memory. On a CPU with `use_cpu: true`, without which they refuse to run
+    trl            SFTTrainer and DPOTrainer with their own defaults: bf16 autocast, activation checkpointing, for DPO
+                   a reference model in memory. On a CPU with `use_cpu: true`, without which they refuse to run
     trl-fp32       the same in float32 and without activation checkpointing
 
 All three train on the same token ids, in the same batches. Models are made with random weights in their true shapes, or
@@ -81,7 +81,7 @@ LENGTHS = {
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense, by what is in the card's name
 CONFIGURATIONS = ("ours", "trl", "trl-fp32")
-WARM_UP = 2  # steps
+WARM_UP = 1  # step
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
         Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help=f"{', '.join(MODELS)} or a model's folder (default: small)")
     parser.add_argument("--kind", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"], help="default: both")
@@ -123,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, where it is no H100, H200 or A100")
     parser.add_argument("--json", help="file for all measurements")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def machine() -> dict[str, Any]:
@@ -411,6 +411,7 @@ class Meter:
             "seconds": total["seconds"] / len(counted),
             "peak_gb": (torch.cuda.max_memory_reserved() if gpu else peak_rss()) / 1e9,
             "reference_seconds": getattr(self.trainer, "reference_seconds", {}).get("train", 0.0),
+            "parameters": self.trainer.model.num_parameters(),
             "losses": self.losses,
         }
         if gpu:

@@ -24,6 +24,7 @@ TRAINING_ARGS = {
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "activation_checkpointing": False,
+    "bf16": False,  # the same numbers on every machine
     "logging_steps": 1,
     "eval_strategy": "no",
     "save_strategy": "no",

@@ -53,6 +53,8 @@ def number(text):
     return int(re.match(r"[\d,]+", text)[0].replace(",", ""))
 
 
+# By this machine, or by whichever GPU it will be.
+LEFT_OPEN = {f"hyperparameters__training_args__{name}": None for name in ("bf16", "activation_checkpointing")}
 SETTINGS = {
     "batch of 4": {"per_device_train_batch_size": 4},
     "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5},
@@ -88,6 +90,7 @@ def test_steps_tokens_and_examples_are_those_of_the_training(told, train, traine
         real = sum(int(batch["attention_mask"].sum()) for batch in batches)
         share = 1 - real / sum(batch["input_ids"].numel() for batch in batches)
         assert float(facts["padding"].split("%")[0]) / 100 == pytest.approx(share, abs=0.1)
+        assert facts["padding"].endswith(", which are not computed")
     else:
         assert facts["padding"].startswith("0.0%")
         assert number(facts["packs of rows a step"]) == 2
@@ -108,6 +111,10 @@ def test_pairs_are_those_of_the_training(told, train, trainers, dpo_config):
     }
     assert shown == trained
     assert training(tables)["steps"].startswith(f"{trainer.state.max_steps:,} (")
+    rows = trainer.train_dataset
+    prompts, whole = (sum(map(len, rows[f"{name}_ids"])) for name in ("prompt", "chosen"))
+    whole += 2 * prompts + sum(map(len, rows["rejected_ids"]))
+    assert training(tables)["prompts of pairs"] == f"computed once: {prompts / whole:.1%} fewer tokens"
     limits = {row[0]: row[-2:] for row in tables["Tokens a row, before any is cut"].rows}
     assert {name: limit for name, (limit, _) in limits.items()} == {
         **{"prompt": "60", "chosen": "40", "rejected": "40", "total": "384"},
@@ -150,11 +157,13 @@ def test_dropped_pairs_name_the_limit_to_raise(told, dpo_config, tmp_path):
 
 def test_trials_that_prepare_their_data_alike_are_told_together(told, dpo_config):
     beta = {"type": "categorical", "vals": [0.1, 0.05]}
-    grid = {"searcher__name": "grid", "hyperparameters__dpo_beta": beta}
+    grid = {"searcher__name": "grid", "hyperparameters__dpo_beta": beta, **LEFT_OPEN}
     tables, examples = told(dpo_config, **grid)
     assert len(examples) == 4  # two sources, two sides
     assert tables["The 2 trials"].columns == ["trial", "dpo_beta"]
-    assert [row[0] for row in tables["Memory at its peak, estimated, in GB"].rows] == ["CPU here", "a GPU, bf16"]
+    assert [row[0] for row in tables["Memory at its peak, estimated, in GB"].rows] == [
+        *("CPU here", "a GPU, bf16", "a GPU, bf16, activation checkpointing"),
+    ]
 
     batch = {"type": "categorical", "vals": [2, 4]}
     limit = {"type": "categorical", "vals": [128, 384]}
@@ -202,7 +211,7 @@ def test_trials_that_pack_and_trials_that_do_not(told, sft_config):
 
 
 def test_slots_share_the_steps_and_the_memory(told, sft_config):
-    changes = {"hyperparameters__training_args__max_steps": None}
+    changes = {"hyperparameters__training_args__max_steps": None, "hyperparameters__training_args__bf16": None}
     alone = training(told(sft_config, **changes)[0])
     tables, _ = told(sft_config, resources={"slots_per_trial": 2}, hyperparameters__training_args__fsdp=True, **changes)
     shared = training(tables)

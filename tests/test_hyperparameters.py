@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from trl.trainer.dpo_config import DPOConfig
 
+import hyperparameters
 from hyperparameters import DPO_LOSSES, DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
 from user_error import UserError
 
@@ -146,9 +147,30 @@ def test_cdpo_is_composed_of_trls_losses():
 
 
 def test_precision_follows_the_hardware(monkeypatch):
-    monkeypatch.setattr("hyperparameters.is_torch_bf16_gpu_available", lambda: False)
-    assert (sft().args.bf16, sft().args.fp16) == (False, False)
+    for has_bf16 in (False, True):
+        monkeypatch.setattr("hyperparameters.has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert (sft().args.bf16, sft().args.fp16) == (has_bf16, False)
+    monkeypatch.undo()
     assert sft(training_args={"bf16": True}).args.bf16  # on a CPU: autocast over float32 weights all the same
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpu_bf16", "avx512_bf16", "amx", "expected"),
+    [
+        (True, True, False, False, True),
+        (True, False, True, True, False),  # what the CPU has is of no use to a GPU
+        (False, False, True, False, True),
+        (False, False, False, True, True),
+        (False, False, False, False, False),  # emulated, it would take a hundred times as long as float32
+    ],
+)
+def test_bf16_where_there_are_instructions_for_it(monkeypatch, gpu, gpu_bf16, avx512_bf16, amx, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(hyperparameters, "is_torch_bf16_gpu_available", lambda: gpu_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert hyperparameters.has_bf16() == expected
 
 
 def test_the_split_does_not_follow_the_training_seed():

@@ -1,0 +1,160 @@
+"""How speed and memory of a training grow with its size: a picture, and the slopes in it.
+
+    python benchmarks/scale.py --output benchmarks/scale.png      # half an hour on two cores
+
+SFT steps of `throughput.py`'s `small` model, in this project's configuration and in TRL's in float32, each a process of
+its own: with the length of the sequences, with their number in a batch, with the model's size, and on one and two
+processes (data parallel: each has a batch of its own). The slope of tokens/s is the exponent b of a fitted x^b: 0 where
+each token costs the same, -1 where a sequence costs as much as all of its pairs of tokens. That of memory is in bytes a
+token (or a parameter).
+
+    python benchmarks/scale.py --full-run 45      # percent of a card's peak that a training keeps busy
+
+tells instead, and measures nothing, what the published run would take on one and two H100 or H200 cards: sft.yaml's
+60,000 samples once, dpo.yaml's nine trials twice over its pairs, evaluations and the reference pass as well.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import throughput
+
+CONFIGURATIONS = ("ours", "trl-fp32")
+PEAK = throughput.PEAK_FLOPS["H100"]  # the H200's, too
+# Of sft.yaml and dpo.yaml: rows, mean tokens of public samples in Gemma's tokenizer, epochs, steps between evaluations.
+SAMPLES: dict[str, dict[str, Any]] = {
+    "sft": {"rows": 60000, "tokens": {"prompt": 0, "completion": 0}, "epochs": 1, "eval_steps": 250},
+    "dpo": {"rows": 7766, "tokens": {"prompt": 0, "chosen": 0, "rejected": 0}, "epochs": 2, "eval_steps": 100},
+}
+PANELS: dict[str, list[tuple[float, list[str]]]] = {  # x, and throughput.py's options for it
+    "tokens a sequence": [(n, ["--length", str(n), "--batch", "1"]) for n in (256, 512, 1024, 2048, 4096)],
+    "sequences a batch": [(n, ["--length", "256", "--batch", str(n)]) for n in (1, 2, 4, 8, 16)],
+    "parameters": [(0, ["--length", "256", "--model", model]) for model in ("tiny", "small", "gemma-270m")],
+    "processes": [(n, ["--length", "256", "--processes", str(n)]) for n in (1, 2)],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="scale.png", help="picture; the numbers go beside it as .json")
+    parser.add_argument("--steps", type=int, default=2, help="counted in a measurement (default: %(default)s)")
+    parser.add_argument("--full-run", type=float, metavar="PERCENT", help="tell what the published run would take")
+    args = parser.parse_args()
+    if args.full_run:
+        full_run(args.full_run / 100)
+        return
+    points = [
+        {"panel": panel, "x": x, **point}
+        for panel, cases in PANELS.items()
+        for x, options in cases
+        for point in measure([*options, "--steps", str(args.steps)])
+    ]
+    told = {"machine": throughput.machine(), "slopes": slopes(points), "points": points}
+    Path(args.output).with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+    draw(points, Path(args.output))
+
+
+def measure(options: list[str]) -> list[dict[str, Any]]:
+    """A point for each configuration."""
+    args = throughput.parse_arguments(["--kind", "sft", *options])
+    points = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = throughput.make_model(args.model, folder, own_tokenizer=False)
+        rows = throughput.make_rows("sft", args, folder / "rows.jsonl")
+        for name in CONFIGURATIONS:
+            result = throughput.measure(name, "sft", args, model, rows, folder / name)
+            points.append(
+                {"configuration": name, **{k: result[k] for k in ("tokens_per_second", "peak_gb", "parameters")}}
+            )
+            print(
+                f"{' '.join(options)}: {name} {result['tokens_per_second']:.0f} tokens/s, {result['peak_gb']:.2f} GB",
+                flush=True,
+            )
+    return points
+
+
+def series(points: list[dict[str, Any]], panel: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, tokens/s and GB."""
+    chosen = [p for p in points if (p["panel"], p["configuration"]) == (panel, name)]
+    x = [p["parameters"] if panel == "parameters" else p["x"] for p in chosen]
+    return np.array(x), *(np.array([p[key] for p in chosen]) for key in ("tokens_per_second", "peak_gb"))
+
+
+def slopes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    told = []
+    print("\n| tokens/s and memory with | | exponent of tokens/s | memory |\n|---|---|---|---|")
+    for panel in PANELS:
+        for name in CONFIGURATIONS:
+            x, speed, memory = series(points, panel, name)
+            exponent = np.polyfit(np.log(x), np.log(speed), 1)[0]
+            tokens = x * {"tokens a sequence": 1, "sequences a batch": 256}.get(panel, 1)
+            size = np.polyfit(tokens, 1e9 * memory, 1)[0]
+            unit = {"parameters": "bytes a parameter", "processes": "bytes a process"}.get(panel, "bytes a token")
+            told.append({"panel": panel, "configuration": name, "exponent": exponent, "memory": size, "unit": unit})
+            print(f"| {panel} | {name} | {exponent:.2f} | {size:,.0f} {unit} |")
+    return told
+
+
+def draw(points: list[dict[str, Any]], output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(PANELS), figsize=(13, 6), layout="constrained")
+    for column, panel in zip(axes.T, PANELS, strict=True):
+        for name, colour in zip(CONFIGURATIONS, ("tab:blue", "tab:gray"), strict=True):
+            x, *values = series(points, panel, name)
+            for axis, value in zip(column, values, strict=True):
+                axis.plot(x, value, marker="o", color=colour, label=name)
+        for axis in column:
+            axis.set_xscale("log")
+            axis.set_ylim(bottom=0)
+            axis.set_xticks(x, [f"{v / 1e6:.0f} M" if panel == "parameters" else f"{v:.0f}" for v in x], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        column[1].set_xlabel(panel)
+    axes[0, 3].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("tokens/s")
+    axes[1, 0].set_ylabel("peak memory, GB")
+    axes[0, 0].legend()
+    figure.savefig(output, dpi=110)
+
+
+def full_run(utilisation: float) -> None:
+    """Print hours of the published run, from operations alone: a training takes F a token, an evaluation F / 3 (see
+    `throughput.flops_per_token`), and a pair's prompt is computed once."""
+    import transformers
+
+    config = transformers.GemmaConfig(**throughput.GEMMA_2B)
+    sft, dpo = SAMPLES["sft"], SAMPLES["dpo"]
+    tokens = {"sft": sum(sft["tokens"].values()), "dpo": sum(dpo["tokens"].values())}
+    learned = {"sft": 1.0, "dpo": 1 - dpo["tokens"]["prompt"] / tokens["dpo"]}  # sft.yaml learns the prompts, too
+    row = {kind: n * throughput.flops_per_token(config, n, learned[kind]) for kind, n in tokens.items()}
+
+    print(f"At {utilisation:.0%} of {PEAK / 1e12:.0f} TFLOP/s a card:\n")
+    print("| | cards | rows trained on | rows evaluated | hours | card hours |\n|---|---|---|---|---|---|")
+    for cards in (1, 2):
+        hours = []
+        for kind, of, trials in (("sft", sft, 1), ("dpo", dpo, 9)):
+            held_out = round(0.2 * of["rows"])
+            steps = of["epochs"] * math.ceil((of["rows"] - held_out) / (8 * cards))
+            trained = trials * of["epochs"] * (of["rows"] - held_out)
+            evaluated = trials * (steps // of["eval_steps"] + 1) * held_out + (of["rows"] if kind == "dpo" else 0)
+            hours.append((trained + evaluated / 3) * row[kind] / (cards * PEAK * utilisation) / 3600)
+            name = "SFT" if kind == "sft" else "DPO, nine trials and the reference pass"
+            print(f"| {name} | {cards} | {trained:,} | {evaluated:,} | {hours[-1]:.1f} | {cards * hours[-1]:.1f} |")
+        print(f"| together | {cards} | | | {sum(hours):.1f} | {cards * sum(hours):.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What the hardware at hand decides, what a trial tells of it, and that it learns the same."""
+
+import pytest
+from test_memory import HEADS, SIZES, on_meta
+from transformers import GemmaConfig
+
+import dpo_finetune
+import hardware
+import sft_finetune
+
+ARGS = "hyperparameters__training_args__"
+LEFT_OPEN = {f"{ARGS}activation_checkpointing": None, f"{ARGS}max_steps": 1}
+
+
+def started_with(reports):
+    (told,) = [r["status"] for r in reports["status"] if r["status"].startswith("training with ")]
+    return told.removeprefix("training with ").split("; ")
+
+
+def losses(reports):
+    return [report["metrics"]["loss"] for report in reports["training"] if "loss" in report["metrics"]]
+
+
+def test_checkpointing_where_memory_asks_for_it_or_where_it_costs_nothing():
+    layers = on_meta(GemmaConfig(**SIZES | {"vocab_size": 64}, **HEADS))
+    assert hardware.wants_checkpointing(layers, needed=84, free=100) == (False, "up to 0.0 GB without it, of 0.0")
+    assert hardware.wants_checkpointing(layers, needed=86, free=100)[0]
+    vocabulary = on_meta(GemmaConfig(**SIZES | {"vocab_size": 20000}, **HEADS))
+    assert hardware.wants_checkpointing(vocabulary, needed=1, free=100) == (True, "it adds 4% to a step")
+
+
+@pytest.mark.parametrize(("script", "padding"), [(sft_finetune, ""), (dpo_finetune, ", a pair's prompt once")])
+def test_a_trial_tells_what_it_has_chosen(train, trainers, request, monkeypatch, script, padding):
+    config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
+    asked = train(script, config, output="asked", **{f"{ARGS}max_steps": 1, f"{ARGS}bf16": True})
+    bf16, padding_told, checkpointing = started_with(asked)
+    assert bf16 == "bf16 autocast over float32 weights"
+    assert padding_told == f"no padding{padding}"
+    assert checkpointing == "activation checkpointing off (as asked)"
+
+    roomy = train(script, config, output="roomy", **LEFT_OPEN)
+    assert started_with(roomy)[-1].startswith("activation checkpointing off (up to ")
+    monkeypatch.setattr(hardware, "free_memory", lambda: 10**6)
+    cramped = train(script, config, output="cramped", **LEFT_OPEN)
+    assert started_with(cramped)[-1].startswith("activation checkpointing on (up to ")
+    assert [trainer.model.is_gradient_checkpointing for trainer in trainers] == [False, False, True]
+    losses = [
+        [r["metrics"]["loss"] for r in reports["training"] if "loss" in r["metrics"]] for reports in (roomy, cramped)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_model_that_stays_padded_is_told(train, sft_config):
+    eager = {f"{ARGS}model_init_kwargs": {"attn_implementation": "eager"}, f"{ARGS}max_steps": 1}
+    assert started_with(train(sft_finetune, sft_config, **eager))[1] == "padded batches (gemma, eager attention)"
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch):
+    free = hardware.free_memory()
+    files = {"/sys/fs/cgroup/memory.max": "5000000000", "/sys/fs/cgroup/memory.current": "4999999000"}
+    monkeypatch.setattr(hardware.Path, "read_text", lambda self: files[str(self)])
+    assert 1000 < hardware.free_memory() < free
+    monkeypatch.setitem(files, "/sys/fs/cgroup/memory.max", "max")
+    assert hardware.free_memory() == pytest.approx(free, rel=0.2)
+
+
+@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
+def test_the_same_is_learned_as_in_trls_own_way(train, request, monkeypatch, script):
+    """Padded, every position projected, gradients summed by autograd: in float32 every loss agrees to 1e-4, and in the
+    end so do the evaluations. bf16 autocast moves losses by up to a hundredth."""
+    config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
+    steps = {f"{ARGS}max_steps": 16, f"{ARGS}gradient_accumulation_steps": 2, f"{ARGS}learning_rate": 5e-4}
+    ours = train(script, config, output="ours", **steps)
+    bf16 = train(script, config, output="bf16", **steps, **{f"{ARGS}bf16": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "suit_hardware", lambda *args: None)
+        unfit(patch)
+        plain = train(script, config, output="plain", **steps)
+
+    assert len(losses(plain)) == 16
+    assert losses(ours) == pytest.approx(losses(plain), rel=1e-4)
+    assert losses(bf16) == pytest.approx(losses(plain), rel=1e-2)
+    names = ("eval_loss",) if script is sft_finetune else ("eval_loss", "eval_rewards/accuracies")
+    for name in names:
+        end, fast, faster = (reports["validation"][-1]["metrics"][name] for reports in (plain, ours, bf16))
+        assert fast == pytest.approx(end, rel=1e-4)
+        assert faster == pytest.approx(end, rel=1e-2)
+
+
+def unfit(patch):
+    """TRL's fused head as installed."""
+    import trl.kernels.chunked_logprob as kernels
+    import trl.trainer.utils as utils
+
+    patch.setattr(utils, "_use_triton", kernels._use_triton)
+    patch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
+    patch.setattr(kernels, "_addmm_fp32", getattr(kernels._addmm_fp32, "__wrapped__", kernels._addmm_fp32))
