@@ -26,6 +26,8 @@ from checkpoints import is_model_file
 from experiment_results import read_reports
 from generation import Answer, Sampling, answer_batch, batch_seed, batches, context_length, fitted, in_halves
 from models import load_model_and_tokenizer
+from output_layer import fit_fused_head_to_cpu
+from padding_free import remove_padding
 from preference_metrics import PairScore, pair_batches, score_batch, tokenize_pairs
 from shared_cache import fingerprint
 from trial import append_report
@@ -95,7 +97,9 @@ class Contestant:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self.loaded is None:
             self.loaded = load(self.name, self.source, self.conditions)
+            remove_padding(self.loaded[0], pairs=True)
             add_fused_lm_head(self.loaded[0])
+            fit_fused_head_to_cpu()
         return self.loaded
 
     def unload(self) -> None:
