@@ -90,7 +90,7 @@ class Contestant:
         self.name, self.source, self.conditions, self.kept = name, source, conditions, kept
         self.progress, self.after_batch = progress, after_batch
         self.depends_on = (model_identity(source), str(conditions.dtype), conditions.device.type)
-        if conditions.dtype is not torch.float32:  # in others, how a batch is padded moves the result
+        if conditions.dtype is not torch.float32:  # in others, what else is in a batch moves the result
             self.depends_on += (conditions.batch_size,)
         self.loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
@@ -99,7 +99,8 @@ class Contestant:
             self.loaded = load(self.name, self.source, self.conditions)
             remove_padding(self.loaded[0], pairs=True)
             add_fused_lm_head(self.loaded[0])
-            fit_fused_head_to_cpu()
+            if self.conditions.device.type == "cpu":
+                fit_fused_head_to_cpu()
         return self.loaded
 
     def unload(self) -> None:

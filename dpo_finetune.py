@@ -16,6 +16,7 @@ from det_callback import train_until_preempted
 from hardware import suit_hardware
 from hyperparameters import DPOHyperparameters
 from models import load_model_and_tokenizer
+from padding_free import remove_padding
 from shared_cache import reference_key
 from trial import Trial, open_trial
 from user_error import exit_on_user_error
@@ -47,6 +48,8 @@ class TokenizedDPOTrainer(DPOTrainer):
         TRL looks for it under the data set's fingerprint and a hash of the weights. That is as good as never the same,
         and would not tell fp32 from bf16. This can go once TRL's key holds what `reference_key` does.
         """
+        if self.ref_model is not None:  # FSDP's, see below
+            remove_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
         dataset._fingerprint = reference_key(self, dataset, batch_size)
         lock = f"{dataset._fingerprint}-{self._precompute_model_hash[:16]}"
         with self.trial.one_at_a_time(lock, "reference log-probs"):

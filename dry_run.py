@@ -47,7 +47,7 @@ from hardware import free_memory, wants_checkpointing
 from hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
 from memory import MemoryEstimate, computed_lengths, estimate_memory, largest_batches, resident
 from models import load_model_and_tokenizer
-from padding_free import can_remove_padding
+from padding_free import why_padded
 from pages import render_page
 from terminal import visible
 from user_error import UserError
@@ -136,7 +136,7 @@ class Preparation:
 
     @property
     def padding_free(self) -> bool:
-        return not getattr(self.hparams.args, "packing", False) and can_remove_padding(self.model)
+        return why_padded(self.model, self.hparams.args) is None
 
     @functools.cached_property
     def marker_facts(self) -> dict[str, str]:
@@ -361,7 +361,7 @@ def trial_facts(
     tokens, learned = int(lengths.sum()), sum(preparation.kept["train"]["learned"][:])
     told["tokens an epoch"] = f"{tokens:,}, of which learned {learned:,} ({learned / tokens:.1%})"
     told["padding"] = f"{padding(lengths, args):.1%} of the positions in a batch"
-    if preparation.padding_free:
+    if preparation.padding_free and not getattr(args, "packing", False):
         told["padding"] += ", which are not computed"
         if preparation.in_pairs:
             computed = computed_lengths(preparation.kept["train"], pairs=True, padding_free=True)
@@ -437,7 +437,7 @@ def estimates(
     if left_open:
         args.activation_checkpointing = False
         needed = estimate(devices=1, device_type=here).total
-        args.activation_checkpointing, _ = wants_checkpointing(model, needed, free_memory())
+        args.activation_checkpointing, _ = wants_checkpointing(model, needed, free_memory(here))
         told += CHECKPOINTED if args.activation_checkpointing else ""
     yield told, estimate(devices=1, device_type=here)
 

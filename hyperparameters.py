@@ -166,7 +166,8 @@ class TrainerArgs:
     def checkpointing_left_open(self) -> bool:
         """Whether `suit_hardware` is to decide on activation checkpointing."""
         names = ("activation_checkpointing", "gradient_checkpointing")
-        return not any(name in given for name in names for given in (self.training_args, self.args.fsdp_config or {}))
+        by_fsdp = self.args.fsdp and _fsdp_checkpointing(self.training_args)
+        return not by_fsdp and not any(name in self.training_args for name in names)
 
     @property
     def model_init_kwargs(self) -> dict[str, Any]:
@@ -477,10 +478,16 @@ def check_training_args(
     return values
 
 
-def has_bf16() -> bool:
-    """Whether the device that is trained on computes in bf16. (Without instructions for it a CPU emulates it, a hundred
-    times slower than float32.)"""
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
+def _fsdp_checkpointing(training_args: dict[str, Any]) -> bool:
+    """Whether `fsdp_config` says anything on activation checkpointing."""
+    config = training_args.get("fsdp_config")
+    return isinstance(config, dict) and any(name.removeprefix("fsdp_") == "activation_checkpointing" for name in config)
+
+
+def has_bf16(use_cpu: bool) -> bool:
+    """Whether the device that is trained on computes in bf16. Without instructions for it a CPU emulates it, a hundred
+    times slower than float32; only x86's are looked for."""
+    if not use_cpu and (torch.cuda.is_available() or torch.backends.mps.is_available()):
         return is_torch_bf16_gpu_available()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -502,15 +509,16 @@ def build_training_args(cls: type[TrainingArguments], training_args: dict[str, A
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in values:
             values.setdefault(old.replace("gradient", "activation"), values.pop(old))
-    values.setdefault("activation_checkpointing", True)  # until `suit_hardware` knows that it need not be
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if values.get("fsdp") and processes > 1 and not torch.accelerator.is_available():
         logger.info("training_args.fsdp: accelerate ignores it on CPUs, where every process keeps a whole model")
     if values.get("fsdp") and processes == 1:
         logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
         values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
+    # FSDP may do it itself; else it is on until `suit_hardware` knows that it need not be.
+    values.setdefault("activation_checkpointing", not _fsdp_checkpointing(values))
     if not values.get("fp16"):
-        values.setdefault("bf16", has_bf16())
+        values.setdefault("bf16", has_bf16(bool(values.get("use_cpu"))))
     if not torch.cuda.is_available():
         # Without it the library refuses bf16 on a machine that has no GPU at all, though its CPU may have it.
         values.setdefault("use_cpu", not torch.backends.mps.is_available())

@@ -34,6 +34,7 @@ frees seldom leaves it, which makes up for that. Loading and saving hold a secon
 gradient yet or any more, so neither decides. A GPU's own context, about half a gigabyte, is not counted.
 """
 
+import copy
 import functools
 import logging
 import math
@@ -43,6 +44,7 @@ from typing import Literal
 
 import numpy as np
 import psutil
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -51,6 +53,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 import output_layer
+from padding_free import ATTENTION, Row, Run, can_remove_padding
 
 logging.getLogger(FakeTensorMode.__module__).disabled = True  # see `usual_bytes` for what it would report
 
@@ -83,7 +86,7 @@ def estimate_memory(
     train_shape: Shape,
     eval_shape: Shape | None,
     devices: int,
-    device_type: Literal["cpu", "cuda"],
+    device_type: Literal["cpu", "cuda"] | str,  # any other as a CPU
     process: int,
 ) -> MemoryEstimate:
     """The peak on each of `devices`. The formula is in this module's docstring.
@@ -112,7 +115,7 @@ def estimate_memory(
         gradients=gradients * (2 if devices > 1 and not sharded else 1),
         optimizer=optimizer,
         activations=max(moments),
-        process=process if device_type == "cpu" else 0,
+        process=0 if device_type == "cuda" else process,
     )
 
 
@@ -129,7 +132,7 @@ def computed_lengths(rows: Dataset, pairs: bool, padding_free: bool) -> np.ndarr
         columns = [("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")]
         columns = [("prompt_ids", "chosen_ids", "rejected_ids")] if padding_free else columns
     table = rows.select_columns(sorted({name for names in columns for name in names})).with_format("arrow")[:]
-    lengths = {name: table[name].combine_chunks().value_lengths().to_numpy() for name in table.column_names}
+    lengths = {name: pc.list_value_length(table[name]).to_numpy() for name in table.column_names}
     return np.stack([sum(lengths[name] for name in names) for names in columns], axis=1)
 
 
@@ -179,13 +182,13 @@ def training_bytes(model: PreTrainedModel, args: SFTConfig | DPOConfig, shape: S
     if args.activation_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing"):
         inputs = FLOAT32 * math.prod(shape) * config.hidden_size * config.num_hidden_layers
         activations = inputs + activations // config.num_hidden_layers
-    return activations + (8 if device_type == "cpu" else 1) * tile_bytes(model, args, shape, device_type)
+    return activations + (1 if device_type == "cuda" else 8) * tile_bytes(model, args, shape, device_type)
 
 
 def evaluation_bytes(model: PreTrainedModel, args: SFTConfig | DPOConfig, shape: Shape, device_type: str) -> int:
     """K / L + 4 T of an evaluation."""
     layer = kept_bytes(model, autocast_dtype(args), shape) // model.get_decoder().config.num_hidden_layers
-    return layer + (4 if device_type == "cpu" else 1) * tile_bytes(model, args, shape, device_type)
+    return layer + (1 if device_type == "cuda" else 4) * tile_bytes(model, args, shape, device_type)
 
 
 def tile_bytes(model: PreTrainedModel, args: SFTConfig | DPOConfig, shape: Shape, device_type: str) -> int:
@@ -207,15 +210,22 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
         return tensor
 
     decoder = model.get_decoder()
+    config = copy.deepcopy(decoder.config)
     try:
         with FakeTensorMode(), torch.device("cpu"):
-            fake = type(decoder)(decoder.config).train()
             ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
+            inputs = {"attention_mask": mask}
+            if shape[0] == 1 and can_remove_padding(model):  # attention without a mask, as `remove_padding` has it
+                config._attn_implementation = ATTENTION
+                positions = torch.arange(shape[1])[None]
+                row = Row(positions[0], positions, positions[0], [Run(0, shape[1])])
+                inputs = {"attention_mask": mask[None, None, :1, :1], "position_ids": positions, "row": row}
+            fake = type(decoder)(config).train()
             with (
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
                 torch.autocast("cpu", dtype, enabled=dtype is not None),
             ):
-                fake(input_ids=ids, attention_mask=mask, use_cache=False)
+                fake(input_ids=ids, use_cache=False, **inputs)
     except RuntimeError:  # it asks for a value, or for a kernel that a CPU does not have: mixtures of experts do
         return usual_bytes(decoder.config, shape)
     for parameter in fake.parameters():
@@ -238,6 +248,9 @@ def autocast_dtype(args: SFTConfig | DPOConfig) -> torch.dtype | None:
 
 def gathered_bytes(model: PreTrainedModel) -> int:
     """The weights that FSDP has whole at a time: one decoder layer's, the largest, and those in no layer."""
-    layers = next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
     return FLOAT32 * (model.num_parameters() - sum(sizes) + max(sizes))
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))

@@ -6,6 +6,7 @@ to the original's results.
 """
 
 import functools
+import types
 from importlib.metadata import version
 from typing import Any
 
@@ -44,15 +45,15 @@ def fit_fused_head_to_cpu() -> bool:
 
     @functools.wraps(add_float32)
     def add_bf16(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        if a.device.type != "cpu" or a.dtype != torch.bfloat16:
-            return add_float32(total, a, b)
-        before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # of products; they are summed in float32
+        products = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+        before = getattr(products, "fp32_precision", None)
+        if before is not None and a.device.type == "cpu" and a.dtype == torch.bfloat16:
+            products.fp32_precision = "bf16"  # they are summed in float32 all the same
         try:
             add_float32(total, a, b)
         finally:
-            torch.backends.mkldnn.matmul.fp32_precision = before
-        return None
+            if before is not None:
+                products.fp32_precision = before
 
     scores_labels_only.fitted = True
     # Not the kernels' own `_use_triton`, which chooses the kernel.
@@ -82,8 +83,11 @@ class AddedInPlace(torch.autograd.Function):
             grad = grad.masked_fill((ids == padding_idx)[..., None], 0)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        # Unlike index_add_, the same from run to run on a GPU.
-        weight.grad.index_put_((ids.flatten(),), grad.reshape(-1, grad.shape[-1]).to(weight.dtype), accumulate=True)
+        # A token's rows are summed as autograd does it, the same from run to run, and then added at once.
+        rows, places = ids.flatten().unique(return_inverse=True)
+        grad = grad.reshape(-1, grad.shape[-1])
+        summed = torch.ops.aten.embedding_dense_backward(grad, places, len(rows), -1, False)
+        weight.grad.index_put_((rows,), summed.to(weight.dtype), accumulate=True)
         return None, None, None
 
 
@@ -110,15 +114,20 @@ def add_embedding_gradient_in_place(model: PreTrainedModel) -> bool:
     """
     embedding = model.get_input_embeddings()
     tied = embedding.weight is model.get_output_embeddings().weight
-    if not tied or not isinstance(embedding, torch.nn.Embedding) or embedding.sparse or embedding.max_norm:
+    plain = isinstance(embedding, torch.nn.Embedding) and not (
+        embedding.sparse or embedding.max_norm or embedding.scale_grad_by_freq
+    )
+    if not tied or not plain:
         return False
-    look_up, in_place = embedding.forward, LookUpInPlace(embedding)
+    look_up, in_place = type(embedding).forward, LookUpInPlace(embedding)
 
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or not embedding.weight.requires_grad:
-            return look_up(ids)
+    def forward(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        # Hooks on the gradient (an optimizer's that steps in the backward pass) must see all of it.
+        hooks = self.weight._backward_hooks or self.weight._post_accumulate_grad_hooks
+        if self is not in_place.embedding or hooks or not torch.is_grad_enabled() or not self.weight.requires_grad:
+            return look_up(self, ids)
         with in_place:
-            return look_up(ids)
+            return look_up(self, ids)
 
-    embedding.forward = forward
+    embedding.forward = types.MethodType(forward, embedding)
     return True

@@ -1,8 +1,8 @@
 """Training without padding: a batch's tokens in one row, in which no sequence sees another.
 
-The data loader makes a rectangle of a batch, with padding up to its longest sequence: two fifths of it, with samples
-like those of sft.yaml and dpo.yaml. Here the decoder is given the tokens alone. What goes in and what comes out keep
-their shapes, so TRL's losses and metrics, and what a step learns from, stay what they were.
+The data loader makes a rectangle of a batch, with padding up to its longest sequence: of public samples in batches of
+four, two fifths of it. Here the decoder is given the tokens alone. What goes in and what comes out keep their shapes,
+so TRL's losses and metrics, and what a step learns from, stay what they were.
 
     batch (B, L)        row (1, T)
     a b c .             a b c d e f g
@@ -20,11 +20,10 @@ and DPOTrainer's is switched off. This can go once both work with SDPA.
 
 import functools
 import types
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -43,15 +42,15 @@ class Run(NamedTuple):
     prefix_stop: int = 0
 
 
-@dataclass
 class Row:
-    """A batch of (B, L) token ids as a row of T tokens."""
+    """A batch of (B, L) token ids as a row of T tokens. (No dataclass: FSDP2 would take it apart for every layer.)"""
 
-    taken: torch.Tensor  # (T,) int64, where each token stands in the flattened batch
-    positions: torch.Tensor  # (1, T) int64, in their sequences
-    places: torch.Tensor  # (B L,) int64, where each of the flattened batch's tokens stands in the row; padding: 0
-    runs: list[Run]
-    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    def __init__(self, taken: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, runs: list[Run]) -> None:
+        self.taken = taken  # (T,) int64, where each token stands in the flattened batch
+        self.positions = positions  # (1, T) int64, in their sequences
+        self.places = places  # (B L,) int64, where each of the flattened batch's tokens stands in the row; padding: 0
+        self.runs = runs
+        self.masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def mask(self, run: Run, window: int | None) -> torch.Tensor | None:
         """Which tokens (T_run, T_prefix + T_run) of the run and its prefix each of the run's attends to; None for all
@@ -72,8 +71,10 @@ def lay_out(input_ids: torch.Tensor, attention_mask: torch.Tensor, pairs: bool) 
 
     None unless all padding is at the sequences' ends.
     """
-    size, length = input_ids.shape
-    offsets = torch.arange(length, device=input_ids.device).expand(size, length)
+    device, (size, length) = input_ids.device, input_ids.shape
+    # Once: each step below would wait for a GPU.
+    input_ids, attention_mask = input_ids.cpu(), attention_mask.cpu()
+    offsets = torch.arange(length).expand(size, length)
     lengths = attention_mask.sum(1)
     kept = offsets < lengths[:, None]
     if not torch.equal(kept, attention_mask.bool()):
@@ -97,7 +98,8 @@ def lay_out(input_ids: torch.Tensor, attention_mask: torch.Tensor, pairs: bool) 
         if stop > start:
             runs.append(Run(start, stop, prefix_start, prefix_start + prefix))
         start = stop
-    return Row(own.flatten().nonzero().squeeze(1), offsets[own][None], places.flatten(), runs)
+    tensors = (own.flatten().nonzero().squeeze(1), offsets[own][None], places.flatten())
+    return Row(*(tensor.to(device) for tensor in tensors), runs)
 
 
 def attend_by_sequence(
@@ -143,6 +145,17 @@ def can_remove_padding(model: PreTrainedModel) -> bool:
     )
 
 
+def why_padded(model: PreTrainedModel, args: TrainingArguments) -> str | None:
+    """What keeps a training with `args` at padded batches, if anything does."""
+    if args.torch_compile:
+        return "torch_compile"  # it wants no loops over sequences
+    if getattr(args, "neftune_noise_alpha", None):
+        return "neftune_noise_alpha"  # its noise is scaled by the length of a batch's rows
+    if not can_remove_padding(model):
+        return f"{model.config.model_type}, {model.config._attn_implementation} attention"
+    return None
+
+
 def remove_padding(model: PreTrainedModel, pairs: bool) -> bool:
     """Have `model`'s decoder compute a batch without its padding, and if it holds `pairs` their prompts once; whether
     it can. Call it before the model is wrapped.
@@ -161,9 +174,8 @@ def remove_padding(model: PreTrainedModel, pairs: bool) -> bool:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        plain = not kwargs.get("use_cache", True) and not any(
-            kwargs.get(name) is not None for name in ("position_ids", "past_key_values", "inputs_embeds")
-        )
+        others = ("position_ids", "past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions")
+        plain = kwargs.get("use_cache") is False and not any(kwargs.get(name) is not None for name in others)
         row = None
         if plain and input_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
             row = lay_out(input_ids, attention_mask, pairs and len(input_ids) % 2 == 0)

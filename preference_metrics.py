@@ -17,7 +17,7 @@ from chat_format import answer_spans
 from dataset_utils import CUT, DROPPED, tokenize_dpo_dataset
 
 RESAMPLES = 2000
-BATCH_TOKENS = 8192  # TRL's fused head takes 128 KiB for each, while it is at work
+BATCH_TOKENS = 8192  # TRL's fused head takes 128 KiB for each on a GPU, while it is at work
 NGRAM = 3
 
 

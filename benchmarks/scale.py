@@ -66,6 +66,7 @@ def main() -> None:
 def measure(options: list[str]) -> list[dict[str, Any]]:
     """A point for each configuration."""
     args = throughput.parse_arguments(["--kind", "sft", *options])
+    (args.length,) = args.length
     points = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -124,7 +125,6 @@ def draw(points: list[dict[str, Any]], output: Path) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         column[1].set_xlabel(panel)
-    axes[0, 3].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("tokens/s")
     axes[1, 0].set_ylabel("peak memory, GB")
     axes[0, 0].legend()
@@ -150,7 +150,7 @@ def full_run(utilisation: float) -> None:
             held_out = round(0.2 * of["rows"])
             steps = of["epochs"] * math.ceil((of["rows"] - held_out) / (8 * cards))
             trained = trials * of["epochs"] * (of["rows"] - held_out)
-            evaluated = trials * (steps // of["eval_steps"] + 1) * held_out + (of["rows"] if kind == "dpo" else 0)
+            evaluated = trials * math.ceil(steps / of["eval_steps"]) * held_out + (of["rows"] if kind == "dpo" else 0)
             hours.append((trained + evaluated / 3) * row[kind] / (cards * PEAK * utilisation) / 3600)
             name = "SFT" if kind == "sft" else "DPO, nine trials and the reference pass"
             print(f"| {name} | {cards} | {trained:,} | {evaluated:,} | {hours[-1]:.1f} | {cards * hours[-1]:.1f} |")

@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py --model small                    # SFT and DPO, a quarter of an hour on two cores
     python benchmarks/throughput.py --model gemma-270m --rounds 3
-    python benchmarks/throughput.py --model gemma-2b --length 4096 --kind sft     # on a GPU
+    python benchmarks/throughput.py --model gemma-2b --length 4096 2048 --batch 2     # on a GPU: SFT and DPO
     python benchmarks/throughput.py --model FOLDER --dataset rows.jsonl --kind sft --json out.json
 
 A measurement is a process of its own, so that its peak of memory is: a training of `--steps` steps after one that is
@@ -20,8 +20,11 @@ tokens each, or taken from `--dataset`.
     tokens/s       tokens of the sequences trained on, padding not counted; a pair counts both of its sequences whole
     supervised/s   those whose log-prob is in the loss
     padding        the share of positions that the decoder computes for nothing
+    waiting        the share of a step's time before it begins: for its rows
     MFU            on a GPU: the share of its peak that goes into the model's own floating-point operations,
-                   F tokens/s / peak with F as in `flops_per_token`: nothing for padding, recomputing or reference
+                   F tokens/s / peak with F as in `flops_per_token`: nothing for padding, recomputing or reference,
+                   and of a pair's prompts only for those that are computed
+    peak GB        resident memory, or what torch has reserved on a GPU; of several processes together
 """
 
 import argparse
@@ -92,9 +95,10 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(args.model, Path(folder), args.dataset is not None)
-        for kind in args.kind:
-            rows = args.dataset or make_rows(kind, args, Path(folder) / f"{kind}.jsonl")
-            results += compare(kind, args, model, rows, Path(folder))
+        for kind, length in zip(args.kind, args.length or [None] * len(args.kind), strict=True):
+            case = argparse.Namespace(**vars(args) | {"length": length})
+            rows = args.dataset or make_rows(kind, case, Path(folder) / f"{kind}.jsonl")
+            results += compare(kind, case, model, rows, Path(folder))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
 
@@ -104,7 +108,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="small", help=f"{', '.join(MODELS)} or a model's folder (default: small)")
     parser.add_argument("--kind", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"], help="default: both")
     parser.add_argument("--dataset", help="rows to train on, as in a YAML; default: random ones of likely lengths")
-    parser.add_argument("--length", type=int, help="tokens of every sequence, in place of likely lengths")
+    parser.add_argument(
+        "--length", type=int, nargs="+", help="tokens of every sequence, one for each kind; default: likely lengths"
+    )
     parser.add_argument("--batch", type=int, default=4, help="rows a step; for DPO pairs (default: %(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="counted in a measurement (default: %(default)s)")
@@ -123,7 +129,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, where it is no H100, H200 or A100")
     parser.add_argument("--json", help="file for all measurements")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.length and len(args.length) != len(args.kind):
+        parser.error(f"--length: {len(args.length)} given for {len(args.kind)} kinds of training")
+    return args
 
 
 def machine() -> dict[str, Any]:
@@ -206,21 +215,27 @@ def make_rows(kind: str, args: argparse.Namespace, path: Path) -> Path:
 
 
 def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> list[dict[str, Any]]:
-    """Measure the configurations in turns; print the medians; return all measurements."""
+    """Measure the configurations in turns; print the medians; return all measurements. One that fails (it needs more
+    memory than there is, say) is told, and left out."""
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in args.configurations}
     for number in range(args.rounds):
-        for name in args.configurations:
-            result = measure(name, kind, args, model, rows, folder / f"{kind}-{name}-{number}")
+        for name in list(measured):
+            try:
+                result = measure(name, kind, args, model, rows, folder / f"{kind}-{name}-{number}")
+            except ChildProcessError as error:
+                print(f"{kind} {name} failed: {error}", file=sys.stderr)
+                del measured[name]
+                continue
             measured[name].append(result)
             print(f"round {number + 1}, {kind} {name}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     medians = {
         name: {key: statistics.median(result[key] for result in results) for key in results[0] if key != "losses"}
         for name, results in measured.items()
     }
-    show(kind, args, medians)
-    return [
-        {"kind": kind, "model": args.model, "configuration": n, **r} for n, results in measured.items() for r in results
-    ]
+    if medians:
+        show(kind, args, medians)
+    common = {"kind": kind, "model": args.model, "length": args.length, "batch": args.batch}
+    return [{**common, "configuration": name, **result} for name, results in measured.items() for result in results]
 
 
 def show(kind: str, args: argparse.Namespace, medians: dict[str, dict[str, float]]) -> None:
@@ -230,6 +245,7 @@ def show(kind: str, args: argparse.Namespace, medians: dict[str, dict[str, float
         "supervised/s": ("supervised_per_second", "{:.0f}"),
         "padding": ("padding", "{:.0%}"),
         "s a step": ("seconds", "{:.2f}"),
+        "waiting": ("waiting", "{:.1%}"),
         "peak GB": ("peak_gb", "{:.2f}"),
         "reference pass s": ("reference_seconds", "{:.1f}"),
         "MFU": ("mfu", "{:.1%}"),
@@ -265,7 +281,7 @@ def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: P
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("result-*.json"))]
     if done.returncode or len(results) != args.processes:
-        sys.exit(f"error: {kind} {name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise ChildProcessError(f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
     summed = ("tokens_per_second", "supervised_per_second", "peak_gb")
     return results[0] | {key: sum(result[key] for result in results) for key in summed}
 
@@ -358,12 +374,15 @@ class Meter:
         self.trainer, self.spec = trainer, spec
         self.steps: list[dict[str, float]] = []
         self.losses: list[float] = []
-        self.now = {"tokens": 0, "supervised": 0, "positions": 0}
+        self.now = {"tokens": 0, "supervised": 0, "positions": 0, "waiting": 0.0}
         meter = self
 
         class Steps(TrainerCallback):
             def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
                 meter.began = time.perf_counter()
+
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                meter.now["waiting"] = time.perf_counter() - meter.began
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 meter.end_step()
@@ -409,6 +428,7 @@ class Meter:
             "padding": max(0.0, 1 - total["tokens"] / total["positions"]),
             "positions_per_token": total["positions"] / total["tokens"],
             "seconds": total["seconds"] / len(counted),
+            "waiting": total["waiting"] / total["seconds"],
             "peak_gb": (torch.cuda.max_memory_reserved() if gpu else peak_rss()) / 1e9,
             "reference_seconds": getattr(self.trainer, "reference_seconds", {}).get("train", 0.0),
             "parameters": self.trainer.model.num_parameters(),
@@ -425,7 +445,8 @@ class Meter:
     def flops(self, step: dict[str, float]) -> float:
         length = self.spec["length"] or 0  # of likely lengths the attention is left out, a few percent
         share = step["supervised"] / step["tokens"]
-        return step["tokens"] * flops_per_token(self.trainer.model.config, length, share)
+        computed = min(step["tokens"], step["positions"])  # without padding, and a pair's prompt once
+        return computed * flops_per_token(self.trainer.model.config, length, share)
 
 
 def flops_per_token(config: Any, length: int, supervised: float) -> float:

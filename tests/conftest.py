@@ -190,3 +190,14 @@ def trainers(monkeypatch):
 
         monkeypatch.setattr(module, name, build)
     return built
+
+
+@pytest.fixture
+def fused_head_as_installed(monkeypatch):
+    """TRL's fused head, whatever an earlier test has made of it; and what this one makes of it is undone."""
+    import trl.kernels.chunked_logprob as kernels
+    import trl.trainer.utils as utils
+
+    monkeypatch.setattr(utils, "_use_triton", kernels._use_triton)
+    monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
+    monkeypatch.setattr(kernels, "_addmm_fp32", getattr(kernels._addmm_fp32, "__wrapped__", kernels._addmm_fp32))

@@ -1,5 +1,7 @@
 """What the hardware at hand decides, what a trial tells of it, and that it learns the same."""
 
+from types import SimpleNamespace
+
 import pytest
 from test_memory import HEADS, SIZES, on_meta
 from transformers import GemmaConfig
@@ -40,14 +42,11 @@ def test_a_trial_tells_what_it_has_chosen(train, trainers, request, monkeypatch,
 
     roomy = train(script, config, output="roomy", **LEFT_OPEN)
     assert started_with(roomy)[-1].startswith("activation checkpointing off (up to ")
-    monkeypatch.setattr(hardware, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(hardware, "free_memory", lambda device_type: 10**6)
     cramped = train(script, config, output="cramped", **LEFT_OPEN)
     assert started_with(cramped)[-1].startswith("activation checkpointing on (up to ")
     assert [trainer.model.is_gradient_checkpointing for trainer in trainers] == [False, False, True]
-    losses = [
-        [r["metrics"]["loss"] for r in reports["training"] if "loss" in r["metrics"]] for reports in (roomy, cramped)
-    ]
-    assert losses[0] == losses[1]
+    assert losses(roomy) == losses(cramped)
 
 
 def test_a_model_that_stays_padded_is_told(train, sft_config):
@@ -55,13 +54,32 @@ def test_a_model_that_stays_padded_is_told(train, sft_config):
     assert started_with(train(sft_finetune, sft_config, **eager))[1] == "padded batches (gemma, eager attention)"
 
 
+def test_other_settings_that_keep_the_padding(train, sft_config):
+    """NEFTune scales its noise by the length of a batch's rows, which would be another one."""
+    neftune = train(sft_finetune, sft_config, **{f"{ARGS}neftune_noise_alpha": 5.0, f"{ARGS}max_steps": 1})
+    assert started_with(neftune)[1] == "padded batches (neftune_noise_alpha)"
+
+
+def test_a_model_whose_memory_cannot_be_told_is_checkpointed(train, sft_config, monkeypatch):
+    def estimate(*args, **kwargs):
+        raise AttributeError("no such name")
+
+    monkeypatch.setattr(hardware, "estimate_memory", estimate)
+    told = started_with(train(sft_finetune, sft_config, **LEFT_OPEN))[-1]
+    assert told == "activation checkpointing on (gemma's memory cannot be estimated: no such name)"
+
+
 def test_a_container_has_less_memory_than_its_machine(monkeypatch):
-    free = hardware.free_memory()
-    files = {"/sys/fs/cgroup/memory.max": "5000000000", "/sys/fs/cgroup/memory.current": "4999999000"}
-    monkeypatch.setattr(hardware.Path, "read_text", lambda self: files[str(self)])
-    assert 1000 < hardware.free_memory() < free
-    monkeypatch.setitem(files, "/sys/fs/cgroup/memory.max", "max")
-    assert hardware.free_memory() == pytest.approx(free, rel=0.2)
+    mine = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=300, shared=100))
+    monkeypatch.setattr(hardware.psutil, "Process", lambda: mine)
+    machine = hardware.free_memory("cpu")
+    files = {"max": "5000000000", "current": "4999999000", "stat": "active_file 7\ninactive_file 500"}
+    monkeypatch.setattr(hardware.Path, "read_text", lambda self: files[self.name.removeprefix("memory.")])
+    assert hardware.free_memory("cpu") == 1500 + 200
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert hardware.free_memory("cpu") == 750 + 200
+    monkeypatch.setitem(files, "max", "max")
+    assert hardware.free_memory("cpu") > machine / 4
 
 
 @pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
@@ -72,10 +90,9 @@ def test_the_same_is_learned_as_in_trls_own_way(train, request, monkeypatch, scr
     steps = {f"{ARGS}max_steps": 16, f"{ARGS}gradient_accumulation_steps": 2, f"{ARGS}learning_rate": 5e-4}
     ours = train(script, config, output="ours", **steps)
     bf16 = train(script, config, output="bf16", **steps, **{f"{ARGS}bf16": True})
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "suit_hardware", lambda *args: None)
-        unfit(patch)
-        plain = train(script, config, output="plain", **steps)
+    monkeypatch.setattr(script, "suit_hardware", lambda *args: None)
+    request.getfixturevalue("fused_head_as_installed")
+    plain = train(script, config, output="plain", **steps)
 
     assert len(losses(plain)) == 16
     assert losses(ours) == pytest.approx(losses(plain), rel=1e-4)
@@ -85,13 +102,3 @@ def test_the_same_is_learned_as_in_trls_own_way(train, request, monkeypatch, scr
         end, fast, faster = (reports["validation"][-1]["metrics"][name] for reports in (plain, ours, bf16))
         assert fast == pytest.approx(end, rel=1e-4)
         assert faster == pytest.approx(end, rel=1e-2)
-
-
-def unfit(patch):
-    """TRL's fused head as installed."""
-    import trl.kernels.chunked_logprob as kernels
-    import trl.trainer.utils as utils
-
-    patch.setattr(utils, "_use_triton", kernels._use_triton)
-    patch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
-    patch.setattr(kernels, "_addmm_fp32", getattr(kernels._addmm_fp32, "__wrapped__", kernels._addmm_fp32))

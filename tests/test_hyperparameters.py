@@ -148,7 +148,7 @@ def test_cdpo_is_composed_of_trls_losses():
 
 def test_precision_follows_the_hardware(monkeypatch):
     for has_bf16 in (False, True):
-        monkeypatch.setattr("hyperparameters.has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr("hyperparameters.has_bf16", lambda use_cpu, has_bf16=has_bf16: has_bf16)
         assert (sft().args.bf16, sft().args.fp16) == (has_bf16, False)
     monkeypatch.undo()
     assert sft(training_args={"bf16": True}).args.bf16  # on a CPU: autocast over float32 weights all the same
@@ -170,7 +170,8 @@ def test_bf16_where_there_are_instructions_for_it(monkeypatch, gpu, gpu_bf16, av
     monkeypatch.setattr(hyperparameters, "is_torch_bf16_gpu_available", lambda: gpu_bf16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert hyperparameters.has_bf16() == expected
+    assert hyperparameters.has_bf16(use_cpu=False) == expected
+    assert hyperparameters.has_bf16(use_cpu=True) == (avx512_bf16 or amx)
 
 
 def test_the_split_does_not_follow_the_training_seed():
@@ -185,6 +186,18 @@ def test_gradient_checkpointings_old_name_serves_without_a_warning(recwarn):
         assert not args.gradient_checkpointing
     assert sft().args.activation_checkpointing  # TRL's default
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
+def test_who_decides_on_checkpointing(monkeypatch):
+    """`suit_hardware`, unless the YAML says it, or has FSDP say it."""
+    by_fsdp = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
+    assert sft().checkpointing_left_open
+    assert not sft(training_args={"activation_checkpointing": False}).checkpointing_left_open
+    alone = sft(training_args=by_fsdp)  # nothing to shard: it is as if nothing was said
+    assert (alone.checkpointing_left_open, alone.args.activation_checkpointing) == (True, True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sharded = sft(training_args=by_fsdp)
+    assert (sharded.checkpointing_left_open, sharded.args.activation_checkpointing) == (False, False)
 
 
 def test_fsdp_is_left_out_where_there_is_one_process():

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 from trl import DPOConfig, SFTConfig
 
 from hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from memory import estimate_memory, kept_bytes, resident, state_bytes
+from memory import estimate_memory, kept_bytes, largest_batch, resident, state_bytes
 
 SHAPE = (2, 64)
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1000}
@@ -71,6 +72,19 @@ def test_activations_are_what_autograd_keeps(config):
     for parameter in real.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)
     assert kept_bytes(model, None, SHAPE) == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.02)
+
+
+def test_attention_without_padding_keeps_no_mask(meta_model):
+    """Of N tokens in one sequence, or in several without their padding, bytes are a multiple of N; masks are of N^2."""
+    once, twice = (kept_bytes(meta_model, None, (1, tokens)) for tokens in (512, 1024))
+    assert twice == pytest.approx(2 * once, rel=0.01)
+
+
+def test_a_batch_is_its_largest_rows():
+    lengths = np.array([[3, 9], [4, 4], [8, 1]])
+    assert largest_batch(lengths, 2, padding_free=False) == (4, 9)
+    assert largest_batch(lengths, 2, padding_free=True) == (1, 12 + 9)
+    assert largest_batch(lengths, 9, padding_free=True) == (1, 29)
 
 
 def test_a_model_that_cannot_be_traced_counts_with_its_config():
