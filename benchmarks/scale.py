@@ -26,15 +26,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import throughput
+from throughput import REPO
 
 CONFIGURATIONS = ("ours", "trl-fp32")
 PEAK = throughput.PEAK_FLOPS["H100"]  # the H200's, too
-# Of sft.yaml and dpo.yaml: rows, mean tokens of one, epochs, steps between evaluations. Cosmopedia's card counts 25
-# billion tokens in 30 million texts; prompts, and the pairs of dpo-mix-7k and truthy-dpo, are means of public samples.
-SAMPLES: dict[str, dict[str, Any]] = {
-    "sft": {"rows": 60000, "tokens": {"prompt": 43, "completion": 830}, "epochs": 1, "eval_steps": 500},
-    "dpo": {"rows": 7766, "tokens": {"prompt": 656, "chosen": 352, "rejected": 355}, "epochs": 2, "eval_steps": 100},
-}
+# Mean tokens of a row. Cosmopedia's card counts 25 billion tokens in 30 million texts; its prompts, and the pairs of
+# dpo-mix-7k and truthy-dpo, are means of public samples.
+TOKENS = {"sft": {"prompt": 43, "completion": 830}, "dpo": {"prompt": 656, "chosen": 352, "rejected": 355}}
+PAIRS = 6750 + 1016
 PANELS: dict[str, list[tuple[float, list[str]]]] = {  # x, and throughput.py's options for it
     "tokens a sequence": [(n, ["--length", str(n), "--batch", "1"]) for n in (256, 512, 1024, 2048, 4096)],
     "sequences a batch": [(n, ["--length", "256", "--batch", str(n)]) for n in (1, 2, 4, 8, 16)],
@@ -136,22 +135,28 @@ def full_run(utilisation: float) -> None:
     `throughput.flops_per_token`), and a pair's prompt is computed once."""
     import transformers
 
+    from experiment_config import expand_trials, read_experiment_config
+
     config = transformers.GemmaConfig(**throughput.GEMMA_2B)
-    sft, dpo = SAMPLES["sft"], SAMPLES["dpo"]
-    tokens = {"sft": sum(sft["tokens"].values()), "dpo": sum(dpo["tokens"].values())}
-    learned = {"sft": 1.0, "dpo": 1 - dpo["tokens"]["prompt"] / tokens["dpo"]}  # sft.yaml learns the prompts, too
-    row = {kind: n * throughput.flops_per_token(config, n, learned[kind]) for kind, n in tokens.items()}
+    experiments = {kind: expand_trials(read_experiment_config(str(REPO / f"{kind}.yaml"))) for kind in TOKENS}
+    rows = {"sft": sum(share["number_of_samples"] for share in experiments["sft"][0]["dataset_subsets"]), "dpo": PAIRS}
+    tokens = {kind: sum(lengths.values()) for kind, lengths in TOKENS.items()}
+    learned = {"sft": 1.0, "dpo": 1 - TOKENS["dpo"]["prompt"] / tokens["dpo"]}  # sft.yaml learns the prompts, too
 
     print(f"At {utilisation:.0%} of {PEAK / 1e12:.0f} TFLOP/s a card:\n")
     print("| | cards | rows trained on | rows evaluated | hours | card hours |\n|---|---|---|---|---|---|")
     for cards in (1, 2):
         hours = []
-        for kind, of, trials in (("sft", sft, 1), ("dpo", dpo, 9)):
-            held_out = round(0.2 * of["rows"])
-            steps = of["epochs"] * math.ceil((of["rows"] - held_out) / (8 * cards))
-            trained = trials * of["epochs"] * (of["rows"] - held_out)
-            evaluated = trials * math.ceil(steps / of["eval_steps"]) * held_out + (of["rows"] if kind == "dpo" else 0)
-            hours.append((trained + evaluated / 3) * row[kind] / (cards * PEAK * utilisation) / 3600)
+        for kind, trials in experiments.items():
+            given = trials[0]["training_args"]
+            held_out, epochs = round(0.2 * rows[kind]), given["num_train_epochs"]
+            batch = cards * given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+            steps = epochs * math.ceil((rows[kind] - held_out) / batch)
+            trained = len(trials) * epochs * (rows[kind] - held_out)
+            evaluated = len(trials) * math.ceil(steps / given["eval_steps"]) * held_out
+            evaluated += rows[kind] if kind == "dpo" else 0  # the reference pass
+            operations = tokens[kind] * throughput.flops_per_token(config, tokens[kind], learned[kind])
+            hours.append((trained + evaluated / 3) * operations / (cards * PEAK * utilisation) / 3600)
             name = "SFT" if kind == "sft" else "DPO, nine trials and the reference pass"
             print(f"| {name} | {cards} | {trained:,} | {evaluated:,} | {hours[-1]:.1f} | {cards * hours[-1]:.1f} |")
         print(f"| together | {cards} | | | {sum(hours):.1f} | {cards * sum(hours):.1f} |")

@@ -188,16 +188,16 @@ def test_gradient_checkpointings_old_name_serves_without_a_warning(recwarn):
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 
 
-def test_who_decides_on_checkpointing(monkeypatch):
+def test_who_decides_on_checkpointing():
     """`suit_hardware`, unless the YAML says it, or has FSDP say it."""
-    by_fsdp = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
     assert sft().checkpointing_left_open
     assert not sft(training_args={"activation_checkpointing": False}).checkpointing_left_open
-    alone = sft(training_args=by_fsdp)  # nothing to shard: it is as if nothing was said
-    assert (alone.checkpointing_left_open, alone.args.activation_checkpointing) == (True, True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    sharded = sft(training_args=by_fsdp)
-    assert (sharded.checkpointing_left_open, sharded.args.activation_checkpointing) == (False, False)
+    for prefix in ("", "fsdp_"):
+        by_fsdp = sft(training_args={"fsdp": True, "fsdp_config": {f"{prefix}activation_checkpointing": True}})
+        # One process has nothing to shard: it is as if nothing was said.
+        assert (by_fsdp.checkpointing_left_open, by_fsdp.args.activation_checkpointing) == (True, True)
+        by_fsdp.args.fsdp = True
+        assert not by_fsdp.checkpointing_left_open
 
 
 def test_fsdp_is_left_out_where_there_is_one_process():
