@@ -362,10 +362,10 @@ def trial_facts(
     told["tokens an epoch"] = f"{tokens:,}, of which learned {learned:,} ({learned / tokens:.1%})"
     told["padding"] = f"{padding(lengths, args):.1%} of the positions in a batch"
     if preparation.padding_free and not getattr(args, "packing", False):
-        told["padding"] += ", which are not computed"
+        told["padding"] += " as padded; not computed"
         if preparation.in_pairs:
             computed = computed_lengths(preparation.kept["train"], pairs=True, padding_free=True)
-            told["prompts of pairs"] = f"computed once: {1 - computed.sum() / tokens:.1%} fewer tokens"
+            told["prompts of pairs"] = f"computed once: {1 - computed.sum() / tokens:.1%} of the tokens spared"
     return told
 
 

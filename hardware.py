@@ -56,8 +56,8 @@ def recomputed_share(model: PreTrainedModel) -> float:
 def wants_checkpointing(model: PreTrainedModel, needed: int, free: int) -> tuple[bool, str]:
     """Whether to train with activation checkpointing, and why: of `free` bytes, `needed` are without it."""
     if (share := recomputed_share(model)) < NEXT_TO_NOTHING:
-        return True, f"it adds {share:.0%} to a step"
-    return needed > (1 - SPARE) * free, f"up to {needed / 1e9:.1f} GB without it, of {free / 1e9:.1f}"
+        return True, f"recomputing adds only {share:.0%} to a step"
+    return needed > (1 - SPARE) * free, f"at most {needed / 1e9:.1f} GB needed without it, {free / 1e9:.1f} free"
 
 
 def suit_hardware(
@@ -84,7 +84,7 @@ def suit_hardware(
     if args.world_size == 1 and not (args.torch_compile or args.deepspeed):
         add_embedding_gradient_in_place(model)
 
-    reason = "as asked"
+    reason = "as set"
     if hparams.checkpointing_left_open:
         reason = choose_checkpointing(trial, model, dataset, why is None, models=1 if reference is None else 2)
     args.gradient_checkpointing = args.activation_checkpointing  # TRL 1.16 reads the old name

@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="counted in a measurement (default: %(default)s)")
     parser.add_argument("--full-run", type=float, metavar="PERCENT", help="tell what the published run would take")
     args = parser.parse_args()
-    if args.full_run:
+    if args.full_run is not None:
+        if not 1 <= args.full_run <= 100:
+            sys.exit(f"error: --full-run {args.full_run:g} is not in [1, 100] percent")
         full_run(args.full_run / 100)
         return
     points = [
@@ -143,7 +145,8 @@ def full_run(utilisation: float) -> None:
     tokens = {kind: sum(lengths.values()) for kind, lengths in TOKENS.items()}
     learned = {"sft": 1.0, "dpo": 1 - TOKENS["dpo"]["prompt"] / tokens["dpo"]}  # sft.yaml learns the prompts, too
 
-    print(f"At {utilisation:.0%} of {PEAK / 1e12:.0f} TFLOP/s a card:\n")
+    print(f"Computed, not measured: Gemma-2B at {utilisation:.0%} of the {PEAK / 1e12:.0f} TFLOP/s of an H100 or H200.")
+    print("Loading and saving are left out; on two cards there are half as many steps, and evaluations.\n")
     print("| | cards | rows trained on | rows evaluated | hours | card hours |\n|---|---|---|---|---|---|")
     for cards in (1, 2):
         hours = []
@@ -158,8 +161,8 @@ def full_run(utilisation: float) -> None:
             operations = tokens[kind] * throughput.flops_per_token(config, tokens[kind], learned[kind])
             hours.append((trained + evaluated / 3) * operations / (cards * PEAK * utilisation) / 3600)
             name = "SFT" if kind == "sft" else "DPO, nine trials and the reference pass"
-            print(f"| {name} | {cards} | {trained:,} | {evaluated:,} | {hours[-1]:.1f} | {cards * hours[-1]:.1f} |")
-        print(f"| together | {cards} | | | {sum(hours):.1f} | {cards * sum(hours):.1f} |")
+            print(f"| {name} | {cards} | {trained:,} | {evaluated:,} | {hours[-1]:.2f} | {cards * hours[-1]:.2f} |")
+        print(f"| together | {cards} | | | {sum(hours):.2f} | {cards * sum(hours):.2f} |")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ not counted. The configurations take turns, round by round, and the table has me
     trl-fp32       the same in float32 and without activation checkpointing
 
 All three train on the same token ids, in the same batches. Models are made with random weights in their true shapes, or
-taken from a folder. Rows are random words whose numbers follow those of public samples (see `LENGTHS`), `--length`
-tokens each, or taken from `--dataset`.
+taken from a folder, with a tokenizer of words in its place. Rows are random words whose numbers follow those of public
+samples (see `LENGTHS`), `--length` tokens each, or taken from `--dataset`, with the folder's own tokenizer.
 
     tokens/s       tokens of the sequences trained on, padding not counted; a pair counts both of its sequences whole
     supervised/s   those whose log-prob is in the loss
@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def main() -> None:
         work(json.loads(Path(args.worker).read_text()))
         return
     results = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         model = make_model(args.model, Path(folder), args.dataset is not None)
         for kind, length in zip(args.kind, args.length or [None] * len(args.kind), strict=True):
             case = argparse.Namespace(**vars(args) | {"length": length})
@@ -101,6 +102,8 @@ def main() -> None:
             results += compare(kind, case, model, rows, Path(folder))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    if {(result["kind"], result["configuration"]) for result in results} < set(product(args.kind, args.configurations)):
+        sys.exit("error: not all could be measured, see above")
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -131,7 +134,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.length and len(args.length) != len(args.kind):
-        parser.error(f"--length: {len(args.length)} given for {len(args.kind)} kinds of training")
+        sys.exit(f"error: --length: give one for each of {', '.join(args.kind)}, as in --length 4096 2048")
+    if args.model not in MODELS and not Path(args.model, "config.json").is_file():
+        sys.exit(f"error: --model {args.model}: neither one of {', '.join(MODELS)} nor a model's folder")
+    if args.model in MODELS and args.dataset:
+        sys.exit(f"error: --dataset: {args.model} is made here and has no tokenizer; give --model a model's folder")
     return args
 
 
@@ -155,9 +162,8 @@ def make_model(name: str, folder: Path, own_tokenizer: bool) -> Path:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     if name in MODELS:
-        if own_tokenizer:
-            sys.exit(f"error: --dataset needs a model with a tokenizer; {name} has none")
         cls, changes = MODELS[name]
         config = getattr(transformers, cls)(**changes)
         torch.manual_seed(0)
@@ -220,6 +226,7 @@ def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in args.configurations}
     for number in range(args.rounds):
         for name in list(measured):
+            print(f"round {number + 1} of {args.rounds}, {kind} {name}: measuring", file=sys.stderr)
             try:
                 result = measure(name, kind, args, model, rows, folder / f"{kind}-{name}-{number}")
             except ChildProcessError as error:
@@ -227,7 +234,7 @@ def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder
                 del measured[name]
                 continue
             measured[name].append(result)
-            print(f"round {number + 1}, {kind} {name}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+            print(f"    {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     medians = {
         name: {key: statistics.median(result[key] for result in results) for key in results[0] if key != "losses"}
         for name, results in measured.items()

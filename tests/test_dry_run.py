@@ -90,7 +90,7 @@ def test_steps_tokens_and_examples_are_those_of_the_training(told, train, traine
         real = sum(int(batch["attention_mask"].sum()) for batch in batches)
         share = 1 - real / sum(batch["input_ids"].numel() for batch in batches)
         assert float(facts["padding"].split("%")[0]) / 100 == pytest.approx(share, abs=0.1)
-        assert facts["padding"].endswith(", which are not computed")
+        assert facts["padding"].endswith(" as padded; not computed")
     else:
         assert facts["padding"].startswith("0.0%")
         assert number(facts["packs of rows a step"]) == 2
@@ -114,7 +114,7 @@ def test_pairs_are_those_of_the_training(told, train, trainers, dpo_config):
     rows = trainer.train_dataset
     prompts, whole = (sum(map(len, rows[f"{name}_ids"])) for name in ("prompt", "chosen"))
     whole += 2 * prompts + sum(map(len, rows["rejected_ids"]))
-    assert training(tables)["prompts of pairs"] == f"computed once: {prompts / whole:.1%} fewer tokens"
+    assert training(tables)["prompts of pairs"] == f"computed once: {prompts / whole:.1%} of the tokens spared"
     limits = {row[0]: row[-2:] for row in tables["Tokens a row, before any is cut"].rows}
     assert {name: limit for name, (limit, _) in limits.items()} == {
         **{"prompt": "60", "chosen": "40", "rejected": "40", "total": "384"},

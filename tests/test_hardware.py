@@ -25,10 +25,13 @@ def losses(reports):
 
 def test_checkpointing_where_memory_asks_for_it_or_where_it_costs_nothing():
     layers = on_meta(GemmaConfig(**SIZES | {"vocab_size": 64}, **HEADS))
-    assert hardware.wants_checkpointing(layers, needed=84, free=100) == (False, "up to 0.0 GB without it, of 0.0")
+    assert hardware.wants_checkpointing(layers, needed=84, free=100) == (
+        False,
+        "at most 0.0 GB needed without it, 0.0 free",
+    )
     assert hardware.wants_checkpointing(layers, needed=86, free=100)[0]
     vocabulary = on_meta(GemmaConfig(**SIZES | {"vocab_size": 20000}, **HEADS))
-    assert hardware.wants_checkpointing(vocabulary, needed=1, free=100) == (True, "it adds 4% to a step")
+    assert hardware.wants_checkpointing(vocabulary, needed=1, free=100) == (True, "recomputing adds only 4% to a step")
 
 
 @pytest.mark.parametrize(("script", "padding"), [(sft_finetune, ""), (dpo_finetune, ", a pair's prompt once")])
@@ -38,13 +41,13 @@ def test_a_trial_tells_what_it_has_chosen(train, trainers, request, monkeypatch,
     bf16, padding_told, checkpointing = started_with(asked)
     assert bf16 == "bf16 autocast over float32 weights"
     assert padding_told == f"no padding{padding}"
-    assert checkpointing == "activation checkpointing off (as asked)"
+    assert checkpointing == "activation checkpointing off (as set)"
 
     roomy = train(script, config, output="roomy", **LEFT_OPEN)
-    assert started_with(roomy)[-1].startswith("activation checkpointing off (up to ")
+    assert started_with(roomy)[-1].startswith("activation checkpointing off (at most ")
     monkeypatch.setattr(hardware, "free_memory", lambda device_type: 10**6)
     cramped = train(script, config, output="cramped", **LEFT_OPEN)
-    assert started_with(cramped)[-1].startswith("activation checkpointing on (up to ")
+    assert started_with(cramped)[-1].startswith("activation checkpointing on (at most ")
     assert [trainer.model.is_gradient_checkpointing for trainer in trainers] == [False, False, True]
     assert losses(roomy) == losses(cramped)
 
