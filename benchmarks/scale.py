@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import throughput
 from throughput import REPO
 
-CONFIGURATIONS = ("ours", "trl-fp32")
+COLOURS = {"ours": "tab:blue", "trl-fp32": "tab:gray", "trl": "tab:brown"}
 PEAK = throughput.PEAK_FLOPS["H100"]  # the H200's, too
 # Mean tokens of a row. Cosmopedia's card counts 25 billion tokens in 30 million texts; its prompts, and the pairs of
 # dpo-mix-7k and truthy-dpo, are means of public samples.
@@ -37,8 +37,10 @@ PAIRS = 6750 + 1016
 PANELS: dict[str, list[tuple[float, list[str]]]] = {  # x, and throughput.py's options for it
     "tokens a sequence": [(n, ["--length", str(n), "--batch", "1"]) for n in (256, 512, 1024, 2048, 4096)],
     "sequences a batch": [(n, ["--length", "256", "--batch", str(n)]) for n in (1, 2, 4, 8, 16)],
-    "parameters": [(0, ["--length", "256", "--model", model]) for model in ("tiny", "small", "gemma-270m")],
-    "processes": [(n, ["--length", "256", "--processes", str(n)]) for n in (1, 2)],
+    "parameters": [
+        (0, ["--length", "256", "--batch", "1", "--model", model]) for model in ("tiny", "small", "gemma-270m")
+    ],
+    "processes": [(n, ["--length", "256", "--batch", "2", "--processes", str(n)]) for n in (1, 2)],
 }
 
 
@@ -46,6 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="scale.png", help="picture; the numbers go beside it as .json")
     parser.add_argument("--steps", type=int, default=2, help="counted in a measurement (default: %(default)s)")
+    parser.add_argument(
+        "--configurations", nargs="+", default=["ours", "trl-fp32"], choices=COLOURS, help="default: ours trl-fp32"
+    )
     parser.add_argument("--full-run", type=float, metavar="PERCENT", help="tell what the published run would take")
     args = parser.parse_args()
     if args.full_run is not None:
@@ -57,11 +62,11 @@ def main() -> None:
         {"panel": panel, "x": x, **point}
         for panel, cases in PANELS.items()
         for x, options in cases
-        for point in measure([*options, "--steps", str(args.steps)])
+        for point in measure([*options, "--steps", str(args.steps), "--configurations", *args.configurations])
     ]
-    told = {"machine": throughput.machine(), "slopes": slopes(points), "points": points}
+    told = {"machine": throughput.machine(), "slopes": slopes(points, args.configurations), "points": points}
     Path(args.output).with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-    draw(points, Path(args.output))
+    draw(points, args.configurations, Path(args.output))
 
 
 def measure(options: list[str]) -> list[dict[str, Any]]:
@@ -73,7 +78,7 @@ def measure(options: list[str]) -> list[dict[str, Any]]:
         folder = Path(scratch)
         model = throughput.make_model(args.model, folder, own_tokenizer=False)
         rows = throughput.make_rows("sft", args, folder / "rows.jsonl")
-        for name in CONFIGURATIONS:
+        for name in args.configurations:
             result = throughput.measure(name, "sft", args, model, rows, folder / name)
             points.append(
                 {"configuration": name, **{k: result[k] for k in ("tokens_per_second", "peak_gb", "parameters")}}
@@ -92,11 +97,11 @@ def series(points: list[dict[str, Any]], panel: str, name: str) -> tuple[np.ndar
     return np.array(x), *(np.array([p[key] for p in chosen]) for key in ("tokens_per_second", "peak_gb"))
 
 
-def slopes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def slopes(points: list[dict[str, Any]], configurations: list[str]) -> list[dict[str, Any]]:
     told = []
     print("\n| tokens/s and memory with | | exponent of tokens/s | memory |\n|---|---|---|---|")
     for panel in PANELS:
-        for name in CONFIGURATIONS:
+        for name in configurations:
             x, speed, memory = series(points, panel, name)
             exponent = np.polyfit(np.log(x), np.log(speed), 1)[0]
             tokens = x * {"tokens a sequence": 1, "sequences a batch": 256}.get(panel, 1)
@@ -107,7 +112,7 @@ def slopes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
-def draw(points: list[dict[str, Any]], output: Path) -> None:
+def draw(points: list[dict[str, Any]], configurations: list[str], output: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,10 +120,10 @@ def draw(points: list[dict[str, Any]], output: Path) -> None:
 
     figure, axes = pyplot.subplots(2, len(PANELS), figsize=(13, 6), layout="constrained")
     for column, panel in zip(axes.T, PANELS, strict=True):
-        for name, colour in zip(CONFIGURATIONS, ("tab:blue", "tab:gray"), strict=True):
+        for name in configurations:
             x, *values = series(points, panel, name)
             for axis, value in zip(column, values, strict=True):
-                axis.plot(x, value, marker="o", color=colour, label=name)
+                axis.plot(x, value, marker="o", color=COLOURS[name], label=name)
         for axis in column:
             axis.set_xscale("log")
             axis.set_ylim(bottom=0)
