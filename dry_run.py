@@ -43,7 +43,7 @@ from dataset_utils import (
 )
 from experiment_config import expand_trials
 from experiment_results import Experiment, short_name, write_whole
-from hardware import free_memory, wants_checkpointing
+from hardware import cheap_to_recompute, free_memory, wants_checkpointing
 from hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
 from memory import MemoryEstimate, computed_lengths, estimate_memory, largest_batches, resident
 from models import load_model_and_tokenizer
@@ -450,8 +450,7 @@ def estimates(
         yield where, estimate(devices=slots, device_type="cuda")
         return
     # Its memory decides, unless the model does.
-    always, _ = wants_checkpointing(model, needed=0, free=1)
-    for checkpointed in [True] if always else [False, True]:
+    for checkpointed in [True] if cheap_to_recompute(model) else [False, True]:
         args.activation_checkpointing = checkpointed
         yield where + (CHECKPOINTED if checkpointed else ""), estimate(devices=slots, device_type="cuda")
 

@@ -53,10 +53,15 @@ def recomputed_share(model: PreTrainedModel) -> float:
     return 2 * layers / (6 * layers + 8 * output)
 
 
+def cheap_to_recompute(model: PreTrainedModel) -> bool:
+    """Whether a model is trained with activation checkpointing however much memory there is."""
+    return recomputed_share(model) < NEXT_TO_NOTHING
+
+
 def wants_checkpointing(model: PreTrainedModel, needed: int, free: int) -> tuple[bool, str]:
     """Whether to train with activation checkpointing, and why: of `free` bytes, `needed` are without it."""
-    if (share := recomputed_share(model)) < NEXT_TO_NOTHING:
-        return True, f"recomputing adds only {share:.0%} to a step"
+    if cheap_to_recompute(model):
+        return True, f"recomputing adds only {recomputed_share(model):.0%} to a step"
     return needed > (1 - SPARE) * free, f"at most {needed / 1e9:.1f} GB needed without it, {free / 1e9:.1f} free"
 
 
@@ -89,7 +94,8 @@ def suit_hardware(
         reason = choose_checkpointing(trial, model, dataset, why is None, models=1 if reference is None else 2)
     args.gradient_checkpointing = args.activation_checkpointing  # TRL 1.16 reads the old name
     told.append(f"activation checkpointing {'on' if args.activation_checkpointing else 'off'} ({reason})")
-    if args.ddp_find_unused_parameters is None:  # there are none; without checkpointing DDP would look for them
+    if why is None and args.ddp_find_unused_parameters is None:
+        # These families have none; without checkpointing the Trainer would have DDP look for them in every step.
         args.ddp_find_unused_parameters = False
     trial.status("training with " + "; ".join(told))
 
@@ -99,15 +105,18 @@ def choose_checkpointing(
 ) -> str:
     """Set `args.activation_checkpointing`, with `models` in memory by now; returns why."""
     args, distributed = trial.hparams.args, trial.core_context.distributed
-    process = max(0, resident() - models * FLOAT32 * model.num_parameters())
-    args.activation_checkpointing = False
-    try:
-        shapes = largest_batches(args, dataset, trial.hparams.in_pairs, padding_free)
-        estimate = estimate_memory(model, args, *shapes, args.world_size, args.device.type, process)
-    except (AttributeError, RuntimeError) as error:  # a config without the usual names
-        args.activation_checkpointing = True
-        return f"{model.config.model_type}'s memory cannot be estimated: {error}"
-    # All ranks alike: under FSDP they compute again together.
-    needed, free = zip(*distributed.allgather((estimate.total, free_memory(args.device.type))), strict=True)
-    args.activation_checkpointing, reason = wants_checkpointing(model, max(needed), min(free))
+    needed = free = 0
+    if not cheap_to_recompute(model):
+        process = max(0, resident() - models * FLOAT32 * model.num_parameters())
+        args.activation_checkpointing = False
+        try:
+            shapes = largest_batches(args, dataset, trial.hparams.in_pairs, padding_free)
+            estimate = estimate_memory(model, args, *shapes, args.world_size, args.device.type, process)
+        except (AttributeError, RuntimeError) as error:  # a config without the usual names
+            args.activation_checkpointing = True
+            return f"{model.config.model_type}'s memory cannot be estimated: {error}"
+        # All ranks alike: under FSDP they compute again together.
+        ranks = distributed.allgather((estimate.total, free_memory(args.device.type)))
+        needed, free = max(rank[0] for rank in ranks), min(rank[1] for rank in ranks)
+    args.activation_checkpointing, reason = wants_checkpointing(model, needed, free)
     return reason

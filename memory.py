@@ -40,7 +40,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import psutil
@@ -86,7 +85,7 @@ def estimate_memory(
     train_shape: Shape,
     eval_shape: Shape | None,
     devices: int,
-    device_type: Literal["cpu", "cuda"] | str,  # any other as a CPU
+    device_type: str,  # "cpu" or "cuda"; any other counts as a CPU, with TRL's own tiles
     process: int,
 ) -> MemoryEstimate:
     """The peak on each of `devices`. The formula is in this module's docstring.
