@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import psutil
 from determined.common import util
 from processes import free_ports
 
@@ -379,11 +380,21 @@ class Container:
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
-        """SIGKILL to everything in it, as when its machine goes away."""
+        """SIGKILL to everything in it, as when its machine goes away: none of it is left to try again what failed."""
+        inside = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
+        while any(map(_lives, inside)):
+            time.sleep(0.02)
 
     def wait(self) -> int:
         """Its exit status, with a preemption signal that was acknowledged taken back."""
         status = self.process.wait(timeout=600)
         self.trial.preempt = False
         return status
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
