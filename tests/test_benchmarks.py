@@ -1,0 +1,40 @@
+"""The benchmarks still measure something: their figures are for those who run them."""
+
+import json
+
+import pytest
+from conftest import run_script
+
+
+def test_throughput(tmp_path):
+    """Ours beside TRL's own trainer, through the real entrypoint, on the same tokens."""
+    output = tmp_path / "measured.json"
+    options = ["--model", "tiny", "--kind", "dpo", "--rounds", "1", "--steps", "1", "--batch", "2"]
+    options += ["--configurations", "ours", "trl-fp32"]
+    run = run_script("benchmarks/throughput.py", *options, "--json", output)
+    assert run.returncode == 0, run.stderr
+    ours, theirs = json.loads(output.read_text())["results"]
+    assert (ours["configuration"], theirs["configuration"]) == ("ours", "trl-fp32")
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+    assert (ours["padding"], theirs["padding"] > 0) == (0, True)
+    assert "ours / trl-fp32: " in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nowhere"], "error: --model nowhere: neither one of tiny, small, gemma-270m, gemma-2b nor a"),
+        (["--length", "128"], "error: --length: give one for each of sft, dpo, as in --length 4096 2048"),
+        (["--dataset", "rows.jsonl"], "error: --dataset: small is made here and has no tokenizer; give --model a"),
+    ],
+)
+def test_throughput_tells_a_mistake_in_a_line(options, message):
+    run = run_script("benchmarks/throughput.py", *options)
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+    assert run.stderr.startswith(message)
+
+
+def test_full_run():
+    run = run_script("benchmarks/scale.py", "--full-run", "45")
+    assert run.returncode == 0, run.stderr
+    assert "| SFT | 1 | 48,000 | 144,000 | " in run.stdout
