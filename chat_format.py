@@ -23,7 +23,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from user_error import UserError
+from errors import UserError
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"

@@ -31,10 +31,10 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from chat_format import Message, encode, encode_conversation
-from hub import looks_like_path, quiet_lookup
-from hyperparameters import DataSource
-from shared_cache import fingerprint
-from user_error import PassingError, UserError, nearest, one_line
+from config.hyperparameters import DataSource
+from errors import PassingError, UserError, nearest, one_line
+from storage.hub import looks_like_path, quiet_lookup
+from storage.shared_cache import fingerprint
 
 EVAL_SHARE = 0.2
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -10,16 +10,16 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from chat_format import set_chat_format
-from checkpoints import download_ckpt
+from config.hyperparameters import DPOHyperparameters
 from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
-from det_callback import train_until_preempted
-from hardware import suit_hardware
-from hyperparameters import DPOHyperparameters
-from models import load_model_and_tokenizer
-from padding_free import remove_padding
-from shared_cache import reference_key
-from trial import Trial, open_trial
-from user_error import exit_on_user_error
+from errors import exit_on_user_error
+from speed.hardware import suit_hardware
+from speed.padding_free import remove_padding
+from storage.checkpoints import download_ckpt
+from storage.shared_cache import reference_key
+from trial.context import Trial, open_trial
+from trial.det_callback import train_until_preempted
+from trial.models import load_model_and_tokenizer
 
 
 class TokenizedDPOTrainer(DPOTrainer):

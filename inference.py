@@ -34,20 +34,20 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 
-from chat import chat
 from chat_format import Message
-from checkpoints import CLUSTER_SOURCES, cluster_checkpoint, local_checkpoint
-from cluster_task import Task, open_task
-from comparison import Conditions, Contestant, Kept, load, show_progress
-from comparison_files import RESERVED, Comparison, check_output, print_comparison, write_comparison
+from comparison.chat import chat
+from comparison.cluster_task import Task, open_task
+from comparison.compared_model import Conditions, Contestant, Kept, load, show_progress
+from comparison.files import RESERVED, Comparison, check_output, print_comparison, write_comparison
+from comparison.generation import Sampling
+from comparison.preference_metrics import RESAMPLES, PairScore, answer_metrics, preference_metrics
+from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource, convert
 from dataset_utils import load_dpo_dataset, load_prompts
-from generation import Sampling
-from hyperparameters import DEFAULT_SPLIT_SEED, DataSource, convert
-from locks import only_writer
-from models import check_source
-from preference_metrics import RESAMPLES, PairScore, answer_metrics, preference_metrics
-from trial import TrialStopped, hide_progress_bars_in_logs
-from user_error import UserError, exit_on_user_error, nearest, one_line
+from errors import UserError, exit_on_user_error, nearest, one_line
+from storage.checkpoints import CLUSTER_SOURCES, cluster_checkpoint, local_checkpoint
+from storage.locks import only_writer
+from trial.context import TrialStopped, hide_progress_bars_in_logs
+from trial.models import check_source
 
 console = Console(highlight=False, emoji=False)
 DTYPES = ("float32", "bfloat16", "float16")

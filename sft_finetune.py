@@ -3,13 +3,13 @@
 from trl import SFTTrainer
 
 from chat_format import set_chat_format
+from config.hyperparameters import SFTHyperparameters
 from dataset_utils import load_sft_dataset, tokenize_sft_dataset
-from det_callback import train_until_preempted
-from hardware import suit_hardware
-from hyperparameters import SFTHyperparameters
-from models import load_model_and_tokenizer
-from trial import Trial, open_trial
-from user_error import exit_on_user_error
+from errors import exit_on_user_error
+from speed.hardware import suit_hardware
+from trial.context import Trial, open_trial
+from trial.det_callback import train_until_preempted
+from trial.models import load_model_and_tokenizer
 
 
 def train(trial: Trial[SFTHyperparameters]) -> None:

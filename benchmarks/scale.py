@@ -142,7 +142,7 @@ def full_run(utilisation: float) -> None:
     `throughput.flops_per_token`), and a pair's prompt is computed once."""
     import transformers
 
-    from experiment_config import expand_trials, read_experiment_config
+    from config.experiment import expand_trials, read_experiment_config
 
     config = transformers.GemmaConfig(**throughput.GEMMA_2B)
     experiments = {kind: expand_trials(read_experiment_config(str(REPO / f"{kind}.yaml"))) for kind in TOKENS}

@@ -41,7 +41,7 @@ def main() -> None:
     if args.worker:
         time_start(Path(args.experiment), *args.worker)
         return
-    from experiment_config import read_experiment_config
+    from config.experiment import read_experiment_config
 
     config = read_experiment_config(args.experiment, args.config)
     config["hyperparameters"].setdefault("training_args", {}).update(max_steps=1, logging_steps=1)
@@ -83,7 +83,7 @@ def time_start(experiment: Path, started: str, output: str) -> None:
         for called in names:
             if hasattr(script, called):
                 setattr(script, called, timed(part, getattr(script, called)))
-    import trial
+    from trial import context as trial
 
     trial.Trial.tokenized = timed("tokenizing", trial.Trial.tokenized)
 

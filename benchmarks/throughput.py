@@ -362,7 +362,7 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
 
 def train(spec: dict[str, Any], trainer: Any, trial: Any) -> None:
     """As `train_until_preempted`, but that nothing is saved or evaluated in the end."""
-    from det_callback import DetCallback
+    from trial.det_callback import DetCallback
 
     callback = DetCallback(trial, trainer)
     callback._force_final_save = callback._force_final_evaluate = False

@@ -29,7 +29,7 @@ import psutil
 from determined.common import util
 from processes import free_ports
 
-from experiment_config import expand_trials
+from config.experiment import expand_trials
 
 # What a container does before the entrypoint, in Determined's order. The hook is sourced under `set -e`, as there.
 CONTAINER = """

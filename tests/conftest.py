@@ -41,7 +41,7 @@ def _own_folders(tmp_path_factory):
     patch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
     patch.setenv("LOCAL_CHECKPOINT_STORAGE", str(home / "checkpoints"))
     patch.setattr("datasets.config.HF_DATASETS_CACHE", str(home / "datasets"))
-    patch.setattr("checkpoints.HF_HOME", str(home / "huggingface"))
+    patch.setattr("storage.checkpoints.HF_HOME", str(home / "huggingface"))
     yield
     patch.undo()
 
@@ -138,6 +138,12 @@ def run_script(*words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
 
 
+def metrics_by_step(reports):
+    """What was reported last for each step: a step that is done again after a resume is reported again."""
+    kinds = ("training", "validation")
+    return {(r["kind"], r["steps_completed"]): r["metrics"] for r in reports if r["kind"] in kinds}
+
+
 @pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """A script's `main` in this process: its exit status, stdout and stderr. Quick, for what fails before training."""
@@ -164,7 +170,7 @@ def train(call, write_config, tmp_path):
         path = write_config(config, **changes)
         status, out, err = call(script.main, "--config", path, "--output", tmp_path / output)
         assert status == 0, err
-        from trial import read_reports
+        from trial.context import read_reports
 
         reports = {"stdout": out, "training": [], "validation": [], "checkpoint": [], "progress": []}
         for report in read_reports(tmp_path / output / "reports.jsonl"):

@@ -99,7 +99,7 @@ def _preempt_at(poll: int) -> None:
     """Have the first rank decide, and tell the others, as Core API's own preemption does."""
     from determined.core import DummyPreemptContext
 
-    from trial import Trial
+    from trial.context import Trial
 
     left, training = poll, False
 

@@ -19,7 +19,7 @@ from chat_format import (
     read_answer,
     set_chat_format,
 )
-from user_error import UserError
+from errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "How do I boil an egg?"}

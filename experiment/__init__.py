@@ -1,0 +1,1 @@
+"""What is around trials: the runner, results, dry run and report page."""

@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints by UUID, what trials make once and share, locks, and names on the hub."""

@@ -1,0 +1,190 @@
+"""The estimate of a training's memory: its accounting, and its total against what a training really takes."""
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from processes import CONTEXT, REPO
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GemmaConfig, MixtralConfig
+from trl import DPOConfig, SFTConfig
+
+from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from speed.memory import estimate_memory, kept_bytes, largest_batch, resident, state_bytes
+
+SHAPE = (2, 64)
+SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1000}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
+ARGS = "hyperparameters__training_args__"
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def meta_model():
+    return on_meta(GemmaConfig(**SIZES, **HEADS))
+
+
+def sft(**changes):
+    return SFTConfig(**({"use_cpu": True, "bf16": False, "activation_checkpointing": False} | changes))
+
+
+def dpo(**changes):
+    return DPOConfig(**({"use_cpu": True, "bf16": False, "activation_checkpointing": False} | changes))
+
+
+def estimate(model, args, devices=1, device_type="cpu", train=SHAPE, evaluation=None):
+    return estimate_memory(model, args, train, evaluation, devices, device_type, process=0)
+
+
+def test_weights_gradients_and_optimizer_are_counted_in_float32(meta_model):
+    """Tied embeddings once, as a model that has weights counts them."""
+    real = AutoModelForCausalLM.from_config(meta_model.config)
+    size = sum(p.numel() * 4 for p in real.parameters())
+    result = estimate(meta_model, sft())
+    assert (result.weights, result.gradients, result.optimizer) == (size, size, 2 * size)
+    assert result.total == sum(dataclasses.astuple(result))
+
+
+@pytest.mark.parametrize("config", [GemmaConfig, Gemma3TextConfig])
+def test_activations_are_what_autograd_keeps(config):
+    """The same forward pass with real tensors, padded so that it needs its mask, keeps as many bytes."""
+    model = on_meta(config(**SIZES, **HEADS))
+    real, kept = type(model)(model.config).train(), {}
+    ids, mask = torch.zeros(SHAPE, dtype=torch.long), torch.ones(SHAPE, dtype=torch.long)
+    mask[1, -8:] = 0
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        real.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for parameter in real.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    assert kept_bytes(model, None, SHAPE) == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.02)
+
+
+def test_attention_without_padding_keeps_no_mask(meta_model):
+    """Of N tokens in one sequence, or in several without their padding, bytes are a multiple of N; masks are of N^2."""
+    once, twice = (kept_bytes(meta_model, None, (1, tokens)) for tokens in (512, 1024))
+    assert twice == pytest.approx(2 * once, rel=0.01)
+
+
+def test_a_batch_is_its_largest_rows():
+    lengths = np.array([[3, 9], [4, 4], [8, 1]])
+    assert largest_batch(lengths, 2, padding_free=False) == (4, 9)
+    assert largest_batch(lengths, 2, padding_free=True) == (1, 12 + 9)
+    assert largest_batch(lengths, 9, padding_free=True) == (1, 29)
+
+
+def test_a_model_that_cannot_be_traced_counts_with_its_config():
+    model = on_meta(MixtralConfig(**SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2))
+    assert kept_bytes(model, None, SHAPE) == 4 * 2 * 64 * 4 * (10 * 64 + 6 * 64 + 4 * 2 * 256)
+
+
+def test_checkpointing_keeps_less_and_longer_batches_more(meta_model):
+    whole, long, batch = (estimate(meta_model, sft(), train=shape) for shape in (SHAPE, (2, 128), (4, 64)))
+    checkpointed = estimate(meta_model, sft(activation_checkpointing=True))
+    assert checkpointed.activations < whole.activations < min(long.activations, batch.activations)
+
+
+def test_autocast_halves_some_activations():
+    model = on_meta(GemmaConfig(**SIZES, **HEADS))
+    assert kept_bytes(model, torch.bfloat16, (8, 64)) < kept_bytes(model, None, (8, 64))
+
+
+def test_dpo_holds_a_reference_model_unless_its_log_probs_are_computed_before(meta_model):
+    with_reference = estimate(meta_model, dpo(precompute_ref_log_probs=False))
+    without = estimate(meta_model, dpo(precompute_ref_log_probs=True))
+    assert with_reference.weights == 2 * without.weights
+    assert with_reference.gradients == without.gradients
+
+
+def test_fsdp_divides_what_ddp_repeats(meta_model):
+    one = estimate(meta_model, sft(), device_type="cuda")
+    sharded = estimate(meta_model, sft(fsdp=True), devices=4, device_type="cuda")
+    repeated = estimate(meta_model, sft(), devices=4, device_type="cuda")
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(sharded, name) == getattr(one, name) // 4
+    assert sharded.activations > one.activations  # a layer at a time is whole
+    assert (repeated.weights, repeated.gradients) == (one.weights, 2 * one.gradients)
+    assert one.process == 0
+
+
+def test_optimizers_differ_in_their_state(meta_model):
+    bytes_of = {name: state_bytes(name) for name in ("adamw_torch_fused", "paged_adamw_8bit", "sgd", "lion_32bit")}
+    assert bytes_of == {"adamw_torch_fused": 8, "paged_adamw_8bit": 2, "sgd": 0, "lion_32bit": 4}
+    assert state_bytes("one of tomorrow") == 8
+    # Its step takes two temporaries of the embeddings' size; for a micro-batch this small they decide.
+    embeddings = 4 * 1000 * 64
+    assert estimate(meta_model, sft(optim="adamw_torch"), train=(1, 1)).activations == 2 * embeddings
+
+
+def test_a_large_evaluation_decides(meta_model):
+    training, both = (estimate(meta_model, sft(), evaluation=shape) for shape in (None, (64, 64)))
+    assert both.activations > training.activations
+
+
+def train_and_compare(script, hparams_class, path, folder):
+    """In a process of its own: write the estimate, train, write the peak of this process."""
+    os.chdir(REPO)
+    config = yaml.safe_load(Path(path).read_text())["hyperparameters"]
+    model = on_meta(AutoConfig.from_pretrained(config["model_name"]))
+    args = parse_hyperparameters(hparams_class, config).args
+    sequences = args.per_device_train_batch_size * (2 if script == "dpo_finetune" else 1)
+    shape = (sequences, args.max_length)  # every row is as long or longer
+    estimated = estimate_memory(model, args, shape, shape, devices=1, device_type="cpu", process=resident()).total
+    torch.set_num_threads(1)  # tests may run beside each other
+    sys.argv = [f"{script}.py", "--config", path, "--output", f"{folder}/out"]
+    importlib.import_module(script).main()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    measured = int(status["VmHWM"].split()[0]) * 1024
+    Path(folder, "compared.json").write_text(json.dumps([estimated, measured]))
+
+
+@pytest.fixture(scope="module")
+def larger(tiny, tmp_path_factory):
+    """A random Gemma of 43 million parameters: large enough that it needs more memory than Python does."""
+    folder = tmp_path_factory.mktemp("larger")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 7, "vocab_size": 32000}
+    model = AutoModelForCausalLM.from_config(GemmaConfig(**sizes, **HEADS | {"head_dim": 64}))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny / "base").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, to read a process's peak")
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_training_peaks_within_a_quarter_of_the_estimate(
+    kind, sft_config, dpo_config, tiny, larger, write_config, tmp_path
+):
+    changes = {
+        "hyperparameters__model_name": str(larger),
+        f"{ARGS}max_steps": 2,
+        f"{ARGS}per_device_train_batch_size": 2,
+        f"{ARGS}per_device_eval_batch_size": 2,
+    }
+    if kind == "sft":
+        changes["hyperparameters__dataset_subsets"] = [{"subset": "home", "number_of_samples": 10}]
+        path = write_config(sft_config, **changes, hyperparameters__max_seq_length=64)
+    else:
+        changes["hyperparameters__datasets"] = [{"name": str(tiny / "questions"), "number_of_samples": 10}]
+        changes["hyperparameters__precompute_ref_log_probs"] = False
+        path = write_config(dpo_config, **changes, hyperparameters__max_length=64)
+    hparams_class = {"sft": SFTHyperparameters, "dpo": DPOHyperparameters}[kind]
+    process = CONTEXT.Process(target=train_and_compare, args=(f"{kind}_finetune", hparams_class, path, str(tmp_path)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    estimated, measured = json.loads((tmp_path / "compared.json").read_text())
+    assert estimated == pytest.approx(measured, rel=0.25)

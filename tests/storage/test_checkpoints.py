@@ -1,0 +1,133 @@
+"""download_ckpt through Core API's own storage: what it takes, where it puts it, and what it refuses."""
+
+import contextlib
+import json
+import shutil
+import threading
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import determined as det
+import pytest
+from determined.common.storage import SharedFSStorageManager
+from transformers import AutoTokenizer
+
+from chat_format import set_chat_format
+from errors import UserError
+from storage.checkpoints import download_ckpt, is_model_file, local_checkpoint, local_checkpoint_storage
+from trial.models import load_model_and_tokenizer
+
+
+@pytest.fixture
+def core_context():
+    with det.core.init(checkpoint_storage=str(local_checkpoint_storage())) as context:
+        yield context
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path, core_context) -> str:
+    """A checkpoint as the Trainer and DetCallback leave it, optimizer and pickles included."""
+    model, tokenizer = load_model_and_tokenizer(str(tiny / "base"))
+    set_chat_format(model, tokenizer)
+    folder = tmp_path / "output" / "checkpoint-7"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):
+        (folder / name).write_bytes(b"x")
+    return core_context.checkpoint.upload(folder.parent, {"steps_completed": 7}, shard=True)
+
+
+def test_only_the_model_is_fetched_and_loads_with_its_template(checkpoint, core_context):
+    folder = Path(download_ckpt(checkpoint, core_context))
+    names = {path.name for path in folder.parent.rglob("*") if path.is_file()}
+    assert names == {
+        *("model.safetensors", "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    assert folder.name == "checkpoint-7"
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_it_is_fetched_once(checkpoint, core_context):
+    folder = download_ckpt(checkpoint, core_context)
+    shutil.rmtree(local_checkpoint_storage() / checkpoint)
+    assert download_ckpt(checkpoint, core_context) == folder
+
+
+def test_an_interrupted_download_is_not_taken_for_a_checkpoint(checkpoint, core_context, monkeypatch):
+    def interrupted(storage_id, ckpt_dir, **kwargs):
+        Path(ckpt_dir, "checkpoint-7").mkdir(parents=True)
+        Path(ckpt_dir, "checkpoint-7", "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core_context.checkpoint, "download", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            download_ckpt(checkpoint, core_context)
+    folder = Path(download_ckpt(checkpoint, core_context))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "gemma"
+    assert {path.name for path in folder.parent.parent.glob(f"{checkpoint}*")} == {checkpoint, f"{checkpoint}.lock"}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_two_ranks_of_a_node_share_one_download(checkpoint, known):
+    """Real DistributedContexts, a thread each: both get the same folder, or both the same error, and none hangs."""
+    wanted = checkpoint if known else str(uuid.uuid4())
+    downloads, outcomes = [], {}
+
+    def work(rank):
+        ranks = {"rank": rank, "local_rank": rank, "cross_rank": 0, "size": 2, "local_size": 2, "cross_size": 1}
+        with contextlib.closing(det.core.DistributedContext(**ranks)) as distributed:
+            storage = SharedFSStorageManager(str(local_checkpoint_storage()))
+            core_checkpoint = det.core.DummyCheckpointContext(distributed, storage)
+            original = core_checkpoint.download
+            core_checkpoint.download = lambda *args, **kwargs: downloads.append(rank) or original(*args, **kwargs)
+            context = SimpleNamespace(distributed=distributed, checkpoint=core_checkpoint)
+            try:
+                outcomes[rank] = download_ckpt(wanted, context)
+            except UserError as error:
+                outcomes[rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert downloads == [0]
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].endswith("checkpoint-7" if known else "no such checkpoint in the storage")
+
+
+def test_what_is_no_checkpoint_gets_one_clear_line(core_context, tmp_path):
+    unknown = str(uuid.uuid4())
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
+    weightless = core_context.checkpoint.upload(tmp_path, shard=True)
+    for ckpt_uuid, message in [
+        ("", "model_ckpt '' is no checkpoint UUID"),
+        ("../secrets", "model_ckpt '../secrets' is no checkpoint UUID"),
+        (unknown, f"model_ckpt {unknown}: no such checkpoint"),
+        (weightless, f"model_ckpt {weightless}: the checkpoint holds no model weights"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            download_ckpt(ckpt_uuid, core_context)
+        with pytest.raises(UserError, match=message):
+            local_checkpoint(ckpt_uuid, "model_ckpt")
+
+
+@pytest.mark.parametrize(
+    ("path", "taken"),
+    [
+        ("checkpoint-9/model-00001-of-00002.safetensors", True),
+        ("checkpoint-9/model.safetensors.index.json", True),
+        ("checkpoint-9/chat_template.jinja", True),
+        ("checkpoint-9/optimizer.pt", False),
+        ("checkpoint-9/pytorch_model.bin", False),
+        ("checkpoint-9/trainer_state.json", False),
+        ("checkpoint-9/", False),
+        ("metadata.json", False),
+    ],
+)
+def test_selector(path, taken):
+    assert is_model_file(path) is taken

@@ -1,0 +1,271 @@
+"""The published YAMLs on a cluster whose master alone is made up (see cluster.py): created, preempted, killed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cluster import Container, Master, containers_work
+from conftest import REPO, metrics_by_step, run_script
+from determined.common import util
+from processes import run_ranks
+from safetensors.torch import load_file
+
+import inference
+from comparison.cluster_task import as_arguments
+from trial.context import read_reports
+
+needs_containers = pytest.mark.skipif(not containers_work(), reason="this machine lets us make no namespaces")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="module")
+def master(folder):
+    (folder / "storage").mkdir()
+    with Master(folder / "storage") as master:
+        yield master
+        assert master.unknown == []
+
+
+@pytest.fixture(scope="module")
+def create(master, folder):
+    """`det e create CONFIG .`, in the repository, as a user would; returns the trials that the master then has."""
+
+    def create(config: str, **overrides):
+        det = Path(sys.executable).parent / "det"
+        command = [det, "-m", master.url, "e", "create", config, "."]
+        for key, value in overrides.items():
+            command += [
+                "--config",
+                f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).strip()}",
+            ]
+        environment = {**os.environ, "HOME": str(folder), "DET_USER": "determined", "DET_PASS": "Strong-enough-1"}
+        shown = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+        assert f"Created experiment {len(master.experiments)}" in shown.stdout, shown.stderr
+        assert len(json.dumps(master.experiments[len(master.experiments)]["raw"])) < 2**20  # with .venv and all here
+        return [trial for trial in master.trials.values() if trial.experiment_id == len(master.experiments)]
+
+    return create
+
+
+@pytest.fixture(scope="module")
+def start(master, folder, tiny):
+    def start(trial, slots: int) -> Container:
+        env = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
+        return Container(master, trial, slots, [folder, tiny, REPO, Path(sys.prefix)], folder / "containers", **env)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def untouched(master, folder):
+    """The reports of a trial's hyperparameters off the cluster, and the weights they end with."""
+
+    def untouched(trial, script: str, ranks: int):
+        config = master.experiments[trial.experiment_id]["config"]
+        config = config | {"hyperparameters": trial.hparams, "searcher": config["searcher"] | {"name": "single"}}
+        path, output = folder / f"{script}.yaml", folder / f"untouched-{trial.id}"
+        path.write_text(util.yaml_safe_dump(config))
+        log = output.with_suffix(".log")
+        assert run_ranks(script, "--config", path, "--output", output, log=log, ranks=ranks) == 0, log.read_text()
+        reports = read_reports(output / "reports.jsonl")
+        return reports, weights(Path(os.environ["LOCAL_CHECKPOINT_STORAGE"]), reports)
+
+    return untouched
+
+
+def weights(storage: Path, reports):
+    uuid = [report["uuid"] for report in reports if report["kind"] == "checkpoint"][-1]
+    (file,) = (storage / uuid).glob("checkpoint-*/model.safetensors")
+    return load_file(file)
+
+
+def same_as(untouched, trial, master) -> bool:
+    reports, before = untouched
+    after = weights(master.storage, trial.reports)
+    assert metrics_by_step(reports) == metrics_by_step(trial.reports)
+    return all(torch.equal(before[name], after[name]) for name in before)
+
+
+SMALL = {
+    "hyperparameters__training_args__max_steps": 4,
+    "hyperparameters__training_args__gradient_accumulation_steps": 2,
+    "hyperparameters__training_args__logging_steps": 1,
+    "hyperparameters__training_args__eval_steps": 2,
+    "hyperparameters__training_args__save_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def sft_trial(create, tiny):
+    (trial,) = create(
+        "sft.yaml",
+        **SMALL,
+        hyperparameters__model_name=str(tiny / "base"),
+        hyperparameters__dataset=str(tiny / "instructions"),
+        hyperparameters__dataset_subsets=[{"subset": "home", "number_of_samples": 40}],
+        hyperparameters__max_seq_length=256,
+        resources__slots_per_trial=1,
+    )
+    return trial
+
+
+@pytest.fixture(scope="module")
+def sft_starts(master, start, sft_trial):
+    """The containers of an SFT trial that was preempted in its first steps, and their logs."""
+
+    def preempt(trial, report):
+        trial.preempt |= report["kind"] == "training" and report["steps_completed"] == 1
+
+    master.watch = preempt
+    first = start(sft_trial, slots=1)
+    assert first.wait() == 0, first.log.read_text()
+    master.watch = lambda trial, report: None
+    second = start(sft_trial, slots=1)
+    assert second.wait() == 0, second.log.read_text()
+    return first, second
+
+
+@needs_containers
+def test_sft_on_one_slot_preempted(master, sft_starts, untouched, sft_trial):
+    _, second = sft_starts
+    assert sft_trial.acknowledged == 1
+    saved = sft_trial.of_kind("checkpoint")[0]
+    assert saved["steps_completed"] < 4
+    assert f"resuming from checkpoint {saved['uuid']}" in second.log.read_text()
+    assert [r["steps_completed"] for r in sft_trial.of_kind("checkpoint")][-1] == 4
+    assert sft_trial.of_kind("progress")[-1]["progress"] == 1.0
+    assert sft_trial.of_kind("status")[-1]["status"] == "training"
+    assert same_as(untouched(sft_trial, "sft_finetune", 1), sft_trial, master)
+
+
+@needs_containers
+def test_dpo_on_two_slots_killed(master, create, start, untouched, sft_starts, sft_trial, tiny, folder):
+    """From the checkpoint of the test above, which both ranks get through one download."""
+    sft_checkpoint = sft_trial.of_kind("checkpoint")[-1]["uuid"]
+    trials = create(
+        "dpo.yaml",
+        **SMALL,
+        hyperparameters__model_ckpt=sft_checkpoint,
+        hyperparameters__datasets=[str(tiny / "questions")],
+        hyperparameters__training_args__precompute_ref_batch_size=32,
+        hyperparameters__training_args__per_device_eval_batch_size=32,
+        hyperparameters__max_length=384,
+        hyperparameters__max_prompt_length=192,
+        hyperparameters__max_target_length=192,
+    )
+    assert len(trials) == 9
+    trial = trials[0]
+
+    def kill(trial, report):
+        if report["kind"] == "checkpoint" and report["steps_completed"] == 4:
+            container.kill()  # all of it is uploaded, and nobody knows
+            raise ConnectionError
+
+    master.watch = kill
+    container = start(trial, slots=2)
+    assert container.wait() == -signal.SIGKILL, container.log.read_text()
+    assert [r["steps_completed"] for r in trial.of_kind("checkpoint")] == [2]
+    master.watch = lambda trial, report: None
+    second = start(trial, slots=2)
+    assert second.wait() == 0, second.log.read_text()
+    assert [r["steps_completed"] for r in trial.of_kind("checkpoint")] == [2, 4]
+    told = [report["status"] for report in trial.of_kind("status")]
+    passes = [status.split(" in ")[0] for status in told if status.startswith("reference log-probs")]
+    assert passes == ["reference log-probs computed", "reference log-probs reused"]
+    downloaded = folder / "huggingface" / "determined" / sft_checkpoint / "checkpoint-4"
+    assert not list(downloaded.glob("optimizer*"))
+    # Off the cluster the SFT checkpoint has to be in the local store.
+    (Path(os.environ["LOCAL_CHECKPOINT_STORAGE"]) / sft_checkpoint).symlink_to(master.storage / sft_checkpoint)
+    assert same_as(untouched(trial, "dpo_finetune", 2), trial, master)
+
+
+@needs_containers
+def test_comparison_preempted(master, create, start, sft_starts, sft_trial, tiny, folder, call, tmp_path):
+    """Of the base and the trial above. What was answered before the preemption is not answered again."""
+    options = {
+        **{"number_of_samples": 4, "number_of_pairs": 4, "max_new_tokens": 4, "batch_size": 2},
+        "dataset": [str(tiny / "questions")],
+    }
+    (trial,) = create(
+        "inference.yaml",
+        **{f"hyperparameters__{key}": value for key, value in options.items()},
+        hyperparameters__model={"base": str(tiny / "base"), "sft": f"trial:{sft_trial.id}", "dpo": str(tiny / "base")},
+    )
+
+    def preempt(trial, report):
+        trial.preempt |= report["kind"] == "checkpoint"
+
+    master.watch = preempt
+    first = start(trial, slots=1)
+    assert first.wait() == 0, first.log.read_text()
+    assert trial.acknowledged == 1
+    master.watch = lambda trial, report: None
+    second = start(trial, slots=1)
+    assert second.wait() == 0, second.log.read_text()
+    assert "base: " not in second.log.read_text()  # nor the dpo model, which is the same one here
+    assert "sft: 4 answers" in second.log.read_text()
+    assert trial.of_kind("progress")[-1]["progress"] <= 1
+
+    steps = [report["steps_completed"] for report in trial.of_kind("checkpoint")]
+    assert steps == sorted(set(steps))
+    (validation,) = trial.of_kind("validation")
+    assert validation["steps_completed"] == steps[-1]
+    assert validation["metrics"]["questions"] == 4
+    assert 0 <= validation["metrics"]["sft/preference_accuracy"] <= 1
+    page = master.storage / trial.of_kind("checkpoint")[-1]["uuid"]
+    assert {path.name for path in page.iterdir()} - {"metadata.json"} == {"comparison.html", "comparison.json"}
+
+    third = start(trial, slots=1)  # as after a power cut before the master heard of its end
+    assert third.wait() == 0, third.log.read_text()
+    assert len(trial.of_kind("validation")) == 1
+    assert [report["steps_completed"] for report in trial.of_kind("checkpoint")] == steps
+
+    # The same options, as a command line on this machine, give the same answers.
+    checkpoint = next((master.storage / sft_trial.of_kind("checkpoint")[-1]["uuid"]).glob("checkpoint-*"))
+    words = [*as_arguments(options), "--model", f"base={tiny / 'base'}", "--model", f"sft={checkpoint}"]
+    words += ["--model", f"dpo={tiny / 'base'}", "--output_file", tmp_path / "c.json"]  # a cluster sorts its options
+    status, _, err = call(inference.main, *words)
+    assert status == 0, err
+    here, there = (
+        json.loads(path.read_text())["questions"] for path in (tmp_path / "c.json", page / "comparison.json")
+    )
+    assert len(here) == 4
+    assert here == there
+
+
+def test_options_of_a_yaml_as_a_command_line():
+    options = {"number_of_samples": 5, "model": {"a": "exp:1"}, "dataset": ["x", {"name": "y"}], "seed": None}
+    words = ["--number-of-samples=5", "--model=a=exp:1", "--dataset=x", '--dataset={"name": "y"}']
+    assert as_arguments({**options, "prompt": ["-1?"]}) == [*words, "--prompt=-1?"]
+
+
+def test_a_mistake_in_the_comparisons_options_is_not_tried_again():
+    (policy,) = yaml.safe_load((REPO / "inference.yaml").read_text())["log_policies"]
+    unknown = run_script("inference.py", *as_arguments({"model": {"a": "b"}, "number_of_question": 3}))
+    assert re.search(policy["pattern"], unknown.stderr, flags=re.MULTILINE)
+    assert re.search(policy["pattern"], "error: --model sft exp:12: no such experiment")
+    assert not re.search(policy["pattern"], "error (or out of reach for now): a hub")
+
+
+@pytest.mark.parametrize("config", ["sft.yaml", "dpo.yaml"])
+def test_a_mistake_is_told_once_and_not_tried_again(config, write_config, sft_config, tmp_path):
+    """The cluster looks for the line of a mistake in the log, where its launcher has put a rank before each line."""
+    (policy,) = yaml.safe_load((REPO / config).read_text())["log_policies"]
+    assert policy["action"] == {"type": "cancel_retries"}
+    path, log = write_config(sft_config, hyperparameters__dataset="/no/such/file.jsonl"), tmp_path / "log"
+    assert run_ranks("sft_finetune", "--config", path, "--output", tmp_path / "out", log=log, ranks=2) == 2
+    told = [line for line in log.read_text().splitlines() if re.search(policy["pattern"], line)]
+    assert told == ["error: data set /no/such/file.jsonl: no such file or folder"]
+    assert re.search(policy["pattern"], f"[rank=0] {told[0]}")
+    assert not re.search(policy["pattern"], "[rank=0] {'loss': 0.1} the squared error: 0.2")

@@ -1,0 +1,1 @@
+"""What one trial is: its context on and off a cluster, its callback and its model."""

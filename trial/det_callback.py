@@ -1,0 +1,260 @@
+"""Determined's callback for the Trainer, mended where release 0.38.1 and transformers 5 disagree.
+
+A trial resumes exactly: stopped at any step, in the middle of an evaluation too, or killed at any moment, it ends with
+the weights and the logged metrics of one that was never touched (bit for bit where the hardware computes so).
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import determined.transformers
+import torch
+from determined.errors import CheckpointNotFound
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from errors import PassingError, UserError
+from storage.ranks import once_per_node
+from trial.context import Trial, TrialStopped
+
+logger = logging.getLogger(__name__)
+
+
+def train_until_preempted(trainer: Trainer, trial: Trial) -> None:
+    """Train to the end, or until the cluster wants its slots back: then save, and leave the rest to the next start."""
+    callback = DetCallback(trial, trainer)
+    trainer.add_callback(callback)
+    trial.status("training")
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except TrialStopped:
+        callback.save_after_broken_evaluation()
+
+
+class DetCallback(determined.transformers.DetCallback):
+    """Reports metrics and progress, uploads checkpoints, restores the latest one and heeds preemption.
+
+    It serves off the cluster as well, against the contexts of `trial.py`. After construction
+    `args.resume_from_checkpoint` is the folder to resume from, or None: pass it to `trainer.train()`, which does not
+    look there itself.
+    """
+
+    def __init__(self, trial: Trial, trainer: Trainer) -> None:
+        self.trial, self.trainer = trial, trainer
+        self.preempted = False
+        self.save_at_epoch_end = False
+        self.evaluation_due = False  # at the step of the checkpoint, and left to whoever resumes from it
+        self.rng_state: torch.Tensor | None = None  # from before the evaluation at this step
+        # Upstream appends to it for adaptive_asha and has forgotten to make it. This can go once it has not.
+        self.required_metrics: list[str] = []
+        if trial.on_cluster:
+            super().__init__(trial.core_context, trainer.args)
+        else:
+            # Upstream's constructor raises RuntimeError off the cluster, though its methods work: set what it sets.
+            # This can go once it does not.
+            TrainerCallback.__init__(self)
+            self.info = SimpleNamespace(task_type="TRIAL", trial=SimpleNamespace(trial_id=trial.trial_id))
+            self.searcher_metric, self.time_metric = trial.searcher_metric, None
+            self.filter_metrics = self.user_data = None
+            self.last_train_metrics = self.last_eval_metrics = self.last_save = -1
+            self.last_progress = 0
+            self._force_final_save = self._force_final_evaluate = True
+            self.load_last_checkpoint(trainer.args)
+        # Upstream looks for the signal only where something is logged, which may be late, and then stops, which may be
+        # without a checkpoint. It is shown what on_step_end saw, so that it keeps to that. This can go once it polls
+        # at every step and saves.
+        self.core_context = SimpleNamespace(
+            train=trial.core_context.train, preempt=SimpleNamespace(should_preempt=lambda: self.preempted)
+        )
+
+    def load_last_checkpoint(self, args: TrainingArguments) -> None:
+        """Download the latest checkpoint into a folder of its own and point `args.resume_from_checkpoint` at it.
+
+        Upstream reads `args.overwrite_output_dir`, which transformers 5 has removed (AttributeError), and resumes
+        from the highest `checkpoint-N` in `output_dir`, which may be an older run's. This can go once it does neither.
+
+        Raises `UserError` where the storage no longer has it.
+        """
+        args.resume_from_checkpoint = None
+        latest, folder = self.trial.latest_checkpoint, self._resumed_from(args)
+        if latest is None:
+            return
+        core_context = self.trial.core_context
+        # Whatever an interrupted download left there.
+        once_per_node(core_context.distributed, lambda: shutil.rmtree(folder, ignore_errors=True))
+        try:
+            core_context.checkpoint.download(latest, folder)
+        except CheckpointNotFound:
+            raise PassingError(f"the trial's latest checkpoint, {latest}, is not in the storage") from None
+        saved = next(folder.glob("checkpoint-*"), None)
+        if saved is None:
+            raise UserError(f"the trial's latest checkpoint, {latest}, was not saved by this project")
+        args.resume_from_checkpoint = str(saved)
+        logger.info("resuming from checkpoint %s, %s", latest, saved.name)
+
+    def _resumed_from(self, args: TrainingArguments) -> Path:
+        return Path(args.output_dir) / "resumed_from"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what was left to do at the step of the checkpoint."""
+        if args.resume_from_checkpoint is not None:
+            self.last_save = state.global_step
+            args.eval_on_start = False  # this is no start
+            self._load_log_state(Path(args.resume_from_checkpoint), args)
+            if self.evaluation_due:
+                # What the Trainer does where an evaluation is due; it has no public method for both.
+                self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+                self.evaluation_due = False
+        self.trial.stop_if_preempted()
+        if state.global_step >= state.max_steps:
+            # Killed between its last checkpoint and its end. The Trainer (5.23) would train a step more; this can go
+            # once it does not.
+            logger.info("the checkpoint is that of the last step; nothing is left to train")
+            raise TrialStopped
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report progress, look for the signal to stop, and keep a checkpoint from being saved before its time.
+
+        Upstream reports each whole percent only where `max_steps` is set, else each epoch; and the Trainer logs the
+        last steps only if their number divides by `logging_steps`. These parts can go once both do better.
+        """
+        percent = 100 * state.global_step // state.max_steps
+        if state.is_world_process_zero and percent > self.last_progress:
+            self.last_progress = percent
+            self.core_context.train.report_progress(percent / 100)
+        last = state.global_step >= state.max_steps
+        control.should_log |= last
+        self.preempted = self.trial.should_preempt()
+        if self.preempted:
+            logger.info("preempted at step %d: saving", state.global_step)
+            self.evaluation_due = control.should_evaluate
+            control.should_evaluate = False
+            control.should_training_stop = True
+        if control.should_save and (last or self.preempted or state.epoch.is_integer()):
+            # The Trainer goes to on_epoch_end next. What it logs and evaluates there belongs into this checkpoint: one
+            # saved now would, if the trial is killed before that, never see it done.
+            control.should_save, self.save_at_epoch_end = False, True
+        self._before_evaluation(control)
+        if args.resume_from_checkpoint is not None:  # all is loaded from it by now
+            args.resume_from_checkpoint = None
+            if self.trial.core_context.distributed.local_rank == 0:
+                shutil.rmtree(self._resumed_from(args), ignore_errors=True)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave evaluations to the trial's next start when preempted, and have upstream see to the last save.
+
+        Upstream is shown the number of steps instead of `args`, by which it tells the end of training just as well:
+        its progress is `epoch / num_train_epochs`, which fractional epochs take above 1, and Core API refuses. This
+        can go once it does not.
+        """
+        control.should_save |= self.save_at_epoch_end
+        self.save_at_epoch_end = False
+        if self.preempted:
+            last = state.global_step >= state.max_steps
+            if not (last or state.epoch.is_integer()):  # the epoch was cut short: what is due at its end is not yet
+                control.should_log = control.should_evaluate = False
+            self.evaluation_due |= control.should_evaluate or (last and self.last_eval_metrics < state.global_step)
+            control.should_evaluate = False
+        super().on_epoch_end(SimpleNamespace(max_steps=state.max_steps), state, control, **kwargs)
+        self._before_evaluation(control)
+
+    def _before_evaluation(self, control: TrainerControl) -> None:
+        if control.should_evaluate:
+            self.rng_state = torch.get_rng_state()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Break an evaluation off when preempted; the checkpoint then says that it is still due."""
+        if self.trial.should_preempt():
+            logger.info("preempted during an evaluation")
+            raise TrialStopped
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Let an evaluation leave no trace in the random numbers: training goes on the same if it is made up for later.
+
+        (A DataLoader draws a seed from the CPU's generator whether it shuffles or not.)
+        """
+        if self.rng_state is not None:
+            torch.set_rng_state(self.rng_state)
+            self.rng_state = None
+
+    def save_after_broken_evaluation(self) -> None:
+        """Save the step at whose end an evaluation was broken off, unless it was saved before."""
+        args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
+        if state.global_step <= max(self.last_save, 0):
+            return
+        self.evaluation_due = True
+        self.on_evaluate()
+        self.trainer._save_checkpoint(self.trainer.model_wrapped, trial=None)
+        self.on_save(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Upload the checkpoint, once every rank has put its part of the logs' state beside it, and keep no copy.
+
+        Upstream has every rank of a node offer every file, and Core API then hashes all of them on each to find them
+        the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all. This can go
+        once upstream does so.
+        """
+        core_context, name = self.trial.core_context, f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir) / name
+        self._save_log_state(folder, args)
+        self.last_save = state.global_step
+        core_context.checkpoint.upload(
+            args.output_dir,
+            metadata={"steps_completed": state.global_step, "trial_id": self.info.trial.trial_id},
+            shard=True,
+            selector=lambda path: core_context.distributed.local_rank == 0 and path.startswith(f"{name}/"),
+        )
+        if core_context.distributed.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _save_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
+        """What the next logged means are made of: the sums since the last log, which the Trainer's checkpoints lack."""
+        trainer = self.trainer
+        log_state = {
+            "ranks": args.world_size,
+            "evaluation_due": self.evaluation_due,
+            "globalstep_last_logged": trainer._globalstep_last_logged,
+            "tr_loss": trainer._tr_loss.item(),
+            "metrics": dict(trainer._metrics["train"]),
+            "total_train_tokens": trainer._total_train_tokens,
+        }
+        _log_state_file(checkpoint, args.process_index).write_text(json.dumps(log_state))
+
+    def _load_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
+        # What all ranks must agree on, they all take from the first.
+        log_state = json.loads(_log_state_file(checkpoint, 0).read_text())
+        self.evaluation_due = log_state["evaluation_due"]
+        if log_state["ranks"] != args.world_size:
+            logger.info("resuming on %d ranks what %d have saved: not exactly", args.world_size, log_state["ranks"])
+            return
+        log_state, trainer = json.loads(_log_state_file(checkpoint, args.process_index).read_text()), self.trainer
+        trainer._globalstep_last_logged = log_state["globalstep_last_logged"]
+        trainer._tr_loss = torch.tensor(log_state["tr_loss"], device=args.device)
+        trainer._metrics["train"].update(log_state["metrics"])
+        trainer._total_train_tokens = log_state["total_train_tokens"]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Lend upstream a copy: it removes keys from `logs`, which later callbacks and TrainOutput then miss.
+
+        The closing summary is not reported: it is of this process, which may have resumed, not of the trial.
+        """
+        if "train_loss" not in (logs or {}):
+            super().on_log(args, state, control, logs=dict(logs or {}), **kwargs)
+
+
+def _log_state_file(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"log_state_{rank}.json"
