@@ -38,7 +38,7 @@ def measure(name: str, overrides: list[str], max_concurrent: int, sft: str) -> t
         subprocess.run(command, cwd=REPO, env=environment, check=True, stdout=subprocess.DEVNULL)
         seconds = time.monotonic() - started
         trials = (output / "trials.jsonl").read_text().count('"state": "COMPLETED"')
-        reports = [json.loads(line) for file in output.glob("trials/*/reports.jsonl") for line in file.open()]
+        reports = [json.loads(line) for file in output.glob("trials/*/events.jsonl") for line in file.open()]
     passes = sum(report.get("status", "").startswith("reference log-probs computed") for report in reports)
     print(f"{name}: {seconds:.1f} s, {trials} trials, {passes} reference passes", flush=True)
     return seconds, trials, passes

@@ -25,12 +25,11 @@ from chat_format import Message
 from comparison.generation import Answer, Sampling, answer_batch, batch_seed, batches, context_length, fitted, in_halves
 from comparison.preference_metrics import PairScore, pair_batches, score_batch, tokenize_pairs
 from errors import UserError
-from experiment.results import read_reports
 from speed.output_layer import fit_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file
+from storage.files import append_json_line, read_json_lines
 from storage.shared_cache import fingerprint
-from trial.context import append_report
 from trial.models import load_model_and_tokenizer
 
 
@@ -58,7 +57,7 @@ class Kept:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        lines = read_reports(path) if path else []
+        lines = read_json_lines(path) if path else []
         ours = [line for line in lines if isinstance(line, dict) and line.keys() == {"key", "value"}]
         self.results = {line["key"]: line["value"] for line in ours}
 
@@ -66,7 +65,7 @@ class Kept:
         self.results[key] = value
         if self.path:
             try:
-                append_report(self.path, key=key, value=value)
+                append_json_line(self.path, {"key": key, "value": value})
             except OSError as error:
                 raise UserError(f"{self.path}: {error.strerror}") from error
 

@@ -23,9 +23,9 @@ from chat_format import Message
 from comparison.generation import Answer
 from comparison.preference_metrics import NGRAM, Estimate
 from errors import UserError
-from experiment.results import write_whole
 from pages.render import render_page
 from pages.terminal import visible
+from storage.files import write_atomically
 from storage.shared_cache import fingerprint
 
 RESERVED = ("question", "preferred")  # columns that no model can be called
@@ -204,7 +204,7 @@ def markdown_cell(text: str) -> str:
 def write_html(comparison: Comparison) -> str:
     table = comparison.table()
     return render_page(
-        "vote.html.jinja",
+        Path(__file__).with_name("vote.html.jinja"),
         "Which answer is best?",
         comparison=comparison,
         numbers=comparison.numbers(),
@@ -233,6 +233,6 @@ def check_output(path: str) -> None:
 def write_comparison(comparison: Comparison, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, WRITERS[path.suffix](comparison))
+        write_atomically(path, WRITERS[path.suffix](comparison))
     except OSError as error:
         raise UserError(f"--output_file {path}: {error.strerror}") from error

@@ -163,11 +163,18 @@ class TrainerArgs:
         return []
 
     @property
-    def checkpointing_left_open(self) -> bool:
-        """Whether `suit_hardware` is to decide on activation checkpointing."""
+    def packing(self) -> bool:
+        """Whether TRL packs several rows into one sequence."""
+        return False
+
+    @property
+    def checkpointing(self) -> bool | None:
+        """What the YAML says of activation checkpointing, or of FSDP's own; None where it leaves the choice open."""
         names = ("activation_checkpointing", "gradient_checkpointing")
         by_fsdp = self.args.fsdp and _fsdp_checkpointing(self.training_args)
-        return not by_fsdp and not any(name in self.training_args for name in names)
+        if by_fsdp or any(name in self.training_args for name in names):
+            return self.args.activation_checkpointing
+        return None
 
     @property
     def model_init_kwargs(self) -> dict[str, Any]:
@@ -230,6 +237,15 @@ class SFTHyperparameters(TrainerArgs):
         ]
 
     @property
+    def packing(self) -> bool:
+        return self.args.packing
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments for `load_sft_dataset`."""
+        return {"sources": self.sources, "seed": self.split_seed, "streaming": self.streaming}
+
+    @property
     def tokenizing(self) -> dict[str, Any]:
         """Keyword arguments for `tokenize_sft_dataset`."""
         splits_rows = self.args.packing and self.args.packing_strategy != "bfd"  # over as many sequences as they fill
@@ -287,6 +303,11 @@ class DPOHyperparameters(TrainerArgs):
     @property
     def sources(self) -> list[DataSource]:
         return [DataSource(given) if isinstance(given, str) else given for given in self.datasets]
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments for `load_dpo_dataset`."""
+        return {"sources": self.sources, "seed": self.split_seed}
 
     @property
     def tokenizing(self) -> dict[str, Any]:

@@ -43,13 +43,14 @@ from dataset_utils import (
     tokenize_sft_dataset,
 )
 from errors import UserError
-from experiment.results import Experiment, short_name, write_whole
+from experiment.results import Experiment, short_name
 from pages.render import render_page
 from pages.terminal import visible
 from speed.hardware import cheap_to_recompute, free_memory, wants_checkpointing
 from speed.memory import MemoryEstimate, computed_lengths, estimate_memory, largest_batches, resident
 from speed.padding_free import why_padded
 from storage.checkpoints import local_checkpoint
+from storage.files import write_atomically
 from trial.models import load_model_and_tokenizer
 
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -428,7 +429,7 @@ def estimates(
 ) -> Iterator[tuple[str, MemoryEstimate]]:
     """For the one process of this machine, and for the experiment's slots as GPUs."""
     args, slots, given = copy.copy(hparams.args), slots_of(experiment), hparams.training_args
-    model, left_open = preparation.model, hparams.checkpointing_left_open
+    model, left_open = preparation.model, hparams.checkpointing is None
     shapes = largest_batches(args, preparation.kept, preparation.in_pairs, preparation.padding_free)
     estimate = functools.partial(estimate_memory, model, args, *shapes, process=process)
 
@@ -519,7 +520,10 @@ def write(sections: list[Section], name: str, output: Path) -> Path:
     page = output if output.suffix == ".html" else output / "dry_run.html"
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(page, render_page("dry_run.html.jinja", name, sections=sections, shown=PAGE_TOKENS))
+        write_atomically(
+            page,
+            render_page(Path(__file__).with_name("dry_run.html.jinja"), name, sections=sections, shown=PAGE_TOKENS),
+        )
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}") from error
     return page

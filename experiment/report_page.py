@@ -22,8 +22,10 @@ from typing import Any
 
 from config.experiment import expand_trials
 from errors import UserError, exit_on_user_error
-from experiment.results import Experiment, Report, read_reports, short_name, summarize, write_whole
+from experiment.results import Experiment, short_name, summarize
 from pages.render import render_page
+from storage.files import write_atomically
+from trial.events import TrialEvent, read_events
 
 # checkpoints.py and the SDK are imported where they are needed: that takes seconds.
 
@@ -49,7 +51,7 @@ MAX_POINTS = 150  # of a curve, more than a panel's pixels show
 def render(experiment: Experiment) -> str:
     """The page."""
     return render_page(
-        "report.html.jinja",
+        Path(__file__).with_name("report.html.jinja"),
         experiment.name,
         experiment=experiment,
         page=Page(experiment),
@@ -342,7 +344,7 @@ def in_order(values: Iterator[str]) -> list[str]:
     return different
 
 
-def series(reports: list[Report], kind: str, metric: str) -> list[tuple[int, float]]:
+def series(reports: list[TrialEvent], kind: str, metric: str) -> list[tuple[int, float]]:
     """A metric by step, evenly thinned where there are many; of a step done twice, after a resume, the last."""
     found = {
         r["steps_completed"]: r["metrics"][metric] for r in reports if r["kind"] == kind and metric in r["metrics"]
@@ -375,8 +377,8 @@ def read_local(folder: Path) -> Experiment:
         experiment.results = {result["trial_id"]: result for result in results}
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    for path in folder.glob("trials/*/reports.jsonl"):
-        trial_id, reports = int(path.parent.name), read_reports(path)
+    for path in folder.glob("trials/*/events.jsonl"):
+        trial_id, reports = int(path.parent.name), read_events(path)
         hparams = next((report["hparams"] for report in reports if report["kind"] == "hparams"), None)
         if hparams is not None:
             experiment.reports[trial_id] = reports
@@ -406,7 +408,7 @@ def read_cluster(source: str) -> Experiment:
     return experiment
 
 
-def cluster_reports(trial: Any) -> Iterator[Report]:
+def cluster_reports(trial: Any) -> Iterator[TrialEvent]:
     """What a trial told its master, as `trial.py` writes it; of its checkpoints, those that the cluster still has."""
     for kind in ("training", "validation"):
         for report in trial.iter_metrics(kind):
@@ -451,7 +453,7 @@ def main() -> None:
         raise UserError(f"{source!r} is neither a folder nor exp:NUMBER, an experiment of the cluster")
     output = Path(args.output or output)
     try:
-        write_whole(output, render(experiment))
+        write_atomically(output, render(experiment))
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}") from error
     print(f"Report: {output}")

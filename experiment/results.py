@@ -4,14 +4,12 @@ import json
 import math
 import shlex
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from config.experiment import entrypoint_script, varying_hyperparameters
 from errors import UserError
-
-Report = dict[str, Any]  # see trial.py
+from trial.events import TrialEvent, events_by_step
 
 
 class Searcher:
@@ -49,7 +47,7 @@ class Experiment:
         self.searcher = Searcher(config)
         self.varying = varying_hyperparameters(config)
         self.results: dict[int, dict[str, Any]] = {}
-        self.reports: dict[int, list[Report]] = {}
+        self.reports: dict[int, list[TrialEvent]] = {}
 
     @property
     def script(self) -> str:
@@ -127,34 +125,12 @@ def short_name(name: str) -> str:
     return name.split(".")[-1].split("/")[-1]
 
 
-def read_reports(path: Path) -> list[Report]:
-    """The whole lines of a trial's reports file; one that a kill cut short is left out. No file: no reports."""
-    reports = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            reports.append(json.loads(line))
-    return reports
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a restart after a kill, finds the old text or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def by_step(reports: list[Report], kind: str) -> dict[int, Report]:
-    """The reports of a kind, in order of steps; of a step that was done twice, after a resume, the last."""
-    found = {report["steps_completed"]: report for report in reports if report["kind"] == kind}
-    return dict(sorted(found.items()))
-
-
 def summarize(
-    trial_id: int, state: str, hparams: dict[str, Any], reports: list[Report], searcher: Searcher
+    trial_id: int, state: str, hparams: dict[str, Any], reports: list[TrialEvent], searcher: Searcher
 ) -> dict[str, Any]:
     """A trial's line of `trials.jsonl`, from what it reported."""
-    validations = {step: report["metrics"] for step, report in by_step(reports, "validation").items()}
-    checkpoints = {step: report["uuid"] for step, report in by_step(reports, "checkpoint").items()}
+    validations = {step: report["metrics"] for step, report in events_by_step(reports, "validation").items()}
+    checkpoints = {step: report["uuid"] for step, report in events_by_step(reports, "checkpoint").items()}
     best_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
     return {
         "trial_id": trial_id,

@@ -14,7 +14,7 @@ receives
                          best_metrics, checkpoint_uuid
     best_checkpoint      the UUID of the best trial's checkpoint
     report.html          all of it as a picture, to open in a browser
-    trials/<trial_id>/   its config.yaml, log.txt and reports.jsonl
+    trials/<trial_id>/   its config.yaml, log.txt and events.jsonl
     cache/               what the trials share: tokenized data and reference log-probs. When they are done it may go
 
 checkpoint_uuid is, of the checkpoints that were validated when they were saved, the best one by searcher.metric, and
@@ -56,10 +56,12 @@ from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, check
 from dataset_utils import load_dpo_dataset, load_sft_dataset
 from errors import UserError, exit_on_user_error
 from experiment.report_page import render
-from experiment.results import Experiment, Report, read_reports, short_name, summarize, write_whole
+from experiment.results import Experiment, short_name, summarize
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
+from storage.files import write_atomically
 from storage.locks import only_writer
 from trial.context import as_json, hide_progress_bars_in_logs
+from trial.events import TrialEvent, read_events
 from trial.models import check_source
 
 POLL_SECONDS = 0.2
@@ -105,8 +107,8 @@ class RunningTrial:
 
     def __init__(self, process: BaseProcess, slot: int, folder: Path) -> None:
         self.process, self.slot, self.started = process, slot, time.monotonic()
-        self.file, self.offset = folder / "reports.jsonl", 0
-        self.reports: list[Report] = []
+        self.file, self.offset = folder / "events.jsonl", 0
+        self.reports: list[TrialEvent] = []
         self.status = "starting"
         self.progress: list[tuple[float, float]] = []  # when, and how far
         self.read()
@@ -128,7 +130,7 @@ class RunningTrial:
                     self.progress.append((time.monotonic(), report["progress"]))
                 self.status = report.get("status", self.status)
 
-    def last(self, kind: str) -> Report:
+    def last(self, kind: str) -> TrialEvent | dict:
         return next((report for report in reversed(self.reports) if report["kind"] == kind), {})
 
     def seconds_left(self) -> float | None:
@@ -160,12 +162,12 @@ class LocalExperiment(Experiment):
                 if result["state"] == "COMPLETED":
                     trial_id = result["trial_id"]
                     self.results[trial_id] = result
-                    self.reports[trial_id] = read_reports(self.trial_folder(trial_id) / "reports.jsonl")
+                    self.reports[trial_id] = read_events(self.trial_folder(trial_id) / "events.jsonl")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         command = {"config_file": self.config_file, "model_def": self.model_def}
-        write_whole(self.folder / "command.json", json.dumps(command) + "\n")
-        write_whole(stored, json.dumps(self.config, indent=2) + "\n")
+        write_atomically(self.folder / "command.json", json.dumps(command) + "\n")
+        write_atomically(stored, json.dumps(self.config, indent=2) + "\n")
 
     def _read_results(self) -> list[dict[str, Any]]:
         file = self.folder / "trials.jsonl"
@@ -201,7 +203,7 @@ class LocalExperiment(Experiment):
         folder.mkdir(parents=True, exist_ok=True)
         searcher = {**self.config["searcher"], "name": "single"}
         config = {**self.config, "hyperparameters": self.trials[trial_id - 1], "searcher": searcher}
-        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         script, *arguments = entrypoint_script(self.config)
         arguments += ["--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)]
         arguments += ["--cache", str(self.folder / "cache")]
@@ -257,10 +259,10 @@ class LocalExperiment(Experiment):
     def keep(self) -> None:
         """Write `trials.jsonl`, the best checkpoint so far and the report anew."""
         lines = [json.dumps(self.results[trial_id]) + "\n" for trial_id in sorted(self.results)]
-        write_whole(self.folder / "trials.jsonl", "".join(lines))
+        write_atomically(self.folder / "trials.jsonl", "".join(lines))
         best = self.best()
         if best:
-            write_whole(self.folder / "best_checkpoint", best["checkpoint_uuid"] + "\n")
+            write_atomically(self.folder / "best_checkpoint", best["checkpoint_uuid"] + "\n")
         self.draw()
 
     def draw(self) -> None:
@@ -272,7 +274,7 @@ class LocalExperiment(Experiment):
             hparams = self.trials[trial_id - 1]
             drawn.results[trial_id] = summarize(trial_id, "UNFINISHED", hparams, trial.reports, self.searcher)
         try:
-            write_whole(self.report_file, render(drawn))
+            write_atomically(self.report_file, render(drawn))
         except Exception as error:  # nothing that it shows would be lost: the trials must go on
             console.print(f"{self.report_file} cannot be written: {type(error).__name__}: {error}", markup=False)
 

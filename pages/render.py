@@ -1,4 +1,4 @@
-"""HTML pages that are one file each and need no network: `page.html.jinja` is what they have in common."""
+"""Render HTML pages that are one file each and need no network. `page.html.jinja` is the frame that they share."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,13 @@ from typing import Any
 import jinja2
 
 
-def render_page(template: str, title: str, **context: Any) -> str:
-    """The page that a template of this folder makes of `context`. A name that it does not have is an error."""
-    here = Path(__file__).resolve().parent
+def render_page(template: Path, title: str, **context: Any) -> str:
+    """Return the page that a template makes of `context`. Raises `UndefinedError` for a name that the context lacks."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([here, here.parent / "experiment", here.parent / "comparison"]),
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template(template).render(title=title, **context)
+    return environment.get_template(template.name).render(title=title, **context)

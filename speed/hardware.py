@@ -90,7 +90,7 @@ def suit_hardware(
         add_embedding_gradient_in_place(model)
 
     reason = "as set"
-    if hparams.checkpointing_left_open:
+    if hparams.checkpointing is None:
         reason = choose_checkpointing(trial, model, dataset, why is None, models=1 if reference is None else 2)
     args.gradient_checkpointing = args.activation_checkpointing  # TRL 1.16 reads the old name
     told.append(f"activation checkpointing {'on' if args.activation_checkpointing else 'off'} ({reason})")

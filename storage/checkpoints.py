@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from urllib3.exceptions import HTTPError
 
 from errors import PassingError, UserError, one_line
+from storage.files import BUNDLE
 from storage.ranks import once_per_node
 from storage.shared_cache import make_once
 
@@ -39,7 +40,7 @@ def local_checkpoint_storage() -> Path:
 
     The environment variable LOCAL_CHECKPOINT_STORAGE moves it, to a larger disk for instance.
     """
-    default = Path(__file__).resolve().parent.parent / "local_runs" / "checkpoints"
+    default = BUNDLE / "local_runs" / "checkpoints"
     return Path(os.environ.get("LOCAL_CHECKPOINT_STORAGE", default)).resolve()
 
 

@@ -170,10 +170,10 @@ def train(call, write_config, tmp_path):
         path = write_config(config, **changes)
         status, out, err = call(script.main, "--config", path, "--output", tmp_path / output)
         assert status == 0, err
-        from trial.context import read_reports
+        from trial.events import read_events
 
         reports = {"stdout": out, "training": [], "validation": [], "checkpoint": [], "progress": []}
-        for report in read_reports(tmp_path / output / "reports.jsonl"):
+        for report in read_events(tmp_path / output / "events.jsonl"):
             reports.setdefault(report["kind"], []).append(report)
         return reports
 

@@ -1,13 +1,4 @@
-"""What a trial is given: its hyperparameters and its Core API context, on a Determined cluster and off it.
-
-Off the cluster a trial's reports go to `reports.jsonl` in its folder instead of to a master, one JSON object a line:
-
-    {"kind": "hparams", "hparams": {...}}
-    {"kind": "training" | "validation", "steps_completed": 10, "metrics": {...}}
-    {"kind": "checkpoint", "steps_completed": 10, "uuid": "..."}
-    {"kind": "progress", "progress": 0.25}
-    {"kind": "status", "status": "loading the model"}
-"""
+"""What a trial is given: its hyperparameters and its Core API context, on a Determined cluster and off it."""
 
 import argparse
 import contextlib
@@ -40,11 +31,11 @@ from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from dataset_utils import told_losses
 from errors import UserError
-from experiment.results import read_reports
 from storage.checkpoints import agent_cache, local_checkpoint_storage
 from storage.locks import only_writer, open_lock, taken
 from storage.ranks import once_per_node
 from storage.shared_cache import fingerprint, hash_rows, hash_tokenizer, make_once
+from trial.events import append_event, read_events
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +202,7 @@ def _open_on_this_machine(
         )
     hparams = parse_hyperparameters(cls, trials[0])
     output = Path(args.output)
-    reports = output / "reports.jsonl"
+    reports = output / "events.jsonl"
     metric = config["searcher"].get("metric")
     storage = local_checkpoint_storage()
     cache = Path(args.cache or output / "cache")
@@ -220,7 +211,7 @@ def _open_on_this_machine(
         # One whose local_experiment.py was killed has some milliseconds to live; the one started again is in no hurry.
         lock = only_writer(output, patience=30 if multiprocessing.parent_process() else 0)
         once_per_node(distributed or core.DummyDistributedContext(), lambda: stack.enter_context(lock))
-        earlier = read_reports(reports)
+        earlier = read_events(reports)
         if any(report["kind"] == "hparams" and report["hparams"] != as_json(trials[0]) for report in earlier):
             raise UserError(f"{output} holds a trial with other hyperparameters; remove it, or choose another --output")
         checkpoints = [report["uuid"] for report in earlier if report["kind"] == "checkpoint"]
@@ -284,8 +275,8 @@ class LocalTrainContext(core.DummyTrainContext):
 
     def _report(self, **report: Any) -> None:
         if not self.reports.exists():
-            append_report(self.reports, kind="hparams", hparams=self.hparams)
-        append_report(self.reports, **report)
+            append_event(self.reports, kind="hparams", hparams=self.hparams)
+        append_event(self.reports, **report)
 
 
 class LocalCheckpointContext(core.DummyCheckpointContext):
@@ -298,21 +289,10 @@ class LocalCheckpointContext(core.DummyCheckpointContext):
     def upload(self, ckpt_dir: Any, metadata: dict[str, Any] | None = None, **kwargs: Any) -> str:
         uuid = super().upload(ckpt_dir, metadata, **kwargs)
         if self._dist.rank == 0:
-            append_report(self.reports, kind="checkpoint", uuid=uuid, **(metadata or {}))
+            append_event(self.reports, kind="checkpoint", uuid=uuid, **(metadata or {}))
         return uuid
 
 
 def as_json(value: Any) -> Any:
     """`value` as JSON gives it back, for comparing it with what was written earlier."""
     return json.loads(json.dumps(value))
-
-
-def append_report(path: Path, **report: Any) -> None:
-    """Append a line to a reports file, on a line of its own even after one that a kill cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(report).encode() + b"\n")

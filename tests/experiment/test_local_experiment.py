@@ -22,7 +22,7 @@ from experiment import runner as local_experiment
 from experiment.results import Searcher, summarize
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
 from storage.locks import only_writer
-from trial.context import append_report, read_reports
+from trial.events import append_event, read_events
 
 GRID = {
     "searcher__name": "grid",
@@ -235,8 +235,8 @@ def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path, h
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit SIG_IGN
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    files = [tmp_path / "out" / "trials" / trial / "reports.jsonl" for trial in "12"]
-    while not all(any(r["kind"] == "checkpoint" for r in read_reports(file)) for file in files):
+    files = [tmp_path / "out" / "trials" / trial / "events.jsonl" for trial in "12"]
+    while not all(any(r["kind"] == "checkpoint" for r in read_events(file)) for file in files):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     for file in files:
@@ -281,7 +281,7 @@ def test_three_trials_at_once(call, write_config, dpo_config, tmp_path):
     assert status == 0, err
     lines = [re.sub(r"trial \d of 3 \(dpo_beta [\d.]+\): (\w+).*", r"\1", line) for line in out.splitlines()]
     assert [line for line in lines if line in ("started", "COMPLETED")] == ["started"] * 3 + ["COMPLETED"] * 3
-    reports = [read_reports(tmp_path / "out" / "trials" / trial / "reports.jsonl") for trial in "123"]
+    reports = [read_events(tmp_path / "out" / "trials" / trial / "events.jsonl") for trial in "123"]
     told = [report["status"].split(" in ")[0] for trial in reports for report in trial if report["kind"] == "status"]
     assert told.count("reference log-probs computed") == 1
     assert told.count("reference log-probs reused") == 2
@@ -301,11 +301,11 @@ def test_what_is_watched_while_trials_run(write_config, dpo_config, tmp_path, mo
     metrics = {"eval_rewards/accuracies": 0.75}
     experiment.results[1] = {"trial_id": 1, "state": "COMPLETED", "steps_completed": 40, "best_metrics": metrics}
     experiment.durations.append(100.0)
-    file = tmp_path / "reports.jsonl"
-    append_report(file, kind="progress", progress=0.9)  # of an earlier start
+    file = tmp_path / "events.jsonl"
+    append_event(file, kind="progress", progress=0.9)  # of an earlier start
     trial = experiment.running[2] = local_experiment.RunningTrial(None, 0, tmp_path)
-    append_report(file, kind="status", status="training")
-    append_report(file, kind="progress", progress=0.1)
+    append_event(file, kind="status", status="training")
+    append_event(file, kind="progress", progress=0.1)
     trial.read()
     now += 10
     with file.open("a") as torn:
@@ -313,8 +313,8 @@ def test_what_is_watched_while_trials_run(write_config, dpo_config, tmp_path, mo
     trial.read()
     with file.open("a") as rest:
         rest.write('"progress": 0.3}\n')
-    append_report(file, kind="training", steps_completed=12, metrics={"loss": 0.5})
-    append_report(file, kind="validation", steps_completed=12, metrics={"eval_rewards/accuracies": 0.625})
+    append_event(file, kind="training", steps_completed=12, metrics={"loss": 0.5})
+    append_event(file, kind="validation", steps_completed=12, metrics={"eval_rewards/accuracies": 0.625})
     trial.read()
     console = Console(width=120)
     with console.capture() as captured:

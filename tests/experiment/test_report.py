@@ -17,7 +17,7 @@ from config.experiment import expand_trials
 from experiment import report_page as report
 from experiment.results import Searcher, summarize
 from storage.checkpoints import local_checkpoint_storage
-from trial.context import append_report
+from trial.events import append_event
 
 ACCURACY, MARGIN = "eval_rewards/accuracies", "eval_rewards/margins"
 DPO = {
@@ -75,7 +75,7 @@ def write(tmp_path, monkeypatch):
             score = dict(enumerate(scores, start=1)).get(trial_id)
             if score is None:
                 continue
-            path, reports = folder / "trials" / str(trial_id) / "reports.jsonl", []
+            path, reports = folder / "trials" / str(trial_id) / "events.jsonl", []
             final = score if isinstance(score, dict) else metrics_of(score, sft)
             reports.append({"kind": "hparams", "hparams": hparams})
             for step in (10, 20, 30, 40):
@@ -90,7 +90,7 @@ def write(tmp_path, monkeypatch):
                     model.mkdir(parents=True)
                     (model / "model.safetensors").touch()
             for line in reports:
-                append_report(path, **line)
+                append_event(path, **line)
             state = dict(states).get(trial_id, "COMPLETED")
             if state != "UNFINISHED":
                 lines.append(json.dumps(summarize(trial_id, state, hparams, reports, Searcher(config))) + "\n")

@@ -21,15 +21,14 @@ import sft_finetune
 from errors import UserError
 from storage.locks import locked, only_writer
 from storage.shared_cache import hash_rows, hash_tokenizer, make_once
-from trial.context import Trial, TrialStopped, read_reports
+from trial.context import Trial, TrialStopped
+from trial.events import read_events
 
 FORK = multiprocessing.get_context("fork")
 
 
 def statuses(folder: Path, about: str) -> list[str]:
-    return [
-        r["status"] for r in read_reports(folder / "reports.jsonl") if r["kind"] == "status" and about in r["status"]
-    ]
+    return [r["status"] for r in read_events(folder / "events.jsonl") if r["kind"] == "status" and about in r["status"]]
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def test_of_three_trials_at_once_one_makes_the_pass(write_config, short, tmp_pat
     assert any(statuses(output, "waiting for another trial's reference log-probs") for output in outputs)
     for number in (1, 2):
         assert start(number, cache=tmp_path / f"own-{number}", output=tmp_path / f"alone-{number}") == 0
-        shared, alone = (read_reports(tmp_path / f / "reports.jsonl") for f in (str(number), f"alone-{number}"))
+        shared, alone = (read_events(tmp_path / f / "events.jsonl") for f in (str(number), f"alone-{number}"))
         assert metrics_by_step(shared) == metrics_by_step(alone)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import inference
 from comparison.cluster_task import as_arguments
-from trial.context import read_reports
+from trial.events import read_events
 
 needs_containers = pytest.mark.skipif(not containers_work(), reason="this machine lets us make no namespaces")
 
@@ -78,7 +78,7 @@ def untouched(master, folder):
         path.write_text(util.yaml_safe_dump(config))
         log = output.with_suffix(".log")
         assert run_ranks(script, "--config", path, "--output", output, log=log, ranks=ranks) == 0, log.read_text()
-        reports = read_reports(output / "reports.jsonl")
+        reports = read_events(output / "events.jsonl")
         return reports, weights(Path(os.environ["LOCAL_CHECKPOINT_STORAGE"]), reports)
 
     return untouched

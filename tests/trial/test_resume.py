@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import dpo_finetune
 import sft_finetune
 from storage.checkpoints import local_checkpoint
-from trial.context import Trial, read_reports
+from trial.context import Trial
+from trial.events import read_events
 
 ARGS = "hyperparameters__training_args__"
 # Logs, evaluations and checkpoints out of step with each other.
@@ -62,7 +63,7 @@ def run_trial(small, call, write_config, tmp_path):
     def run(output):
         status, _, err = call(script.main, "--config", write_config(config, **changes), "--output", tmp_path / output)
         assert status == 0, err
-        return read_reports(tmp_path / output / "reports.jsonl")
+        return read_events(tmp_path / output / "events.jsonl")
 
     return run
 
@@ -111,7 +112,7 @@ def test_stopped_during_the_reference_pass(call, write_config, dpo_config, tmp_p
     monkeypatch.setattr(Trial, "should_preempt", lambda self: True)
     path = write_config(dpo_config)
     assert call(dpo_finetune.main, "--config", path, "--output", tmp_path / "out")[0] == 0
-    kinds = {report["kind"] for report in read_reports(tmp_path / "out" / "reports.jsonl")}
+    kinds = {report["kind"] for report in read_events(tmp_path / "out" / "events.jsonl")}
     assert kinds == {"hparams", "status"}  # no step, no checkpoint, and the next start begins anew
 
 
@@ -120,7 +121,7 @@ def test_a_trial_that_had_reached_its_end_trains_no_further(call, write_config, 
     for _ in range(2):
         status, _, err = call(sft_finetune.main, "--config", write_config(sft_config), "--output", tmp_path / "out")
         assert status == 0, err
-        reports = read_reports(tmp_path / "out" / "reports.jsonl")
+        reports = read_events(tmp_path / "out" / "events.jsonl")
         assert steps_saved(reports) == [4]
         assert len(metrics_by_step(reports)) == 5
 
@@ -130,7 +131,7 @@ def test_a_trial_that_had_reached_its_end_trains_no_further(call, write_config, 
 DEATHS = [
     (("torch.save", 2), []),  # saving step 2: the optimizer's state is there, the rest not yet
     (("shutil.copy2", 4), []),  # uploading step 2
-    (("trial.context.append_report", 10), [2]),  # in step 3
+    (("trial.context.append_event", 10), [2]),  # in step 3
     (("shutil.copy2", 5), [2]),  # downloading step 2
     (("shutil.copy2", 17), [2]),  # uploading step 4
     (None, [2, 4]),
@@ -154,7 +155,7 @@ def run_on_ranks(write_config, request, tmp_path):
             arguments = ("--config", path, "--output", folder)
             status = run_ranks(script, *arguments, log=log, ranks=ranks, fsdp=fsdp, **interference)
             assert status == expected, log.read_text()
-            return read_reports(folder / "reports.jsonl")
+            return read_events(folder / "events.jsonl")
 
         return run
 

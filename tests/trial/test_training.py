@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 import dpo_finetune
 import sft_finetune
 from storage.checkpoints import local_checkpoint
-from trial.context import append_report, read_reports
 from trial.det_callback import DetCallback
+from trial.events import append_event, read_events
 
 ARGS = "hyperparameters__training_args__"
 
@@ -187,12 +187,12 @@ def test_a_search_needs_local_experiment(call, write_config, dpo_config, tmp_pat
 
 
 def test_reports_survive_a_kill_in_the_middle_of_a_line(tmp_path):
-    path = tmp_path / "reports.jsonl"
+    path = tmp_path / "events.jsonl"
     whole = {"kind": "progress", "progress": 0.5}
     path.write_text(json.dumps(whole) + "\n" + '{"kind": "progr')
-    assert read_reports(path) == [whole]
-    append_report(path, **whole)
-    assert read_reports(path) == [whole, whole]
+    assert read_events(path) == [whole]
+    append_event(path, **whole)
+    assert read_events(path) == [whole, whole]
 
 
 @pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])

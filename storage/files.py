@@ -1,0 +1,37 @@
+"""Files that survive a kill: written whole or not at all, or appended to a line at a time."""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+BUNDLE = Path(__file__).resolve().parent.parent  # the project's own folder, wherever it was copied to
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a restart after a kill, finds either the old text or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append `row` to a JSON Lines file, on a line of its own even if a kill cut the last one short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read the whole lines of a JSON Lines file and skip one that a kill cut short. Returns [] if there is no file."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
