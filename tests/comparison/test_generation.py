@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from chat_format import encode, read_answer, set_chat_format
-from comparison.generation import Answer, Sampling, answer_batch, batch_seed, batches, context_length, fitted, in_halves
+from comparison.generation import (
+    Answer,
+    answer_batch,
+    batch_by_length,
+    batch_seed,
+    context_length,
+    fit_prompt,
+    run_in_halves,
+)
+from comparison.options import Sampling
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset
 from errors import UserError
@@ -87,13 +96,13 @@ def test_what_does_not_fit_the_context_loses_its_beginning(model, tokenizer):
     long += [{"role": "user", "content": "second " * 90}]
     whole = encode(tokenizer, long)[0]
     assert context_length(model) == 1024 < len(whole) + 100
-    ids, cut = fitted(model, tokenizer, long, 100)
+    ids, cut = fit_prompt(model, tokenizer, long, 100)
     assert cut
     assert len(ids) <= 924
     assert tokenizer.decode(ids).endswith(tokenizer.decode(whole[-300:]))
-    assert fitted(model, tokenizer, long[2:], 100) == (encode(tokenizer, long[2:])[0], False)
+    assert fit_prompt(model, tokenizer, long[2:], 100) == (encode(tokenizer, long[2:])[0], False)
     with pytest.raises(UserError, match="--max-new-tokens 1024 leaves a prompt no room in a context of 1024 tokens"):
-        fitted(model, tokenizer, long, 1024)
+        fit_prompt(model, tokenizer, long, 1024)
     answer_batch(model, tokenizer, [ids], GREEDY)
 
 
@@ -104,7 +113,7 @@ def test_tokens_are_told_as_they_come(model, tokenizer, prompts):
 
 
 def test_longest_first():
-    found = batches([[0] * length for length in (3, 9, 1, 9, 5)], 2)
+    found = batch_by_length((3, 9, 1, 9, 5), 2)
     assert found == [[1, 3], [4, 0], [2]]
 
 
@@ -117,7 +126,7 @@ def test_a_batch_that_does_not_fit_is_halved():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return [Answer(str(item), 1, True) for item in items]
 
-    assert [answer.text for answer in in_halves(run, [1, 2, 3, 4, 5])] == ["1", "2", "3", "4", "5"]
+    assert [answer.text for answer in run_in_halves(run, [1, 2, 3, 4, 5])] == ["1", "2", "3", "4", "5"]
     assert tried == [5, 2, 3, 1, 2]
 
 
@@ -126,8 +135,8 @@ def test_one_that_does_not_fit_alone_is_a_mistake_and_other_errors_are_not():
         raise RuntimeError(message)
 
     message = "CUDA out of memory.\nTried to allocate 2 GiB"
-    with pytest.raises(UserError, match="out of memory, with a batch of one; a lower --max-length or"):
-        in_halves(fail, [1, 2])
+    with pytest.raises(UserError, match="out of memory with a batch of one: lower --max-length or"):
+        run_in_halves(fail, [1, 2])
     message = "sizes do not match"
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        in_halves(fail, [1, 2])
+        run_in_halves(fail, [1, 2])

@@ -11,10 +11,12 @@ import torch
 
 import inference
 from chat_format import encode, set_chat_format
-from comparison import compared_model as comparison
-from comparison.compared_model import Kept, model_identity
-from comparison.files import METRICS, Comparison, asked, print_comparison
+from comparison import compare as comparison
+from comparison.compare import ResultStore, model_identity
+from comparison.files import METRICS, Comparison, print_comparison, question_text
 from comparison.generation import Answer
+from comparison.options import DEFAULT_DATASETS
+from comparison.questions import BLOG
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset
 from trial.models import load_model_and_tokenizer
@@ -60,7 +62,7 @@ def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, he
     csv, jsonl, md, _, whole = map(Path, names)
     table = pd.read_csv(csv, keep_default_na=False)
     assert list(table.columns) == ["question", "[one]", "two", "preferred"]
-    assert table["question"].tolist() == [asked(prompt) for prompt in held_out["prompt"][:]]
+    assert table["question"].tolist() == [question_text(prompt) for prompt in held_out["prompt"][:]]
     assert table["preferred"].tolist() == held_out["chosen"][:]
     assert table["[one]"].tolist() == table["two"].tolist()
     rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
@@ -110,9 +112,9 @@ def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
     # With a data set beside them, its pairs are scored.
     assert "preference accuracy" in questions("--prompt", "Who?", data=True)[1]
 
-    blog = DataSource(str(tiny / "questions"), split=inference.BLOG.split)
-    assert inference.BLOG.name == "Intel/orca_dpo_pairs"
-    monkeypatch.setattr(inference, "BLOG", blog)
+    blog = DataSource(str(tiny / "questions"), split=BLOG.split)
+    assert BLOG.name == "Intel/orca_dpo_pairs"
+    monkeypatch.setattr("comparison.questions.BLOG", blog)
     with (tiny / "questions" / "train.jsonl").open() as file:
         published = [json.loads(line) for line in file][1:5]
     assert questions("--prompts", "blog")[0] == [
@@ -172,7 +174,7 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
         status, out, err = compare(*arguments, output)
         if status != 130:
             break
-        assert f"{unfinished} holds what was done: the same command goes on from it" in out
+        assert f"{unfinished} holds the results so far: the same command continues from it" in out
         assert not output.exists()
         assert len(unfinished.read_text().splitlines()) > lines
         lines = len(unfinished.read_text().splitlines())
@@ -186,7 +188,7 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
 
 def test_kept_results_are_of_the_same_model_and_conditions_only(compare, tmp_path, monkeypatch, tiny):
     """What a result depends on is in its key: another option, or another model under the old name, is done anew."""
-    monkeypatch.setattr(Kept, "remove", lambda self: None)
+    monkeypatch.setattr(ResultStore, "remove", lambda self: None)
     asked = []
     monkeypatch.setattr(comparison, "answer_batch", lambda *a, run=comparison.answer_batch: asked.append(1) or run(*a))
 
@@ -310,11 +312,14 @@ def test_chat_forgets_what_does_not_fit(talk):
         (["--model", "a={tiny}/base", "--prompts", "no.jsonl"], "data set no.jsonl: no such file"),
         (["--model", "a={tiny}/base", "--prompts", "no.txt"], "no.txt: "),
         (["--model", "a={tiny}/base", "--device", "gpu"], "--device 'gpu': not on this machine"),
-        (["--model", "a={tiny}/base", "--dtype", "float33"], "--dtype 'float33' is none of float32"),
-        (["--model", "a={tiny}/base", "--number-of-samples", "0"], "--number-of-samples 0 is not at least 1"),
-        (["--model", "a={tiny}/base", "--number-of-pairs", "-1"], "--number-of-pairs -1 is not at least 0"),
-        (["--model", "a={tiny}/base", "--temperature", "-1"], "--temperature -1 is no number from 0 on"),
-        (["--model", "a={tiny}/base", "--temperature", "nan"], "--temperature nan is no number from 0 on"),
+        (
+            ["--model", "a={tiny}/base", "--dtype", "float33"],
+            "--dtype float33 must be 'float32', 'bfloat16' or 'float16'",
+        ),
+        (["--model", "a={tiny}/base", "--number-of-samples", "0"], "--number-of-samples 0 must be at least 1"),
+        (["--model", "a={tiny}/base", "--number-of-pairs", "-1"], "--number-of-pairs -1 must be at least 0"),
+        (["--model", "a={tiny}/base", "--temperature", "-1"], "--temperature -1 must be at least 0"),
+        (["--model", "a={tiny}/base", "--temperature", "nan"], "--temperature nan must be a finite number"),
         (["--model", "a={tiny}/base", "--prompt", " "], "--prompt is empty"),
         (["--model", "a={tiny}/base", "--prompts", "{tiny}/empty.jsonl"], "empty.jsonl line 1: the question is empty"),
         (
@@ -326,8 +331,8 @@ def test_chat_forgets_what_does_not_fit(talk):
             "output_file has no effect with --chat",
         ),
         (["--model", "a={tiny}/base", "--nubmer-of-pairs", "3"], "no such option (did you mean '--number-of-pairs'?)"),
-        (["--model", "a={tiny}/base", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["--prompt", "x"], "which models? Give --model NAME=SOURCE"),
+        (["--model", "a={tiny}/base", "--seed", "x"], "--seed x must be a valid integer"),
+        (["--prompt", "x"], "which models? Give --model, --exp_id or --trial_id"),
         (
             ["--model", "a={tiny}/base", "--prompts", "{tiny}/how.md"],
             "how.md: a file of questions ends in one of .txt",
@@ -337,16 +342,16 @@ def test_chat_forgets_what_does_not_fit(talk):
             "no column of it asks (body): one of prompt",
         ),
         (["--model", "a={tiny}/base", "--prompts", "{tiny}/utf16.txt"], "utf16.txt: not UTF-8 text"),
-        (["--model", "a={tiny}/base", "--output_file", "{tiny}/how.txt/a.csv"], "how.txt is no folder to write to"),
+        (["--model", "a={tiny}/base", "--output_file", "{tiny}/how.txt/a.csv"], "how.txt is not a folder to write to"),
         (["--model", "a={tiny}/base", "--max-new-tokens", "2000"], "--max-new-tokens 2000 leaves a prompt no room"),
         (["--model", "a={tiny}/base", "--top-p", "0.9"], "--top-p 0.9 has no effect without a --temperature above 0"),
-        (["--model", "a={tiny}/base", "--top-p", "2", "--temperature", "1"], "--top-p 2 is not in (0, 1]"),
-        (["--model", "a={tiny}/base", "--beta", "0"], "--beta 0 is no number above 0"),
+        (["--model", "a={tiny}/base", "--top-p", "2", "--temperature", "1"], "--top-p 2 must be at most 1"),
+        (["--model", "a={tiny}/base", "--beta", "0"], "--beta 0 must be above 0"),
         (
             ["--model", "dpo={tiny}/base", "--reference", "dop"],
-            "none of the models: dpo (did you mean 'dpo'?)",
+            "not one of the models: dpo (did you mean 'dpo'?)",
         ),
-        (["--model", "dpo={tiny}/base", "--chat", "sft"], "--chat 'sft' is none of the models: dpo"),
+        (["--model", "dpo={tiny}/base", "--chat", "sft"], "--chat 'sft' is not one of the models: dpo"),
         (["--model", "a={tiny}/base", "--output_file", "a.xlsx"], "its name must end in one of .html, .csv"),
         (["--model", "a={tiny}/base", "--output_file", "{tiny}/base.html"], "base.html: it is a folder"),
     ],
@@ -371,7 +376,7 @@ def test_pairs_beside_questions_of_ones_own_need_a_data_set(call, tiny):
     status, _, err = call(inference.main, "--model", f"a={tiny / 'base'}", "--prompt", "x", "--number-of-pairs", 3)
     assert (status, err) == (
         2,
-        "error: --number-of-pairs: of which --dataset? With questions of your own there is no default\n",
+        "error: --number-of-pairs needs a --dataset, which has no default beside your own questions\n",
     )
 
 
@@ -397,4 +402,4 @@ def test_the_default_questions_are_of_what_dpo_yaml_trains_on():
 
     from config.experiment import read_experiment_config
 
-    assert list(inference.DATASETS) == read_experiment_config(str(REPO / "dpo.yaml"))["hyperparameters"]["datasets"]
+    assert list(DEFAULT_DATASETS) == read_experiment_config(str(REPO / "dpo.yaml"))["hyperparameters"]["datasets"]

@@ -16,9 +16,9 @@ from comparison.preference_metrics import (
     BATCH_TOKENS,
     PairScore,
     answer_metrics,
+    batch_pairs,
     distinct_ngrams,
     estimate,
-    pair_batches,
     preference_metrics,
     score_batch,
     tokenize_pairs,
@@ -35,7 +35,7 @@ def score(model, tokenizer, pairs, batch_size=8):
     add_fused_lm_head(model)
     tokenized = tokenize_pairs(pairs, tokenizer, 4096)
     scores = {}
-    for batch in pair_batches(tokenized, batch_size):
+    for batch in batch_pairs(tokenized, batch_size):
         found = score_batch(model.eval(), tokenizer, [tokenized[index] for index in batch])
         scores.update(zip(batch, found, strict=True))
     return [scores[index] for index in range(len(pairs))]
@@ -138,21 +138,21 @@ def test_a_template_of_another_models_own(model, tokenizer):
 
 def test_pairs_without_room_are_told(tokenizer, tiny):
     pairs = load_dpo_dataset([DataSource(str(tiny / "conversations"))], 42)["test"]
-    everything, narrow, nothing = (tokenize_pairs(pairs, tokenizer, limit)["kept"][:] for limit in (4096, 80, 10))
+    everything, narrow, nothing = (tokenize_pairs(pairs, tokenizer, limit)["fits"][:] for limit in (4096, 80, 10))
     assert all(everything)
     assert all(narrow)  # cut, and still there
     assert not any(nothing)
-    assert pair_batches(tokenize_pairs(pairs, tokenizer, 10), 8) == []
+    assert batch_pairs(tokenize_pairs(pairs, tokenizer, 10), 8) == []
 
 
 def test_batches_of_pairs_are_bounded_in_pairs_and_tokens(tokenizer, tiny):
     pairs = load_dpo_dataset([DataSource(str(tiny / "questions"))], 42)["test"]
     tokenized = tokenize_pairs(pairs, tokenizer, 4096)
-    found = pair_batches(tokenized, 4)
+    found = batch_pairs(tokenized, 4)
     assert sorted(index for batch in found for index in batch) == list(range(len(pairs)))
     assert {len(batch) for batch in found} <= {4, len(pairs) % 4}
     longest = max(tokenized["total_length"][:])
-    assert all(2 * len(batch) * longest <= BATCH_TOKENS for batch in pair_batches(tokenized, 999))
+    assert all(2 * len(batch) * longest <= BATCH_TOKENS for batch in batch_pairs(tokenized, 999))
     assert tokenized["total_length"][found[0][0]] == longest
 
 
