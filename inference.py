@@ -83,8 +83,7 @@ def run(options: ComparisonOptions) -> None:
                 write_comparison(comparison, path)
                 hint = ": open it in a browser to vote" if path.suffix == ".html" else ""
                 console.print(f"Written to {path}{hint}", soft_wrap=True)
-            store.remove()
-            task.finish(len(store.results), comparison.metrics())
+        task.finish(len(store), comparison.metrics())
 
 
 if __name__ == "__main__":

@@ -24,27 +24,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
 from chat_format import Message
+from comparison import generation, preference_metrics
 from comparison.cluster_task import Task
 from comparison.files import Comparison
-from comparison.generation import (
-    Answer,
-    answer_batch,
-    batch_by_length,
-    batch_seed,
-    context_length,
-    fit_prompt,
-    run_in_halves,
-)
-from comparison.options import DEFAULT_DATASETS, ComparisonOptions, Sampling
-from comparison.preference_metrics import (
-    RESAMPLES,
-    PairScore,
-    answer_metrics,
-    batch_pairs,
-    preference_metrics,
-    score_batch,
-    tokenize_pairs,
-)
+from comparison.generation import Answer, batch_by_length, batch_seed, context_length, fit_prompt, run_in_halves
+from comparison.options import ComparisonOptions, Sampling
+from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
 from comparison.questions import Questions
 from errors import UserError
 from speed.output_layer import fit_fused_head_to_cpu
@@ -75,10 +60,8 @@ def find_model(source: str, key: str) -> str:
 
 def choose_device(name: str | None, key: str) -> torch.device:
     """Return the device called `name`, or the best one if None. Raises `UserError` if this machine has none such."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error
@@ -104,33 +87,28 @@ class StoredResult(TypedDict):
     value: list[Any] | None
 
 
-class ResultStore:
+class ResultStore(dict[str, Any]):
     """Results by key, appended to a file as they come. Without a file they are only held in memory."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        lines = read_json_lines(path) if path else []
-        ours = [line for line in lines if isinstance(line, dict) and line.keys() == StoredResult.__required_keys__]
-        self.results: dict[str, Any] = {line["key"]: line["value"] for line in ours}
+        for line in read_json_lines(path) if path else []:
+            if isinstance(line, dict) and line.keys() == StoredResult.__required_keys__:
+                self[line["key"]] = line["value"]
 
     def add(self, key: str, value: Any) -> None:
         """Add a result. Raises `UserError` if it cannot be written."""
-        self.results[key] = value
-        if self.path:
-            try:
+        self[key] = value
+        try:
+            if self.path:
                 append_json_line(self.path, StoredResult(key=key, value=value))
-            except OSError as error:
-                raise UserError(f"{self.path}: {error.strerror}") from error
-
-    def remove(self) -> None:
-        """Delete the file."""
-        if self.path:
-            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from error
 
 
 @contextmanager
 def open_results(path: Path | None, console: Console) -> Iterator[ResultStore]:
-    """Open the results of an unfinished comparison, for this process alone. Raises `UserError` if another has it."""
+    """Open the results of an unfinished comparison for this process alone, and delete them once it is finished."""
     with only_writer(path) if path else nullcontext():
         try:
             yield ResultStore(path)
@@ -138,6 +116,8 @@ def open_results(path: Path | None, console: Console) -> Iterator[ResultStore]:
             if path and path.exists():
                 console.print(f"\n{path} holds the results so far: the same command continues from it", soft_wrap=True)
             raise
+        if path:
+            path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -167,8 +147,7 @@ class ComparedModel:
         """Free the model's memory for the next one."""
         self.loaded = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not used
 
     def answer(self, questions: list[list[Message]]) -> list[Answer]:
         """Return the model's answer to each question."""
@@ -176,7 +155,7 @@ class ComparedModel:
         keys = [self.key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
         if not options.greedy:  # a sampled answer depends on its batch, and its place there
             keys = [self.key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
-        if not self.store.results.keys() >= set(keys):
+        if not self.store.keys() >= set(keys):
             model, tokenizer = self.load()
             fitted = [fit_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
             prompts = [ids for ids, _ in fitted]
@@ -186,17 +165,17 @@ class ComparedModel:
 
             def run(batch: list[int], count: Callable[[int], None]) -> list[Answer]:
                 ids = [prompts[index] for index in batch]
-                return answer_batch(model, tokenizer, ids, options, lambda tokens: count(len(tokens)))
+                return generation.answer_batch(model, tokenizer, ids, options, lambda tokens: count(len(tokens)))
 
             self.run_batches("answers", keys, batch_by_length([len(ids) for ids in prompts], options.batch_size), run)
-        return [Answer(*self.store.results[key]) for key in keys]
+        return [Answer(*self.store[key]) for key in keys]
 
     def score(self, pairs: Dataset) -> list[PairScore | None]:
         """Return the score of each of `load_dpo_dataset`'s pairs; None for a pair that does not fit."""
         rows = zip(pairs["prompt"][:], pairs["chosen"][:], pairs["rejected"][:], strict=True)
         max_length = self.options.max_length
         keys = [self.key(max_length, *row) for row in rows]
-        if not self.store.results.keys() >= set(keys):
+        if not self.store.keys() >= set(keys):
             model, tokenizer = self.load()
             tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
             for key, fits in zip(keys, tokenized["fits"][:], strict=True):
@@ -204,12 +183,12 @@ class ComparedModel:
                     self.store.add(key, None)
 
             def run(batch: list[int], count: Callable[[int], None]) -> list[PairScore]:
-                scores = score_batch(model, tokenizer, [tokenized[index] for index in batch])
+                scores = preference_metrics.score_batch(model, tokenizer, [tokenized[index] for index in batch])
                 count(sum(score.chosen_tokens + score.rejected_tokens for score in scores))
                 return scores
 
             self.run_batches("pairs", keys, batch_pairs(tokenized, self.options.batch_size), run)
-        return [score and PairScore(*score) for score in (self.store.results[key] for key in keys)]
+        return [score and PairScore(*score) for score in (self.store[key] for key in keys)]
 
     @cached_property
     def identity(self) -> list[Any]:
@@ -241,7 +220,7 @@ class ComparedModel:
             self.progress.update(bar, speed=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
         for number, batch in enumerate(batches):
-            if not all(keys[index] in self.store.results for index in batch):
+            if not all(keys[index] in self.store for index in batch):
                 torch.manual_seed(batch_seed(self.options.seed, number))
                 for index, result in zip(batch, run_in_halves(lambda part: run(part, count), batch), strict=True):
                     self.store.add(keys[index], result)
@@ -281,11 +260,13 @@ def compare(
     console: Console,
 ) -> Comparison:
     """Let each of `models`, folders or hub ids by name, answer the questions and score the pairs."""
-    prompts, preferred, pairs = questions
-    answers, scores, expected = {}, {}, len(models) * (len(prompts) + len(pairs or []))
+    prompts, preferred, pairs, data_sets = questions
+    answers: dict[str, list[Answer]] = {}
+    scores: dict[str, list[PairScore | None]] = {}
+    expected = len(models) * (len(prompts) + len(pairs or []))
 
     def after_batch() -> None:
-        task.report_progress(len(store.results), expected)
+        task.report_progress(len(store), expected)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[speed]}"), console=console) as progress:
@@ -297,32 +278,27 @@ def compare(
             task.save()
 
     # Metrics compare only over the same pairs: a pair that does not fit one model is left out for all.
-    fitting = [index for index in range(len(pairs or [])) if all(of[index] for of in scores.values())]
-    common = {name: [score for index in fitting if (score := of[index])] for name, of in scores.items()}
-    metrics = {name: answer_metrics(answers[name]) for name in models}
-    for name in models if fitting else ():
-        reference = common[options.reference_name] if name != options.reference_name else None
-        metrics[name] |= preference_metrics(common[name], reference, options.beta)
-    cut = sum(any(score.cut for score in of) for of in zip(*common.values(), strict=True))
-    settings = describe_settings(options, device, len(prompts), len(pairs or []), len(fitting), cut)
-    return Comparison(options.model, prompts, preferred, answers, metrics, options.reference_name, settings)
+    rows = [[score for score in row if score] for row in zip(*scores.values(), strict=True)]
+    complete = [row for row in rows if len(row) == len(models)]
+    common = {name: [row[index] for row in complete] for index, name in enumerate(models)}
+    metrics: dict[str, dict[str, Estimate | None]] = {}
+    reference_name = options.reference_name
+    for name in models:
+        reference = common[reference_name] if name != reference_name else None
+        metrics[name] = preference_metrics.preference_metrics(common[name], reference, options.beta)
+        metrics[name] |= preference_metrics.answer_metrics(answers[name])
 
-
-def describe_settings(
-    options: ComparisonOptions, device: torch.device, questions: int, pairs: int, scored: int, cut: int
-) -> str:
-    """Return how a comparison was made, in sentences, for whoever reads its results later."""
     sampled = f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
-    sentences = [
-        f"{questions} answer{'s' * (questions > 1)} of each model, at most {options.max_new_tokens} tokens long, "
+    settings = [
+        f"{len(prompts)} answer{'s' * (len(prompts) > 1)} of each model, at most {options.max_new_tokens} tokens long, "
         f"{'greedy' if options.greedy else sampled}; {options.dtype} on {device}"
     ]
     if pairs:
-        sources = ", ".join(map(str, options.dataset or DEFAULT_DATASETS))
-        limit = f"{options.key('max_length')} {options.max_length}"
-        sentences.append(f"{scored} held-out pairs of {sources}; rewards with beta {options.beta:g}")
-        if scored < pairs:
-            sentences.append(f"{pairs - scored} pairs are left out: {limit} leaves them no room")
-        if cut:
-            sentences.append(f"{cut} of them cut to {limit} or a model's context")
-    return ". ".join([*sentences, f"Intervals: 95%, from {RESAMPLES:,} bootstrap samples."])
+        scored, limit = len(complete), f"{options.key('max_length')} {options.max_length}"
+        settings.append(f"{scored} held-out pairs of {data_sets}; rewards with beta {options.beta:g}")
+        if scored < len(pairs):
+            settings.append(f"{len(pairs) - scored} pairs are left out: {limit} leaves them no room")
+        if cut := sum(any(score.cut for score in row) for row in complete):
+            settings.append(f"{cut} of them cut to {limit} or a model's context")
+    settings.append(f"Intervals: 95%, from {RESAMPLES:,} bootstrap samples.")
+    return Comparison(options.model, prompts, preferred, answers, metrics, reference_name, ". ".join(settings))

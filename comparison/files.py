@@ -20,7 +20,6 @@ from rich.table import Table
 
 from chat_format import Message
 from comparison.generation import Answer
-from comparison.options import OUTPUT_SUFFIXES
 from comparison.preference_metrics import NGRAM, Estimate
 from errors import UserError
 from pages.render import render_page
@@ -37,9 +36,7 @@ class Metric(NamedTuple):
     meaning: str
 
 
-def percent(share: float) -> str:
-    """Return a share as text: 62.5%."""
-    return f"{100 * share:.1f}%"
+percent = "{:.1%}".format
 
 
 def number(value: float) -> str:
@@ -52,13 +49,12 @@ METRICS = {
         "preference accuracy ↑", percent, "how often the answer that people chose is likelier than the rejected one"
     ),
     "preference_accuracy_by_token": Metric(
-        "preference accuracy, by token ↑", percent, "the same with mean log-probs per token: sums favour short answers"
+        "preference accuracy, by token ↑", percent, "the same by mean log-prob per token: sums favour short answers"
     ),
     "reward_accuracy": Metric(
         "reward accuracy against {reference} ↑",
         percent,
-        "how often DPO's reward, the log-prob of an answer minus its log-prob by {reference}, is higher for the chosen"
-        " answer",
+        "how often DPO's reward is higher for the chosen answer: its log-prob minus its log-prob by {reference}",
     ),
     "reward_margin": Metric(
         "reward margin against {reference} ↑",
@@ -73,9 +69,7 @@ METRICS = {
     "answer_tokens": Metric("length of an answer", number, "mean number of tokens of the model's own answers"),
     "stopped": Metric("stopped by itself ↑", percent, "share of the model's answers that ended before the limit"),
     "distinct_ngrams": Metric(
-        f"distinct {NGRAM}-grams ↑",
-        percent,
-        f"share of the sequences of {NGRAM} words in an answer that are distinct; 100% means no repetition",
+        f"distinct {NGRAM}-grams ↑", percent, f"share of distinct sequences of {NGRAM} words; 100%: no repetition"
     ),
 }
 
@@ -151,10 +145,6 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     console.print(numbers)
 
 
-def _csv(comparison: Comparison) -> str:
-    return comparison.table().to_csv(index=False)
-
-
 def _jsonl(comparison: Comparison) -> str:
     """By json, as pandas escapes every slash."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.table().to_dict("records"))
@@ -204,7 +194,13 @@ def _html(comparison: Comparison) -> str:
     return render_page(Path(__file__).with_name("vote.html.jinja"), "Which answer is best?", **context)
 
 
-WRITERS = dict(zip(OUTPUT_SUFFIXES, (_html, _csv, _jsonl, _markdown, _json), strict=True))
+WRITERS: dict[str, Callable[[Comparison], str]] = {
+    ".html": _html,
+    ".csv": lambda comparison: comparison.table().to_csv(index=False),
+    ".jsonl": _jsonl,
+    ".md": _markdown,
+    ".json": _json,
+}
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, get_args, get_origin
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from errors import UserError, nearest, one_line
 
@@ -53,17 +45,46 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _as_mapping(value: Any, info: ValidationInfo) -> Any:
+def _spell(info: ValidationInfo) -> str:
+    """Return the field that is being validated as the user spells it."""
+    return (info.context or flag)(str(info.field_name))
+
+
+def _read_source(value: Any, info: ValidationInfo) -> Any:
     """Read the text of a YAML mapping, `{name: x, split: y}`, which a command line has no other form for."""
-    if not (isinstance(value, str) and value.startswith("{")):
-        return value
     try:
-        return yaml.safe_load(value)
+        return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
     except yaml.YAMLError as error:
-        raise UserError(f"{info.context(info.field_name)} {value!r}: {one_line(error)}") from error
+        raise UserError(f"{_spell(info)} {value!r}: {one_line(error)}") from error
 
 
-Source = Annotated[str | dict[str, Any], BeforeValidator(_as_mapping)]  # see config.hyperparameters.DataSource
+def _read_models(value: Any, info: ValidationInfo) -> dict[str, Any]:
+    """Read a mapping, or a list of mappings and NAME=SOURCE texts; refuse a name that is taken."""
+    models: dict[str, Any] = {}
+    for part in _as_list(value):
+        argument = f"{_spell(info)} {part!r}"
+        for name, source in part.items() if isinstance(part, dict) else [str(part).partition("=")[::2]]:
+            if not (name and source):
+                raise UserError(f"{argument} is not NAME=SOURCE")
+            if name in models or name in RESERVED_NAMES:
+                raise UserError(f"{argument}: the name {name!r} is taken")
+            models[name] = source
+    return models
+
+
+def _check_output(path: Path, key: str) -> None:
+    """Refuse an output file that could not be written in the end."""
+    if path.suffix not in OUTPUT_SUFFIXES:
+        raise UserError(f"{key} {path}: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}")
+    if path.is_dir():
+        raise UserError(f"{key} {path}: it is a folder")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{key} {path}: {folder} is not a folder to write to")
+
+
+Source = Annotated[str | dict[str, Any], BeforeValidator(_read_source)]  # see config.hyperparameters.DataSource
+Texts = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class Sampling(BaseModel):
@@ -88,14 +109,14 @@ class Sampling(BaseModel):
     @property
     def generate_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for transformers' `generate`."""
-        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": not self.greedy, **({} if self.greedy else sampled)}
+        sampled = {} if self.greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": not self.greedy, **sampled}
 
 
 class ComparisonOptions(Sampling):
     """Everything that a user can set. The text below a field is its help."""
 
-    model: dict[str, str] = {}
+    model: Annotated[dict[str, str], BeforeValidator(_read_models)] = {}
     """a model and a name for it; repeatable"""
     device: str | None = None
     """cpu, cuda, cuda:1 or mps (default: the best one of this machine)"""
@@ -113,7 +134,7 @@ class ComparisonOptions(Sampling):
     """how many questions to ask (default: 10)"""
     data_seed: int | None = None
     """training_args.data_seed of the DPO run, if it set one: it decides which rows are held out"""
-    prompt: Annotated[list[str], BeforeValidator(_as_list)] = []
+    prompt: Texts = []
     """your own question instead; repeatable. Pairs are then scored only if you name a --dataset"""
     prompts: Source | None = None
     """a file of your own questions: .txt with one a line, or a data set; 'blog' takes the first four questions of the
@@ -131,7 +152,7 @@ class ComparisonOptions(Sampling):
     """factor of the rewards, as in DPO"""
     max_length: int = Field(4096, ge=2)
     """limit of a pair, in tokens; its prompt and its answers get half of it each and are cut to fit"""
-    output_file: Annotated[list[str], BeforeValidator(_as_list)] = []
+    output_file: Texts = []
     """.html for the page to vote on; .csv, .jsonl or .md for a table with a row for each question; .json for a program,
     with everything; repeatable"""
 
@@ -151,59 +172,29 @@ class ComparisonOptions(Sampling):
         """The model that rewards are measured against."""
         return self.reference or ("base" if "base" in self.model else next(iter(self.model)))
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _split_models(cls, value: Any, info: ValidationInfo) -> Any:
-        """Turn NAME=SOURCE into a mapping, and refuse a name that is used already."""
-        models: dict[str, Any] = {}
-        for part in _as_list(value):
-            argument = f"{info.context('model')} {part!r}"
-            for name, source in part.items() if isinstance(part, dict) else [str(part).partition("=")[::2]]:
-                if not (name and source):
-                    raise UserError(f"{argument} is not NAME=SOURCE")
-                if name in models or name in RESERVED_NAMES:
-                    raise UserError(f"{argument}: the name {name!r} is taken")
-                models[name] = source
-        return models
-
-    @field_validator("output_file")
-    @classmethod
-    def _check_outputs(cls, paths: list[str], info: ValidationInfo) -> list[str]:
-        for path in map(Path, paths):
-            argument = f"{info.context('output_file')} {path}"
-            if path.suffix not in OUTPUT_SUFFIXES:
-                raise UserError(f"{argument}: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}")
-            if path.is_dir():
-                raise UserError(f"{argument}: it is a folder")
-            folder = next(folder for folder in path.absolute().parents if folder.exists())
-            if not folder.is_dir() or not os.access(folder, os.W_OK):
-                raise UserError(f"{argument}: {folder} is not a folder to write to")
-        return paths
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        key = self.key
+        key, own = self.key, self.prompt or self.prompts
         if not self.model:
             raise UserError(f"which models? Give {key('model')}, {key('exp_id')} or {key('trial_id')}")
-        for option, name in (("chat", self.chat), ("reference", self.reference)):
-            if name is not None and name not in self.model:
+        for field in ("chat", "reference"):
+            if (name := getattr(self, field)) is not None and name not in self.model:
                 models = f"{', '.join(self.model)}{nearest(name, self.model)}"
-                raise UserError(f"{key(option)} {name!r} is not one of the models: {models}")
-        if self.chat:
-            for field in (*GROUPS["files"], *GROUPS["questions"], "reference", "number_of_pairs"):
-                if getattr(self, field) and field != "data_seed":
-                    raise UserError(f"{key(field)} has no effect with {key('chat')}")
+                raise UserError(f"{key(field)} {name!r} is not one of the models: {models}")
+        comparing = ("output_file", "dataset", "prompt", "prompts", "number_of_samples", "number_of_pairs", "reference")
+        for field in comparing if self.chat else ():
+            if getattr(self, field):
+                raise UserError(f"{key(field)} has no effect with {key('chat')}")
         if self.top_p < 1 and self.greedy:
             raise UserError(f"{key('top_p')} {self.top_p:g} has no effect without a {key('temperature')} above 0")
         if not all(map(str.strip, self.prompt)):
             raise UserError(f"{key('prompt')} is empty")
-        if self.prompt or self.prompts:
-            if self.number_of_samples:
-                raise UserError(f"{key('number_of_samples')} has no effect on your own questions: all are asked")
-            if self.number_of_pairs and not self.dataset:
-                raise UserError(
-                    f"{key('number_of_pairs')} needs a {key('dataset')}, which has no default beside your own questions"
-                )
+        if own and self.number_of_samples:
+            raise UserError(f"{key('number_of_samples')} has no effect on your own questions: all are asked")
+        if own and self.number_of_pairs and not self.dataset:
+            raise UserError(f"{key('number_of_pairs')} needs a {key('dataset')} beside your own questions")
+        for path in self.output_file:
+            _check_output(Path(path), key("output_file"))
         return self
 
 

@@ -99,21 +99,15 @@ def score_batch(
 def preference_metrics(
     scores: list[PairScore], reference: list[PairScore] | None, beta: float
 ) -> dict[str, Estimate | None]:
-    """Return a model's metrics on pairs; those against the `reference` are None without one (it is the model itself).
+    """Return a model's metrics on pairs (see `files.METRICS`), none without pairs. Without a `reference`, its are None.
 
-    | metric                        | of a pair                                                                       |
-    |-------------------------------|---------------------------------------------------------------------------------|
-    | preference accuracy           | whether log p(chosen) > log p(rejected)                                         |
-    | preference accuracy, by token | the same with the mean log-prob per token, which favours no length              |
-    | reward accuracy               | whether the implicit reward is higher for chosen                                |
-    | reward margin                 | by how much                                                                     |
-    | perplexity of chosen          | exp of the mean negative log-prob per token of the chosen answers, without stops |
-
-    The implicit reward is beta (log p(answer) - log p_reference(answer)): equation 5 of the DPO paper
+    The reward is beta (log p(answer) - log p_reference(answer)): equation 5 of the DPO paper
     (https://arxiv.org/abs/2305.18290) without its partition function, which cancels in a difference. It equals the
     reward that training reports if both models are prompted alike, as SFT and DPO are. A base model without a chat
     template reads the same words without the markers, so each is then scored on its own tokens.
     """
+    if not scores:
+        return {}
     chosen, rejected, chosen_tokens, rejected_tokens, text, text_tokens, _ = np.array(scores, dtype=float).T
     metrics: dict[str, Estimate | None] = {
         "preference_accuracy": estimate(chosen > rejected),

@@ -20,6 +20,7 @@ class Questions(NamedTuple):
     prompts: list[list[Message]]
     preferred: list[str | None]  # the answer to each question that people preferred, if it is known
     pairs: Dataset | None
+    sources: str = ""  # the preference data sets, in words
 
 
 def load_questions(options: ComparisonOptions, console: Console) -> Questions:
@@ -46,7 +47,7 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
     if not own:
         rows = first("number_of_samples", default=10)
         own, preferred = rows["prompt"][:], rows["chosen"][:]
-    return Questions(own, preferred, pairs if len(pairs) else None)
+    return Questions(own, preferred, pairs if len(pairs) else None, ", ".join(map(str, sources)))
 
 
 def _source(given: str | dict[str, Any], key: str) -> DataSource:

@@ -12,7 +12,8 @@ import torch
 import inference
 from chat_format import encode, set_chat_format
 from comparison import compare as comparison
-from comparison.compare import ResultStore, model_identity
+from comparison import generation, preference_metrics
+from comparison.compare import model_identity
 from comparison.files import METRICS, Comparison, print_comparison, question_text
 from comparison.generation import Answer
 from comparison.options import DEFAULT_DATASETS
@@ -154,7 +155,7 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
     untouched, output = tmp_path / "untouched.json", tmp_path / "out.json"  # answers and numbers
     assert compare(*arguments, untouched)[0] == 0
     unfinished = tmp_path / "out.json.unfinished"
-    run, scored = comparison.answer_batch, comparison.score_batch
+    run, scored = generation.answer_batch, preference_metrics.score_batch
     counted = {"batches": 0, "until": 1}
 
     def once(original):
@@ -166,8 +167,8 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
 
         return batch
 
-    monkeypatch.setattr(comparison, "answer_batch", once(run))
-    monkeypatch.setattr(comparison, "score_batch", once(scored))
+    monkeypatch.setattr(generation, "answer_batch", once(run))
+    monkeypatch.setattr(preference_metrics, "score_batch", once(scored))
     lines = 0
     while True:
         counted["batches"] = 0
@@ -188,9 +189,9 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
 
 def test_kept_results_are_of_the_same_model_and_conditions_only(compare, tmp_path, monkeypatch, tiny):
     """What a result depends on is in its key: another option, or another model under the old name, is done anew."""
-    monkeypatch.setattr(ResultStore, "remove", lambda self: None)
+    monkeypatch.setattr(Path, "unlink", lambda self, **kwargs: None)
     asked = []
-    monkeypatch.setattr(comparison, "answer_batch", lambda *a, run=comparison.answer_batch: asked.append(1) or run(*a))
+    monkeypatch.setattr(generation, "answer_batch", lambda *a, run=generation.answer_batch: asked.append(1) or run(*a))
 
     def batches(*arguments, models=("one",)):
         asked.clear()
@@ -376,7 +377,7 @@ def test_pairs_beside_questions_of_ones_own_need_a_data_set(call, tiny):
     status, _, err = call(inference.main, "--model", f"a={tiny / 'base'}", "--prompt", "x", "--number-of-pairs", 3)
     assert (status, err) == (
         2,
-        "error: --number-of-pairs needs a --dataset, which has no default beside your own questions\n",
+        "error: --number-of-pairs needs a --dataset beside your own questions\n",
     )
 
 

@@ -246,11 +246,14 @@ def test_comparison_preempted(master, create, start, sft_starts, sft_trial, tiny
 
 
 def test_a_yaml_and_a_command_line_give_the_same_options():
-    options = {"number_of_samples": 5, "model": {"a": "exp:1"}, "dataset": ["x", {"name": "y"}], "seed": None}
-    options |= {"prompt": ["-1?"], "number_of_samples": None, "temperature": 1, "output_file": "a.csv", "trial_id": [2]}
-    words = ["--model=a=exp:1", "--trial_id=2", "--dataset=x", '--dataset={"name": "y"}', "--temperature=1"]
-    words += ["--prompt=-1?", "--output-file=a.csv"]
-    assert parse_hyperparameters(options) == parse_command_line(words, "")
+    options = {"number_of_pairs": 5, "model": {"a": "exp:1"}, "dataset": ["x", {"name": "y"}], "seed": None}
+    options |= {"prompt": ["-1?"], "temperature": 1, "output_file": "a.csv", "trial_id": [2]}
+    words = ["--number-of-pairs=5", "--model=a=exp:1", "--trial_id=2", "--dataset=x", '--dataset={"name": "y"}']
+    words += ["--prompt=-1?", "--temperature=1", "--output-file=a.csv"]
+    from_yaml, from_words = parse_hyperparameters(options), parse_command_line(words, "")
+    assert from_yaml.model_dump() == from_words.model_dump()
+    assert (from_yaml.number_of_pairs, from_yaml.seed, from_yaml.prompt) == (5, 0, ["-1?"])
+    assert from_yaml.model == {"a": "exp:1", "trial:2": "trial:2"}
 
 
 def test_a_mistake_in_the_comparisons_options_is_not_tried_again():
