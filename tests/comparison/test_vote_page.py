@@ -289,7 +289,7 @@ def test_names_are_not_shown_by_mistake(visit):
     said = []
     page.once("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
     page.locator("#reveal").click()
-    assert said == ["Show the names now? 2 questions stay without a vote."]
+    assert said == ["Show the names now? 2 questions have no vote."]
     expect(page.locator("#result")).to_be_hidden()
     expect(page.locator("#count")).to_have_text("1 of 3 voted")
 
