@@ -54,12 +54,12 @@ METRICS = {
     "reward_accuracy": Metric(
         "reward accuracy against {reference} ↑",
         percent,
-        "how often DPO's reward is higher for the chosen answer: its log-prob minus its log-prob by {reference}",
+        "how often the chosen answer has the higher DPO reward: its log-prob minus its log-prob under {reference}",
     ),
     "reward_margin": Metric(
         "reward margin against {reference} ↑",
         number,
-        "mean difference of the two rewards, times beta; it means something for models trained from {reference}",
+        "mean difference of the two rewards, times beta; informative for models trained from {reference}",
     ),
     "perplexity": Metric(
         "perplexity of the chosen answers ↓",

@@ -1,4 +1,4 @@
-"""Answers: greedy and drawn, alone and in batches, and where they end."""
+"""Answers: greedy and sampled, alone and in batches, and where they end."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, tokenizer, prompts):
     assert together[0].text == tokenizer.decode(alone, skip_special_tokens=True).strip()
 
 
-def test_a_models_own_generation_config_changes_nothing(model, tokenizer, prompts):
+def test_a_models_own_generation_config_has_no_effect(model, tokenizer, prompts):
     """Or models would be compared under different rules."""
     expected = answer_batch(model, tokenizer, prompts, GREEDY)
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def test_a_models_own_generation_config_changes_nothing(model, tokenizer, prompt
     assert answer_batch(model, tokenizer, prompts, DRAWN) == drawn
 
 
-def test_what_is_drawn_is_drawn_again_with_the_same_seed(model, tokenizer, prompts):
+def test_sampling_repeats_with_the_same_seed(model, tokenizer, prompts):
     def draw(seed):
         torch.manual_seed(batch_seed(seed, 0))
         return answer_batch(model, tokenizer, prompts, DRAWN)
@@ -79,7 +79,7 @@ def test_an_answer_ends_at_a_stop_or_at_the_limit(model, tokenizer, prompts):
 
 
 @pytest.mark.parametrize("added", [True, False])
-def test_stops_are_told_from_limits_however_they_are_spelled(model, tokenizer, added):
+def test_stops_and_limits_are_distinguished_however_stops_are_tokenized(model, tokenizer, added):
     set_chat_format(model, tokenizer, ["<|im_start|>", "<|im_end|>"] if added else None)
     _, completion = encode(tokenizer, [{"role": "user", "content": "Hi"}], "Hello there.")
     text = len(tokenizer("Hello there.", add_special_tokens=False)["input_ids"])
@@ -91,7 +91,7 @@ def test_stops_are_told_from_limits_however_they_are_spelled(model, tokenizer, a
     assert not read_answer(tokenizer, completion[:-2], stops)[2]
 
 
-def test_what_does_not_fit_the_context_loses_its_beginning(model, tokenizer):
+def test_a_prompt_too_long_for_the_context_loses_its_beginning(model, tokenizer):
     long = [{"role": "user", "content": "first " * 900}, {"role": "assistant", "content": "Yes."}]
     long += [{"role": "user", "content": "second " * 90}]
     whole = encode(tokenizer, long)[0]
@@ -106,18 +106,18 @@ def test_what_does_not_fit_the_context_loses_its_beginning(model, tokenizer):
     answer_batch(model, tokenizer, [ids], GREEDY)
 
 
-def test_tokens_are_told_as_they_come(model, tokenizer, prompts):
+def test_each_step_reports_its_new_tokens(model, tokenizer, prompts):
     steps = []
     answer_batch(model, tokenizer, prompts, GREEDY, steps.append)
     assert [len(step) for step in steps] == [len(prompts)] * 12
 
 
-def test_longest_first():
+def test_batches_begin_with_the_longest():
     found = batch_by_length((3, 9, 1, 9, 5), 2)
     assert found == [[1, 3], [4, 0], [2]]
 
 
-def test_a_batch_that_does_not_fit_is_halved():
+def test_a_batch_that_does_not_fit_in_memory_is_halved():
     tried = []
 
     def run(items):
@@ -130,7 +130,7 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert tried == [5, 2, 3, 1, 2]
 
 
-def test_one_that_does_not_fit_alone_is_a_mistake_and_other_errors_are_not():
+def test_only_running_out_of_memory_alone_is_a_user_error():
     def fail(items):
         raise RuntimeError(message)
 
