@@ -5,7 +5,7 @@
 It writes to FOLDER (default: local_runs/tiny)
 
     base/            a Gemma of 1.4 million parameters with its own tokenizer, trained on plain text: it continues
-                     stories and instructions, and it has never seen a chat
+                     stories and articles, and it has never seen a chat
     instructions/    an SFT data set with Cosmopedia's columns (prompt, text) and the subsets kitchen, home and
                      outdoors. The quality of its answers is mixed, as in scraped data: helpful, curt or rambling
     questions/       preference pairs with the columns of orca_dpo_pairs (system, question, chosen, rejected)
