@@ -1,10 +1,11 @@
-"""Seconds from a command to its first step, by what they go into.
+"""Measure the seconds from a training command to its first step, part by part.
 
     python benchmarks/startup.py sft.yaml          # any experiment, with --config as for local_experiment.py
     python benchmarks/startup.py examples/tiny/sft.yaml --rounds 5
 
-A round is `sft_finetune.py` or `dpo_finetune.py` in a process of its own with an empty cache, ended after one step; the
-table has medians over the rounds. (A trial of a local grid is forked from a process that has done the imports.)
+A round runs `sft_finetune.py` or `dpo_finetune.py` in its own process with an empty cache and ends after one step. The
+table shows medians over the rounds. (The trials of a local grid skip the imports: they are forked from a process that
+has done them.)
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-# What the entrypoints call, by what it is for; the trainer's class is the rest of "trainer".
+# The names in the entrypoints whose calls count as each part.
 PARTS = {
     "data": ("load_sft_dataset", "load_dpo_dataset"),
     "model": ("load_model_and_tokenizer", "set_chat_format", "download_ckpt"),
@@ -33,9 +34,9 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="its YAML, without a search")
-    parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE", help="override a key of it")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("experiment", help="YAML of an experiment with a single trial")
+    parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE", help="override a key of the YAML")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: %(default)s)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -63,7 +64,10 @@ def main() -> None:
 
 
 def time_start(experiment: Path, started: str, output: str) -> None:
-    """Be the entrypoint of `experiment`, and write down its seconds since `started`."""
+    """Run the entrypoint of `experiment` in this process and write the seconds of each part to the JSON file `output`.
+
+    `started` is the Unix time at which the process was started.
+    """
     entrypoint = json.loads(experiment.read_text())["entrypoint"]
     name = "dpo_finetune" if "dpo_finetune.py" in entrypoint else "sft_finetune"
     script, seconds = importlib.import_module(name), {"imports": time.time() - float(started)}

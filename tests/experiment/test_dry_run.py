@@ -366,4 +366,4 @@ def test_a_subset_of_the_hub_is_streamed_once_and_the_rest_of_it_never(sft_confi
     assert read_again <= {first}
     told = "data set owner/pedia (subset wed): unknown subset 'wed' (did you mean 'web'?): it has web, stories"
     assert told in ran.stderr
-    assert "error (or out of reach for now): data set owner/nothing (subset web): no such file or folder" in ran.stderr
+    assert "error (may be temporary): data set owner/nothing (subset web): no such file or folder" in ran.stderr
