@@ -29,9 +29,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from config.experiment import entrypoint_script, read_experiment_config
 from errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from experiment.results import Experiment
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,6 +74,25 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def show_dry_run(experiment: "Experiment", trials: list[Any], examples: int, page: Path | None) -> None:
+    """Print the sections of a dry run as they come, and write them to `page`, even if a mistake ends it early."""
+    from experiment.dry_run_output import print_section, write_page
+
+    from experiment.dry_run import dry_run
+    from experiment.runner import console
+
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # of a log file
+    sections = []
+    try:
+        for section in dry_run(experiment, trials, examples):
+            print_section(section, console)
+            sections.append(section)
+    finally:
+        if page and sections:
+            console.print(f"Written to {write_page(sections, experiment.name, page)}", markup=False)
+
+
 @exit_on_user_error
 def main() -> int:
     """Run the experiment of the command line. Returns 1 if a trial failed."""
@@ -106,9 +129,7 @@ def main() -> int:
     if args.dry_run:
         if kind is None:
             raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
-        show_dry_run(
-            experiment, kind, trials, args.examples, console, started_in / args.output if args.output else None
-        )
+        show_dry_run(experiment, trials, args.examples, started_in / args.output if args.output else None)
         return 0
     if kind:
         check_sources(kind, trials)

@@ -1,6 +1,6 @@
-"""The processes that trials run in: forked from one that has imported the libraries, where the trial is this project's.
+"""The processes that trials run in: for this project's own scripts, forked from one that has imported the libraries.
 
-The imports take eight seconds, so a trial starts in about one. (Only on Linux: the libraries cannot be forked on macOS.)
+The imports take eight seconds; a forked trial starts in one. (Only on Linux: on macOS the libraries cannot be forked.)
 """
 
 import atexit
