@@ -17,13 +17,14 @@ one, or end the answer.
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -49,7 +50,7 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answer: str | None = None
+    tokenizer: "PreTrainedTokenizerBase", prompt: list[Message], answer: str | None = None
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the answer to it; without an answer the second list is empty.
 
@@ -71,7 +72,7 @@ def encode(
     return [token for ids, _ in before for token in ids], completion
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[bool]]:
+def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tuple[list[int], list[bool]]:
     """Token ids of a whole conversation, and for each whether an assistant's turn says it, the turn's stops included.
 
     Every answer in it is what `encode` makes of that answer, and follows what `encode` makes of the prompt before it.
@@ -84,7 +85,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
 
 
 def _segments(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], **kwargs: Any
 ) -> Iterator[tuple[list[int], bool]]:
     """The ids of what stands before, in (True) and after each answer of a conversation, tokenized apart.
 
@@ -107,11 +108,11 @@ def _segments(
         yield _ids(tokenizer, text[done:]), False
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any) -> str:
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], **kwargs: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except TemplateError as error:
@@ -128,7 +129,7 @@ def plain_text(prompt: list[Message]) -> str:
     return "\n".join(message["content"] for message in prompt)
 
 
-def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens: list[str]) -> int:
+def add_chat_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", special_tokens: list[str]) -> int:
     """Give `special_tokens` an id and an embedding each; returns how many are new.
 
     The embedding matrix grows to a multiple of 64 rows (tensor cores like that); input and output rows of new ids
@@ -144,6 +145,8 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         # mean_resizing would draw the rows from a normal distribution around the mean; we want the mean itself.
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    import torch  # it takes seconds, and a misspelled option is to be told before
+
     with torch.no_grad():
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
             embeddings.weight[known:] = embeddings.weight[:known].mean(dim=0)
@@ -151,7 +154,7 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def set_chat_format(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens: list[str] | None = None
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", special_tokens: list[str] | None = None
 ) -> None:
     """Make ChatML the tokenizer's template, and both stops part of the model's generation config.
 
@@ -166,13 +169,13 @@ def set_chat_format(
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_token_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """EOS and, where it is a single token, `<|im_end|>`."""
     end = tokenizer(IM_END, add_special_tokens=False)["input_ids"]
     return [tokenizer.eos_token_id, *(end if len(end) == 1 else [])]
 
 
-def generation_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def generation_stops(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Keyword arguments for `generate` that end an answer at `<|im_end|>`, however it is tokenized, at EOS, or at a
     stop of the model's own."""
     own = model.generation_config.eos_token_id
@@ -185,7 +188,7 @@ def generation_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def read_answer(
-    tokenizer: PreTrainedTokenizerBase, completion_ids: list[int], stops: list[int]
+    tokenizer: "PreTrainedTokenizerBase", completion_ids: list[int], stops: list[int]
 ) -> tuple[str, int, bool]:
     """A generated completion, without its stops and what a batch padded after them: its text, how many tokens that is,
     and whether it ended by itself. `stops` are token ids; `<|im_end|>` may be spelled out as well."""
@@ -196,7 +199,7 @@ def read_answer(
     return text.strip(), max(tokens, 0), end is not None or bool(spelled)
 
 
-def answer_spans(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[tuple[int, int]]:
+def answer_spans(tokenizer: "PreTrainedTokenizerBase", completions: list[list[int]]) -> list[tuple[int, int]]:
     """Where in completions of `encode`'s the answers' own tokens are: before their stops and, without a template, after
     their line break. (A token that holds an answer's end and a stop's beginning counts as the answer's.)"""
     one, other = (encode(tokenizer, [{"role": "user", "content": "?"}], text)[1][::-1] for text in ("a", "b"))

@@ -3,7 +3,6 @@
 import os
 import tarfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -19,6 +18,7 @@ from huggingface_hub.constants import HF_HOME
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from urllib3.exceptions import HTTPError
 
+from config.validation import check_uuid
 from errors import PassingError, UserError, one_line
 from storage.files import BUNDLE
 from storage.ranks import once_per_node
@@ -42,16 +42,6 @@ def local_checkpoint_storage() -> Path:
     """
     default = BUNDLE / "local_runs" / "checkpoints"
     return Path(os.environ.get("LOCAL_CHECKPOINT_STORAGE", default)).resolve()
-
-
-def check_uuid(value: str, key: str) -> None:
-    """Refuse what is no UUID: Determined's storage would take `""` for the whole store and `../x` for a way out."""
-    try:
-        valid = str(uuid.UUID(value)) == value.lower()
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"{key} {value!r} is no checkpoint UUID (32 hexadecimal digits as 8-4-4-4-12)")
 
 
 def is_model_file(path: str) -> bool:

@@ -103,7 +103,7 @@ def test_the_published_flags(call, saved, tiny):
         ("exp:2", "exp:2: the experiment has no checkpoint yet that was validated as well"),
         ("trial:3", "trial:3: the trial has no checkpoint yet that was validated as well"),
         ("exp:best", "'exp:best': after exp: comes the number of the experiment"),
-        ("ckpt:../x", "'../x' is no checkpoint UUID"),
+        ("ckpt:../x", "'../x' is not a checkpoint UUID"),
     ],
 )
 def test_mistakes_get_one_line(call, master, saved, source, message):
