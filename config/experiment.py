@@ -5,11 +5,13 @@ import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from determined.cli.ntsc import parse_config_overrides
 from determined.common.util import yaml_safe_load
+from pydantic import Field, create_model
 
+from config.validation import FORBID_UNKNOWN, Count, validate
 from errors import UserError, nearest, one_line
 
 # Determined's schema of an experiment (schemas/expconf/v0/experiment.json), which its master checks.
@@ -21,13 +23,14 @@ EXPERIMENT_KEYS = (
     "reproducibility", "resources", "retention_policy", "scheduling_unit", "searcher", "security", "slurm",
     "tensorboard_storage", "workspace",
 )  # fmt: skip
-# The keys of each type of hyperparameter, beside `type`.
-SPACE_KEYS = {
-    "const": ("val",),
-    "categorical": ("vals",),
-    "int": ("minval", "maxval", "count"),
-    "double": ("minval", "maxval", "count"),
-    "log": ("minval", "maxval", "base", "count"),
+# The keys of each type of hyperparameter that a search varies, beside `type`.
+RANGE = create_model("Range", __config__=FORBID_UNKNOWN, minval=float, maxval=float, count=(Count | None, None))
+SPACES = {
+    "const": create_model("Const", __config__=FORBID_UNKNOWN, val=Any),
+    "categorical": create_model("Categorical", __config__=FORBID_UNKNOWN, vals=Annotated[list, Field(min_length=1)]),
+    "int": create_model("Int", __base__=RANGE, minval=int, maxval=int),
+    "double": RANGE,
+    "log": create_model("Log", __base__=RANGE, base=float),
 }
 
 
@@ -122,34 +125,20 @@ def _assemble(level: dict[str, Any], point: Iterator[Any]) -> dict[str, Any]:
 
 
 def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
-    """The grid points of one hyperparameter; None where a range has no `count`."""
-    kind = space["type"]
-    if kind not in SPACE_KEYS:
-        raise UserError(f"{key}.type {kind!r} is none of {', '.join(SPACE_KEYS)}")
-    for name in space:
-        if name not in ("type", *SPACE_KEYS[kind]):
-            raise UserError(f"{key}.{name} is no key of a {kind} hyperparameter{nearest(name, SPACE_KEYS[kind])}")
-    try:
-        if kind == "const":
-            return [space["val"]]
-        if kind == "categorical":
-            if not isinstance(space["vals"], list) or not space["vals"]:
-                raise UserError(f"{key}.vals {space['vals']!r} is no list of values")
-            return space["vals"]
-        low, high, count = space["minval"], space["maxval"], space.get("count")
-        base = space["base"] if kind == "log" else None
-    except KeyError as missing:
-        raise UserError(f"{key}: a {kind} hyperparameter needs {missing.args[0]}") from missing
-    for name, value in (("minval", low), ("maxval", high), ("count", count), ("base", base)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"{key}.{name} {value!r} is not a number")
+    """The grid points of one hyperparameter; None for a range without a `count`."""
+    kind = str(space["type"])
+    if kind not in SPACES:
+        raise UserError(f"{key}.type {kind!r} is not one of {', '.join(SPACES)}")
+    given = {name: value for name, value in space.items() if name != "type"}
+    space = validate(SPACES[kind], given, key, noun=f"a key of a {kind} hyperparameter")
+    if kind in ("const", "categorical"):
+        return space.vals if kind == "categorical" else [space.val]
+    low, high, count = space.minval, space.maxval, space.count
     if count is None:
         return None
-    if count < 1:
-        raise UserError(f"{key}.count {count!r} is not at least 1")
     if kind == "int":
         count = min(count, high - low + 1)
     points = [(low + high) / 2] if count == 1 else [low + i * (high - low) / (count - 1) for i in range(count)]
     if kind == "int":
         return [math.floor(abs(point) + 0.5) * (1 if point >= 0 else -1) for point in points]  # as Go's math.Round
-    return [base**point for point in points] if kind == "log" else points
+    return [space.base**point for point in points] if kind == "log" else points

@@ -64,10 +64,8 @@ class DataCollator:
 
     def __post_init__(self) -> None:
         if self.response_template != RESPONSE_TEMPLATE:
-            raise UserError(
-                f"response_template {self.response_template!r} is not what answers follow in ChatML:"
-                f" {RESPONSE_TEMPLATE!r}"
-            )
+            given = f"response_template {self.response_template!r}"
+            raise UserError(f"{given} is not what answers follow in ChatML: {RESPONSE_TEMPLATE!r}")
 
 
 @dataclass(config=FORBID_UNKNOWN)
@@ -85,7 +83,9 @@ class TrainerArgs(Generic[TrlConfig]):
     """What the hyperparameters of both kinds of experiment have in common."""
 
     args: TrlConfig  # TRL's config of the run
-    training_args: dict[str, Any]  # as the YAML says
+    training_args: dict[str, Any]  # as the YAML has them
+    added_tokens: list[str] | None = None  # to add to the model's own
+    packing: bool = False  # whether TRL packs several rows into one sequence
     in_pairs: ClassVar[bool]  # whether a row is two sequences
     # What TRL reports at an evaluation, and so what searcher.metric can be.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
@@ -94,16 +94,6 @@ class TrainerArgs(Generic[TrlConfig]):
     def split_seed(self) -> int:
         """Seed for the samples and the held-out 20%; not `seed`, so trials that differ in that share their rows."""
         return DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
-
-    @property
-    def added_tokens(self) -> list[str]:
-        """Tokens to add to the model's own."""
-        return []
-
-    @property
-    def packing(self) -> bool:
-        """Whether TRL packs several rows into one sequence."""
-        return False
 
     @property
     def checkpointing(self) -> bool | None:
@@ -145,16 +135,11 @@ class SFTHyperparameters(TrainerArgs["SFTConfig"]):
         if not self.dataset_subsets:
             raise UserError("dataset_subsets is empty; for all rows of the data set write [{ratio: 1.0}]")
         if self.streaming and any(share.number_of_samples is None for share in self.dataset_subsets):
-            raise UserError(
-                "streaming: true needs a number_of_samples for each of dataset_subsets, as in [{number_of_samples:"
-                " 1000}]; what a ratio amounts to is known only once all rows are downloaded (streaming: false)"
-            )
+            example = "[{number_of_samples: 1000}]; a ratio needs all rows downloaded (streaming: false)"
+            raise UserError(f"streaming: true needs a number_of_samples for each of dataset_subsets, as in {example}")
         self.args = build_sft_config(self.training_args, {"max_length": ("max_seq_length", self.max_seq_length)})
-
-    @property
-    def added_tokens(self) -> list[str]:
-        """Tokens to add to the model's own."""
-        return self.chat_tokens.special_tokens if self.chat_tokens.add_chat_tokens else []
+        self.packing = self.args.packing
+        self.added_tokens = self.chat_tokens.special_tokens if self.chat_tokens.add_chat_tokens else None
 
     @property
     def sources(self) -> list[DataSource]:
@@ -163,11 +148,6 @@ class SFTHyperparameters(TrainerArgs["SFTConfig"]):
             DataSource(self.dataset, share.subset, self.split, share.ratio, share.number_of_samples, self.columns)
             for share in self.dataset_subsets
         ]
-
-    @property
-    def packing(self) -> bool:
-        """Whether TRL packs several rows into one sequence."""
-        return self.args.packing
 
     @property
     def loading(self) -> dict[str, Any]:

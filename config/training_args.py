@@ -41,11 +41,8 @@ REFUSED = {
 }
 RENDERED = "every row is rendered as ChatML by chat_format.py"
 REFUSED_BY_SFT = REFUSED | {
-    "assistant_only_loss": "set data_collator.on_completions_only",
-    "completion_only_loss": "set data_collator.on_completions_only",
-    "chat_template_path": RENDERED,
-    "dataset_kwargs": RENDERED,
-    "dataset_text_field": RENDERED,
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "set data_collator.on_completions_only"),
+    **dict.fromkeys(("chat_template_path", "dataset_kwargs", "dataset_text_field"), RENDERED),
     "eos_token": "every answer ends with <|im_end|> and the tokenizer's own EOS",
     "truncation_mode": "a row that is too long is cut at its end",
 }
@@ -67,10 +64,9 @@ def build_sft_config(training_args: dict[str, Any], own: OwnKeys) -> SFTConfig:
         raise UserError("training_args.packing needs max_seq_length, the length of a pack")
     if args.packing and args.packing_strategy != "bfd" and args.eval_packing is False:
         # TRL would cut the evaluation's rows itself, without a warning.
-        raise UserError(
-            f"training_args.packing_strategy {args.packing_strategy!r} splits long rows, which eval_packing:"
-            " false would have to cut; leave eval_packing out, or use packing_strategy: bfd"
-        )
+        strategy = f"training_args.packing_strategy {args.packing_strategy!r}"
+        remedy = "leave eval_packing out, or use packing_strategy: bfd"
+        raise UserError(f"{strategy} splits long rows, which eval_packing: false would have to cut; {remedy}")
     return args
 
 
@@ -89,19 +85,15 @@ def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
 def check_training_args(
     cls: type[TrainingArguments], training_args: dict[str, Any], own: OwnKeys, refused: dict[str, str]
 ) -> dict[str, Any]:
-    """Return the arguments for `cls` that `training_args` and our own keys set, checked against the types of `cls`."""
-    for name, instead in refused.items():
-        if name in training_args:
-            raise UserError(f"training_args.{name} has no effect here: {instead}")
+    """Return `training_args`, checked against the fields of `cls`, and our own keys under TRL's names."""
+    for name in training_args.keys() & refused.keys():
+        raise UserError(f"training_args.{name} has no effect here: {refused[name]}")
     checked = validate(_model_of(cls), training_args, "training_args")
-    values = {name: getattr(checked, name) for name in training_args}
     for name, (key, value) in own.items():
-        if value is None:
-            continue
-        if name in values:
+        if name in training_args and value is not None:
             raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
-        values[name] = value
-    return values
+    ours = {name: value for name, (_, value) in own.items() if value is not None}
+    return {name: getattr(checked, name) for name in training_args} | ours
 
 
 @functools.cache
@@ -149,15 +141,13 @@ def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
         if loss == "kto_pair":
             raise UserError("dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own; 'apo_zero' is the nearest")
         if loss not in DPO_LOSSES:
-            hint = nearest(loss, DPO_LOSSES)
-            raise UserError(f"dpo_loss {loss!r} is not one of {', '.join(DPO_LOSSES)}, cdpo{hint}")
+            known = f"{', '.join(DPO_LOSSES)}, cdpo{nearest(loss, DPO_LOSSES)}"
+            raise UserError(f"dpo_loss {loss!r} is not one of {known}")
     if "robust" in losses and not 0 <= smoothing < 0.5:
         raise UserError(f"training_args.label_smoothing {smoothing:g} is not in [0, 0.5); dpo_loss 'robust' needs that")
     if smoothing and not SMOOTHED_LOSSES & set(losses):
-        raise UserError(
-            f"training_args.label_smoothing has no effect on dpo_loss {losses[0]!r}, only on cdpo and"
-            f" {', '.join(sorted(SMOOTHED_LOSSES))}"
-        )
+        smoothed = f"cdpo and {', '.join(sorted(SMOOTHED_LOSSES))}"
+        raise UserError(f"training_args.label_smoothing has no effect on dpo_loss {losses[0]!r}, only on {smoothed}")
     if "exo_pair" in losses and not smoothing:
         raise UserError("dpo_loss 'exo_pair' needs training_args.label_smoothing above 0 (its paper uses 1e-3)")
     return resolved | {"loss_type": losses}
@@ -197,8 +187,13 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     for name, value in INEXACT.items():
         if values.get(name) == value:
             logger.warning("training_args.%s: %s: a restarted trial will not end exactly as planned", name, value)
-    for name in ("dtype", "torch_dtype"):
-        check_dtype((args.model_init_kwargs or {}).get(name, "float32"), f"training_args.model_init_kwargs.{name}")
+    for name in {"dtype", "torch_dtype"} & (args.model_init_kwargs or {}).keys():
+        dtype, key = args.model_init_kwargs[name], f"training_args.model_init_kwargs.{name}"
+        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise UserError(f"{key} {dtype!r} is not a dtype of torch")
+        if dtype != "float32":
+            reason = "weights stay float32, or small learning rates would not move them"
+            raise UserError(f"{key} {dtype!r}: {reason}; for autocast set training_args.bf16 or .fp16")
     return args
 
 
@@ -216,14 +211,3 @@ def has_bf16(use_cpu: bool) -> bool:
     if not use_cpu and (torch.cuda.is_available() or torch.backends.mps.is_available()):
         return is_torch_bf16_gpu_available()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def check_dtype(dtype: Any, key: str) -> None:
-    """Raise `UserError` unless `dtype`, the weights' as a YAML names it, is float32."""
-    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise UserError(f"{key} {dtype!r} is not a dtype of torch")
-    if dtype != "float32":
-        raise UserError(
-            f"{key} {dtype!r}: weights stay float32, or small learning rates would not move them; for bf16 or fp16"
-            " autocast set training_args.bf16 or .fp16"
-        )

@@ -60,15 +60,15 @@ def test_axes(space, values):
     ("config", "message"),
     [
         (grid(h={"type": "double", "minval": 0, "maxval": 1}), "hyperparameters.h needs a count"),
-        (grid(h={"type": "categorical"}), "hyperparameters.h: a categorical hyperparameter needs vals"),
-        (grid(h={"type": "categorical", "vals": []}), r"hyperparameters.h.vals \[\] is no list of values"),
+        (grid(h={"type": "categorical"}), "hyperparameters.h.vals is missing"),
+        (grid(h={"type": "categorical", "vals": []}), "hyperparameters.h.vals is empty"),
         (
             grid(h={"type": "int", "minval": 1, "maxval": 2, "count": "3"}),
-            "hyperparameters.h.count '3' is not a number",
+            "hyperparameters.h.count is '3', which is not a whole number",
         ),
         (grid(h={"type": "int", "minval": 1, "maxval": 2, "count": 0}), "hyperparameters.h.count 0 is not at least 1"),
-        (grid(h={"type": "gaussian"}), "hyperparameters.h.type 'gaussian' is none of const, categorical"),
-        (grid(h={"type": "categorical", "vals": [1], "val": 2}), r"h.val is no key of a categorical .*mean 'vals'"),
+        (grid(h={"type": "gaussian"}), "hyperparameters.h.type 'gaussian' is not one of const, categorical"),
+        (grid(h={"type": "categorical", "vals": [1], "val": 2}), r"h.val is not a key of a categorical .*mean 'vals'"),
         ({**grid(), "searcher": {"name": "adaptive_asha"}}, "searcher.name 'adaptive_asha'"),
         (
             {**grid(h={"type": "categorical", "vals": [1, 2]}), "searcher": {"name": "single"}},

@@ -47,8 +47,8 @@ def test_trls_own_names_serve_as_well():
         ({"max_seq_length": 9, "training_args": {"max_length": 9}}, "max_seq_length and training_args.max_length"),
         ({"dataset_subsets": [{"subset": "a"}]}, r"dataset_subsets\[0\]: subset 'a'.*this has neither"),
         ({"dataset_subsets": [{"subset": "a", "ratio": 1, "number_of_samples": 1}]}, "this has both"),
-        ({"dataset_subsets": [{"subset": "a", "ratio": 1.5}]}, r"ratio 1.5 is not in \(0, 1\]"),
-        ({"dataset_subsets": [{"subset": "a", "ratio": 0}]}, r"ratio 0 is not in \(0, 1\]"),
+        ({"dataset_subsets": [{"subset": "a", "ratio": 1.5}]}, r"dataset_subsets\[0\].ratio 1.5 is not at most 1"),
+        ({"dataset_subsets": [{"subset": "a", "ratio": 0}]}, r"dataset_subsets\[0\].ratio 0 is not greater than 0"),
         ({"dataset_subsets": [{"subset": "a", "number_of_samples": 0}]}, "number_of_samples 0 is not at least 1"),
         (
             {"dataset_subsets": [{"subset": "a", "rato": 1}]},
