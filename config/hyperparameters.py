@@ -109,7 +109,8 @@ class TrainerArgs(Generic[TrlConfig]):
     @property
     def model_init_kwargs(self) -> dict[str, Any]:
         """For `from_pretrained`: TRL would ignore them where, as here, the model is built before the trainer."""
-        return {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
+        given: Any = self.args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
+        return {**given, "trust_remote_code": self.args.trust_remote_code}
 
 
 @dataclass(config=FORBID_UNKNOWN)

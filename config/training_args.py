@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
-from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
@@ -53,7 +52,7 @@ REFUSED_BY_DPO = REFUSED | {
 # Settings whose state is not saved in a checkpoint: rows in a newly drawn order, a reference that moves.
 INEXACT = {"train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "sync_ref_model": True}
 
-Config = TypeVar("Config", bound=TrainingArguments)
+Config = TypeVar("Config", SFTConfig, DPOConfig)
 OwnKeys = dict[str, tuple[str, Any]]  # TRL's name: the key of ours that sets it, and its value (None: not set)
 
 
@@ -83,12 +82,13 @@ def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
 
 
 def check_training_args(
-    cls: type[TrainingArguments], training_args: dict[str, Any], own: OwnKeys, refused: dict[str, str]
+    cls: type[Config], training_args: dict[str, Any], own: OwnKeys, refused: dict[str, str]
 ) -> dict[str, Any]:
     """Return `training_args`, checked against the fields of `cls`, and our own keys under TRL's names."""
     for name in training_args.keys() & refused.keys():
         raise UserError(f"training_args.{name} has no effect here: {refused[name]}")
-    checked = validate(_model_of(cls), training_args, "training_args")
+    model = _model_of(cls)  # type: ignore[arg-type]  # mypy takes a dataclass's own hash for its class's
+    checked = validate(model, training_args, "training_args")
     for name, (key, value) in own.items():
         if name in training_args and value is not None:
             raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
@@ -97,7 +97,7 @@ def check_training_args(
 
 
 @functools.cache
-def _model_of(cls: type[TrainingArguments]) -> type[BaseModel]:
+def _model_of(cls: Any) -> type[BaseModel]:
     """The fields of `cls` as a pydantic model, with some types narrower or wider than upstream's hints."""
     batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     hints = typing.get_type_hints(cls) | dict.fromkeys(batches, Count) | {"fsdp": bool | str | None}
@@ -187,8 +187,9 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     for name, value in INEXACT.items():
         if values.get(name) == value:
             logger.warning("training_args.%s: %s: a restarted trial will not end exactly as planned", name, value)
-    for name in {"dtype", "torch_dtype"} & (args.model_init_kwargs or {}).keys():
-        dtype, key = args.model_init_kwargs[name], f"training_args.model_init_kwargs.{name}"
+    model_init_kwargs: Any = args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
+    for name in {"dtype", "torch_dtype"} & model_init_kwargs.keys():
+        dtype, key = model_init_kwargs[name], f"training_args.model_init_kwargs.{name}"
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise UserError(f"{key} {dtype!r} is not a dtype of torch")
         if dtype != "float32":

@@ -73,10 +73,11 @@ def validate(
             return adapter.validate_python(value)
         return adapter.validate_json(text, strict=strict)
     except ValidationError as error:
-        raise UserError(_message(type_, value, error, name_key or functools.partial(_dotted, key), noun)) from error
+        raise UserError(_message(type_, value, error, name_key or functools.partial(dotted, key), noun)) from error
 
 
-def _dotted(key: str, path: Path) -> str:
+def dotted(key: str, path: Path) -> str:
+    """Return the name of the part of `key` that `path` leads to, as in `hyperparameters.datasets[0].ratio`."""
     return key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
 
 
@@ -111,7 +112,8 @@ def _path(value: Any, error: ErrorDetails) -> Path:
     """The path to what is wrong in `value`: pydantic's, without the names of union members that it contains."""
     path: list[str | int] = []
     for step in error["loc"]:
-        if (isinstance(value, list) and isinstance(step, int)) or (isinstance(value, dict) and step in value):
+        known = step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int)
+        if known:
             value = value[step]
             path.append(step)
     return (*path, error["loc"][-1]) if error["type"] == "missing" else tuple(path)

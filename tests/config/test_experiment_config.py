@@ -97,11 +97,11 @@ def test_entrypoint_script_is_found_behind_a_launcher():
         ("a: [1", [], "not YAML"),
         ("- a\n", [], "not a mapping"),
         ("name: x\n", [], "hyperparameters is missing"),
-        ("hyperparameters: {}\nsearcher: grid\n", [], "searcher is missing or no mapping"),
+        ("hyperparameters: {}\nsearcher: grid\n", [], "searcher is 'grid', which is not a mapping"),
         (
             "hyperparameters: {}\nsearcher: {}\n",
             ["hyperparameter.a=1"],
-            r"hyperparameter is no key .*'hyperparameters'",
+            r"hyperparameter is not a key of an experiment .*'hyperparameters'",
         ),
         ("hyperparameters: {}\n", ["a.b"], "'a.b' is not key=value"),
     ],

@@ -160,8 +160,8 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
             "searcher.metric=eval_reward/accuracies",
             "searcher.metric 'eval_reward/accuracies' is not reported at evaluations, which have",
         ),
-        ("hyperparameter.dpo_beta=1", "hyperparameter is no key of an experiment (did you mean 'hyperparameters'?)"),
-        ("searcher=grid", "searcher is missing or no mapping"),
+        ("hyperparameter.dpo_beta=1", "hyperparameter is not a key of an experiment (did you mean 'hyperparameters'?)"),
+        ("searcher=grid", "searcher is 'grid', which is not a mapping"),
         ("searcher", "--config 'searcher' is not key=value"),
     ],
 )
