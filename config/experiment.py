@@ -2,16 +2,16 @@
 
 import itertools
 import math
-import pathlib
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from determined.cli.ntsc import parse_config_overrides
 from determined.common.util import yaml_safe_load
 from pydantic import Field, create_model
 
-from config.validation import FORBID_UNKNOWN, Count, Path, dotted, validate
+from config.validation import FORBID_UNKNOWN, Count, KeyPath, dotted, validate
 from errors import UserError, one_line
 
 # Determined's schema of an experiment (schemas/expconf/v0/experiment.json): its master checks it, the CLI has no copy.
@@ -45,7 +45,7 @@ def read_experiment_config(path: str, overrides: Sequence[str] = ()) -> dict[str
     or not an experiment, and for an override without `=`.
     """
     try:
-        config = yaml_safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+        config = yaml_safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from error
     except Exception as error:  # ruamel's errors have no base class but Exception
@@ -82,7 +82,7 @@ def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
     searcher = config["searcher"].get("name", "single")
     if searcher not in ("single", "grid"):
         raise UserError(f"searcher.name {searcher!r}: this machine runs single and grid; the others need a cluster")
-    axes: dict[Path, list[Any]] = {}
+    axes: dict[KeyPath, list[Any]] = {}
     for path, values in _axes(config["hyperparameters"]):
         key = dotted("hyperparameters", path)
         if searcher == "single" and (values is None or len(values) > 1):
@@ -100,7 +100,7 @@ def varying_hyperparameters(config: dict[str, Any]) -> list[str]:
     return [dotted("", path)[1:] for path, values in axes if values is None or len(values) > 1]
 
 
-def _axes(level: dict[str, Any], above: Path = ()) -> Iterator[tuple[Path, list[Any] | None]]:
+def _axes(level: dict[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, list[Any] | None]]:
     """The path of each hyperparameter that has a `type`, and its grid points (see `_axis`)."""
     for name in sorted(level):
         value, path = level[name], (*above, name)
@@ -110,7 +110,7 @@ def _axes(level: dict[str, Any], above: Path = ()) -> Iterator[tuple[Path, list[
             yield from _axes(value, path)
 
 
-def _at_point(value: Any, point: dict[Path, Any], path: Path = ()) -> Any:
+def _at_point(value: Any, point: dict[KeyPath, Any], path: KeyPath = ()) -> Any:
     """`value`, which is at `path`, with the values at `point` in place of the hyperparameters that have a `type`."""
     if path in point:
         return point[path]

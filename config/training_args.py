@@ -186,7 +186,7 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
         raise UserError(f"training_args: {one_line(error)}") from error
     for name, value in INEXACT.items():
         if values.get(name) == value:
-            logger.warning("training_args.%s: %s: a restarted trial will not end exactly as planned", name, value)
+            logger.warning("training_args.%s: %s: a trial with it does not resume exactly", name, value)
     model_init_kwargs: Any = args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
     for name in {"dtype", "torch_dtype"} & model_init_kwargs.keys():
         dtype, key = model_init_kwargs[name], f"training_args.model_init_kwargs.{name}"

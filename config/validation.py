@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from errors import UserError, nearest
 
-Path = tuple[str | int, ...]  # the keys and list indices that lead from a value to a part of it
+KeyPath = tuple[str | int, ...]  # the keys and list indices that lead from a value to a part of it
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid")  # for pydantic's dataclasses and models
 Count = Annotated[int, Field(ge=1)]
@@ -51,7 +51,7 @@ def validate(
     key: str,
     *,
     strict: bool = True,
-    name_key: Callable[[Path], str] | None = None,
+    name_key: Callable[[KeyPath], str] | None = None,
     noun: str = "a hyperparameter",
 ) -> Any:
     """Return `value` as a `type_`: a pydantic model, a dataclass or any other type hint.
@@ -76,12 +76,12 @@ def validate(
         raise UserError(_message(type_, value, error, name_key or functools.partial(dotted, key), noun)) from error
 
 
-def dotted(key: str, path: Path) -> str:
+def dotted(key: str, path: KeyPath) -> str:
     """Return the name of the part of `key` that `path` leads to, as in `hyperparameters.datasets[0].ratio`."""
     return key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
 
 
-def _message(type_: Any, value: Any, invalid: ValidationError, name_key: Callable[[Path], str], noun: str) -> str:
+def _message(type_: Any, value: Any, invalid: ValidationError, name_key: Callable[[KeyPath], str], noun: str) -> str:
     errors = [(_path(value, error), error) for error in invalid.errors()]
     # A misspelled key comes first, as it is also why another one is missing.
     first, _ = min(errors, key=lambda item: item[1]["type"] not in UNKNOWN)
@@ -108,7 +108,7 @@ def _kind(error: ErrorDetails) -> str:
     return KINDS[error["type"]].format(expected=expected.replace("'", "").replace(" or ", ", "))
 
 
-def _path(value: Any, error: ErrorDetails) -> Path:
+def _path(value: Any, error: ErrorDetails) -> KeyPath:
     """The path to what is wrong in `value`: pydantic's, without the names of union members that it contains."""
     path: list[str | int] = []
     for step in error["loc"]:
@@ -119,12 +119,12 @@ def _path(value: Any, error: ErrorDetails) -> Path:
     return (*path, error["loc"][-1]) if error["type"] == "missing" else tuple(path)
 
 
-def _fields_at(hint: Any, path: Path) -> list[str]:
+def _fields_at(hint: Any, path: KeyPath) -> list[str]:
     """The names that a value of the type `hint` knows where `path` ends in an unknown one."""
-    fields = getattr(hint, "__pydantic_fields__", None)
+    fields = getattr(hint, "__pydantic_fields__", None) or getattr(hint, "__dataclass_fields__", None)
     if fields is None:  # perhaps a union or a list of something that has them
         return [name for option in get_args(hint) for name in _fields_at(option, path)]
     name, *rest = [step for step in path if isinstance(step, str)]
     if rest:
-        return _fields_at(fields[name].annotation, tuple(rest)) if name in fields else []
+        return _fields_at(getattr(fields.get(name), "annotation", None), tuple(rest))
     return list(fields)
