@@ -41,7 +41,8 @@ from comparison.compared_model import Conditions, Contestant, Kept, load, show_p
 from comparison.files import RESERVED, Comparison, check_output, print_comparison, write_comparison
 from comparison.generation import Sampling
 from comparison.preference_metrics import RESAMPLES, PairScore, answer_metrics, preference_metrics
-from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource, convert
+from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource
+from config.validation import validate
 from dataset_utils import load_dpo_dataset, load_prompts
 from errors import UserError, exit_on_user_error, nearest, one_line
 from storage.checkpoints import CLUSTER_SOURCES, cluster_checkpoint, local_checkpoint
@@ -177,7 +178,7 @@ def parse_source(text: str, option: str) -> DataSource:
     if not text.startswith("{"):
         return DataSource(text)
     try:
-        return convert(yaml.safe_load(text), DataSource, option)
+        return validate(DataSource, yaml.safe_load(text), option)
     except yaml.YAMLError as error:
         raise UserError(f"{option} {text!r}: {one_line(error)}") from error
 

@@ -1,7 +1,6 @@
 """Checkpoints by UUID: Determined's storage on a cluster, and the folder that stands in for it on this machine."""
 
 import os
-import uuid
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,6 +9,7 @@ from determined import core
 from determined.errors import CheckpointNotFound
 from huggingface_hub.constants import HF_HOME
 
+from config.validation import check_uuid
 from errors import PassingError, UserError
 from storage.files import BUNDLE
 from storage.shared_cache import make_once, once_per_node
@@ -30,16 +30,6 @@ def local_checkpoint_storage() -> Path:
     larger disk for instance.
     """
     return Path(os.environ.get("LOCAL_CHECKPOINT_STORAGE", BUNDLE / "local_runs" / "checkpoints")).resolve()
-
-
-def check_uuid(value: str, key: str) -> None:
-    """Refuse what is not a UUID: Determined's storage would take `""` for the whole store and `../x` for a way out."""
-    try:
-        valid = str(uuid.UUID(value)) == value.lower()
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"{key} {value!r} is no checkpoint UUID (32 hexadecimal digits as 8-4-4-4-12)")
 
 
 def is_model_file(path: str) -> bool:

@@ -14,8 +14,9 @@ from determined.experimental import Determined, client
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from urllib3.exceptions import HTTPError
 
+from config.validation import check_uuid
 from errors import UserError, one_line
-from storage.checkpoints import cached_checkpoint, check_uuid, fetch_once, has_weights, is_model_file, model_folder
+from storage.checkpoints import cached_checkpoint, fetch_once, has_weights, is_model_file, model_folder
 
 # What can stand before the colon, and what the number or UUID after it names.
 CLUSTER_SOURCES = {"exp": "experiment", "trial": "trial", "ckpt": "checkpoint"}

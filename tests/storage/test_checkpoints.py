@@ -105,8 +105,8 @@ def test_a_wrong_checkpoint_gives_one_clear_line(core_context, tmp_path):
     (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
     weightless = core_context.checkpoint.upload(tmp_path, shard=True)
     for ckpt_uuid, message in [
-        ("", "model_ckpt '' is no checkpoint UUID"),
-        ("../secrets", "model_ckpt '../secrets' is no checkpoint UUID"),
+        ("", "model_ckpt '' is not a checkpoint UUID"),
+        ("../secrets", "model_ckpt '../secrets' is not a checkpoint UUID"),
         (unknown, f"model_ckpt {unknown}: no such checkpoint"),
         (weightless, f"model_ckpt {weightless}: the checkpoint holds no model weights"),
     ]:

@@ -103,7 +103,7 @@ def test_the_published_flags_exp_id_and_trial_id_work(call, saved, tiny):
         ("exp:2", "exp:2: the experiment has no checkpoint yet that was validated"),
         ("trial:3", "trial:3: the trial has no checkpoint yet that was validated"),
         ("exp:best", "'exp:best': after exp: comes the number of the experiment"),
-        ("ckpt:../x", "'../x' is no checkpoint UUID"),
+        ("ckpt:../x", "'../x' is not a checkpoint UUID"),
     ],
 )
 def test_mistakes_get_one_line(call, master, saved, source, message):
