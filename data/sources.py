@@ -76,7 +76,7 @@ def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSou
             # Shuffling draws from a buffer of 1000 rows. The buffer is filled from ten files at a time, which are taken
             # in random order and read from their beginning. A uniform sample would need to read all files.
             drawn = rows.shuffle(seed=stream_seed).take(source.number_of_samples)
-            # Its own fingerprint would be the lambda's. The builder's hash is the commit on the hub, or the files' state.
+            # Its own fingerprint would be the lambda's. The builder's hash is the hub's commit, or the files' state.
             builder = load_dataset_builder(**arguments)
             key = (arguments, builder.hash, builder.config_id, split, source.number_of_samples, stream_seed)
             rows = Dataset.from_generator(lambda: iter(drawn), features=drawn.features, fingerprint=fingerprint(*key))
@@ -181,9 +181,7 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
 def _why_not_found(source: DataSource, error: Exception) -> str:
     if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
         known, subset = get_dataset_config_names(source.name), source.subset
-        problem = (
-            f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
-        )
+        problem = f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name one"
         return f"{problem}: it has {', '.join(known)}"
     if Path(source.name).exists() or "split" in str(error):
         return one_line(error)

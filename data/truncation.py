@@ -21,7 +21,7 @@ class Truncation(StrEnum):
     limit: str | None  # the YAML key to raise
     meaning: str  # the sentence for people
 
-    def __new__(cls, value: str, limit: str | None, meaning: str) -> "Truncation":
+    def __new__(cls, value: str, limit: str | None = None, meaning: str = "") -> "Truncation":
         member = str.__new__(cls, value)
         member._value_, member.limit, member.meaning = value, limit, meaning
         return member

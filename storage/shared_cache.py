@@ -79,7 +79,7 @@ def hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
 def reference_key(trainer: "DPOTrainer", dataset: Dataset, batch_size: int) -> str:
     """What the reference log-probs of `dataset` depend on, beside the weights, which TRL adds to its key itself.
 
-    The token ids and their lengths are in the data set's own fingerprint (see `Trial.tokenized`). Batches and ranks
+    The token ids and their lengths are in the data set's own fingerprint (see `tokenize_once`). Batches and ranks
     move the last bits only, but a resumed trial should end exactly as one that was never touched. Not in it: beta,
     learning rate, seed and whatever else only training depends on, and the make of the processor.
     """
