@@ -31,17 +31,8 @@ from trl import pack_dataset
 from chat_format import IM_END, IM_START, Message, encode, set_chat_format
 from config.experiment import expand_trials
 from config.hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
-from dataset_utils import (
-    CUT,
-    DROPPED,
-    LIMITS,
-    MANY,
-    load_dpo_dataset,
-    load_sft_dataset,
-    rows_that_lost,
-    tokenize_dpo_dataset,
-    tokenize_sft_dataset,
-)
+from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
+from dataset_utils import load_dpo_dataset, load_sft_dataset, tokenize_dpo_dataset, tokenize_sft_dataset
 from errors import UserError
 from experiment.results import Experiment, short_name
 from pages.render import render_page
@@ -118,8 +109,10 @@ class Preparation:
         """The rows that are trained on and held out."""
         parts = {}
         for part, rows in self.tokenized.items():
-            lost = rows["lost"][:]
-            parts[part] = rows.select([n for n, what in enumerate(lost) if not set(what.splitlines()) & DROPPED])
+            found = rows["truncations"][:]
+            parts[part] = rows.select(
+                [n for n, names in enumerate(found) if not any(Truncation(name).drops_row for name in names)]
+            )
         return DatasetDict(parts)
 
     @functools.cached_property
@@ -174,10 +167,8 @@ def dry_run(
             yield from first_examples(preparation, examples)
         for part, rows in preparation.kept.items():
             if not len(rows):
-                what = next(
-                    w for lost in preparation.tokenized[part]["lost"] for w in lost.splitlines() if w in DROPPED
-                )
-                raise UserError(f"{LIMITS[what]} is too small: no {part} row is left ({what})")
+                what = next(what for what in rows_by_truncation(preparation.tokenized[part]) if what.drops_row)
+                raise UserError(f"{what.limit} is too small: no {part} row is left ({what.meaning})")
     yield from training_tables(experiment, preparations, trials)
     yield memory_table(experiment, preparations, trials, process)
 
@@ -221,10 +212,11 @@ def sources_table(preparation: Preparation, which: str) -> Table:
     parts = {part: Counter(rows["source"][:]) for part, rows in preparation.kept.items()}
     dropped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
-    for source, lost in zip(preparation.all["source"][:], preparation.all["lost"][:], strict=True):
-        reasons = set(lost.splitlines())
-        dropped[source] += bool(reasons & DROPPED)
-        cut[source] += bool(reasons & CUT) and not reasons & DROPPED
+    for source, names in zip(preparation.all["source"][:], preparation.all["truncations"][:], strict=True):
+        reasons = [Truncation(name) for name in names]
+        drops = any(what.drops_row for what in reasons)
+        dropped[source] += drops
+        cut[source] += not drops and any(what.cuts_row for what in reasons)
     rows = []
     for source, found, taken in preparation.found:
         asked = f"{100 * source.ratio:g}%" if source.ratio is not None else "all"
@@ -246,16 +238,16 @@ def sources_table(preparation: Preparation, which: str) -> Table:
 def losses_table(preparation: Preparation, which: str) -> Table:
     """What rows lose, with the first of them."""
     rows = concatenate_datasets(list(preparation.rows.values()))
-    losers = rows_that_lost(preparation.all)
+    losers = rows_by_truncation(preparation.all)
     told, raised = [], []
-    for what in sorted(losers, key=lambda what: (what not in DROPPED, -len(losers[what]))):
+    for what in sorted(losers, key=lambda what: (not what.drops_row, -len(losers[what]))):
         first, share = rows[losers[what][0]], len(losers[what]) / len(rows)
         turns = prompt_of(first, preparation.in_pairs)
-        fate = "dropped: " if what in DROPPED else "cut: " if what in CUT else ""
+        fate = "dropped: " if what.drops_row else "cut: " if what.cuts_row else ""
         example = f"{first['source']} row {first['row']}: {shortened(turns[-1]['content'], 60)}"
-        told.append([fate + what, f"{len(losers[what]):,}", f"{share:.1%}", example])
-        if what in LIMITS and share > MANY:
-            raised.append(f"{share:.0%} of the rows are {fate.removesuffix(': ')}: raise {LIMITS[what]}.")
+        told.append([fate + what.meaning, f"{len(losers[what]):,}", f"{share:.1%}", example])
+        if what.limit and share > SHARE_TO_WARN:
+            raised.append(f"{share:.0%} of the rows are {fate.removesuffix(': ')}: raise {what.limit}.")
     note = " ".join(raised) if told else "No row is cut or dropped, and every answer says something."
     return Table(f"What rows lose{which}", ["", "rows", "share", "the first of them "], told, note)
 
