@@ -23,7 +23,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
 
     trial.status("preparing the training")
     dataset = trial.tokenized(tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
-    suit_hardware(trial, model, dataset)
+    suit_hardware(trial, model, dataset, pairs=False)
     trainer = SFTTrainer(
         model=model,
         args=args,

@@ -21,7 +21,6 @@ from storage.locks import locked
 
 if TYPE_CHECKING:  # it takes seconds
     from transformers import PreTrainedTokenizerBase
-    from trl import DPOTrainer
 
 
 def make_once(
@@ -74,20 +73,3 @@ def hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
         for path in sorted(Path(folder).iterdir()):
             digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def reference_key(trainer: "DPOTrainer", dataset: Dataset, batch_size: int) -> str:
-    """What the reference log-probs of `dataset` depend on, beside the weights, which TRL adds to its key itself.
-
-    The token ids and their lengths are in the data set's own fingerprint (see `Trial.tokenized`). Batches and ranks
-    move the last bits only, but a resumed trial should end exactly as one that was never touched. Not in it: beta,
-    learning rate, seed and whatever else only training depends on, and the make of the processor.
-    """
-    args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
-    return fingerprint(
-        dataset._fingerprint,
-        *(config.to_json_string(), config._name_or_path, config._attn_implementation, args.model_init_kwargs),
-        *(args.ld_alpha, args.pad_to_multiple_of, batch_size, accelerator.num_processes),
-        *(accelerator.mixed_precision, accelerator.device.type, str(accelerator.distributed_type)),
-        *(args.tf32, args.torch_compile, args.use_liger_kernel, str(args.fsdp_config), str(args.accelerator_config)),
-    )
