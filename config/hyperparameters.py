@@ -147,7 +147,7 @@ class TrainerArgs:
     """What both kinds of experiment derive from `args`, TRL's config of the run."""
 
     args: SFTConfig | DPOConfig
-    in_pairs: ClassVar[bool]  # whether a row is two sequences
+    model_ckpt: str | None = None  # only DPO starts from a checkpoint
     training_args: dict[str, Any]
     # What TRL reports at an evaluation, and so what searcher.metric can be.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
@@ -185,8 +185,6 @@ class TrainerArgs:
 @dataclass
 class SFTHyperparameters(TrainerArgs):
     """`hyperparameters` of an SFT experiment. `args` is the SFTConfig they amount to."""
-
-    in_pairs: ClassVar[bool] = False
 
     model_name: str
     dataset: str
@@ -259,7 +257,6 @@ class SFTHyperparameters(TrainerArgs):
 class DPOHyperparameters(TrainerArgs):
     """`hyperparameters` of a DPO experiment. `args` is the DPOConfig they amount to."""
 
-    in_pairs: ClassVar[bool] = True
     eval_metrics: ClassVar[tuple[str, ...]] = (
         *TrainerArgs.eval_metrics,
         *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),

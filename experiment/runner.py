@@ -511,18 +511,19 @@ def main() -> int:
     if args.dry_run:
         if not trials:
             raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
-        from experiment.dry_run import dry_run, show, write  # it takes seconds
+        from experiment.dry_run import dry_run  # it takes seconds
+        from experiment.dry_run_output import print_section, write_page
 
         if not console.is_terminal:
             console.width = max(console.width, 120)  # of a log file
         sections = []
         try:
             for section in dry_run(experiment, trials, args.examples):
-                show(section, console)
+                print_section(section, console)
                 sections.append(section)
         finally:
             if args.output and sections:  # of one that finds a mistake, too
-                console.print(f"Written to {write(sections, name, started_in / args.output)}", markup=False)
+                console.print(f"Written to {write_page(sections, name, started_in / args.output)}", markup=False)
         return 0
     check_sources(trials)
     with only_writer(folder):

@@ -19,7 +19,7 @@ import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel
 
-from speed.memory import FLOAT32, TrainingSetup, decoder_layers, estimate_memory, largest_batches, resident_memory
+from speed.memory import FLOAT32, TrainingSetup, decoder_layers, estimate_memory, largest_batches
 from speed.output_layer import add_embedding_gradient_in_place, fit_fused_head_to_cpu
 from speed.padding_free import remove_padding, why_padded
 
@@ -48,6 +48,11 @@ def free_memory(device_type: str) -> int:
         available = min(available, limit - used + int(statistics["inactive_file"]))  # the page cache makes room
     mine = psutil.Process().memory_info()
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + mine.rss - getattr(mine, "shared", 0)
+
+
+def resident_memory() -> int:
+    """Return the bytes that this process occupies."""
+    return psutil.Process().memory_info().rss
 
 
 def recomputed_share(model: PreTrainedModel) -> float:
@@ -112,13 +117,7 @@ def suit_hardware(
     def measure() -> tuple[int, int]:
         models = 1 if reference is None else 2
         process = max(0, resident_memory() - models * FLOAT32 * model.num_parameters())
-        setup = TrainingSetup.from_args(
-            args,
-            checkpointing=False,
-            reference=reference is not None,
-            devices=args.world_size,
-            device_type=args.device.type,
-        )
+        setup = TrainingSetup.from_args(args, reference is not None, args.world_size, args.device.type)
         shapes = largest_batches(args, dataset, packing=hparams.packing, pairs=pairs, padding_free=why is None)
         needed = estimate_memory(model, setup, *shapes, process).total
         # All ranks must choose alike: under FSDP they recompute together.

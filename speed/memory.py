@@ -44,7 +44,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import psutil
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -80,13 +79,11 @@ class TrainingSetup:
     device_type: str  # "cpu" or "cuda"; any other counts as a CPU with TRL's own tiles
 
     @classmethod
-    def from_args(
-        cls, args: SFTConfig | DPOConfig, *, checkpointing: bool, reference: bool, devices: int, device_type: str
-    ) -> Self:
-        """Return the setup that TRL's config describes. FSDP may do the checkpointing itself."""
+    def from_args(cls, args: SFTConfig | DPOConfig, reference: bool, devices: int, device_type: str) -> Self:
+        """Return the setup that TRL's config describes, without activation checkpointing unless FSDP does it itself."""
         return cls(
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            checkpointing=checkpointing or bool((args.fsdp_config or {}).get("activation_checkpointing")),
+            checkpointing=bool((args.fsdp_config or {}).get("activation_checkpointing")),
             fsdp=bool(args.fsdp),
             optimizer=args.optim,
             accumulates=args.gradient_accumulation_steps > 1,
@@ -153,11 +150,6 @@ def estimate_memory(
         activations=max(moments),
         process=0 if on_gpu else process,
     )
-
-
-def resident_memory() -> int:
-    """Return the bytes that this process occupies."""
-    return psutil.Process().memory_info().rss
 
 
 def computed_lengths(rows: Dataset, pairs: bool, padding_free: bool) -> np.ndarray:

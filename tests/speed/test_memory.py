@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 from trl import DPOConfig, SFTConfig
 
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from speed.memory import TrainingSetup, estimate_memory, kept_bytes, largest_batch, resident_memory, state_bytes
+from speed.hardware import resident_memory
+from speed.memory import TrainingSetup, estimate_memory, kept_bytes, largest_batch, state_bytes
 
 SHAPE = (2, 64)
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1000}
@@ -44,10 +45,8 @@ def dpo(**changes):
 
 def setup_of(args, devices=1, device_type="cpu"):
     reference = isinstance(args, DPOConfig) and not args.precompute_ref_log_probs
-    checkpointing = args.activation_checkpointing
-    return TrainingSetup.from_args(
-        args, checkpointing=checkpointing, reference=reference, devices=devices, device_type=device_type
-    )
+    setup = TrainingSetup.from_args(args, reference, devices, device_type)
+    return dataclasses.replace(setup, checkpointing=args.activation_checkpointing)
 
 
 def estimate(model, args, devices=1, device_type="cpu", train=SHAPE, evaluation=None):
