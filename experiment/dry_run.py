@@ -38,6 +38,10 @@ from storage.checkpoints import local_checkpoint
 from trial.models import load_model_and_tokenizer
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
+LENGTH_LIMITS = {  # the YAML's key for each length of a row
+    **{"prompt": "max_prompt_length", "completion": None, "total": "max_length"},
+    **{"chosen": "max_target_length", "rejected": "max_target_length"},
+}
 LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
 CHECKED_PROMPTS = 200  # at most so many are rendered a second time, in the way a server does
 CHECKPOINTING = ", activation checkpointing"
@@ -121,12 +125,12 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
     """Yield the sections in order, with `examples` rows of each source. Raises `UserError` where a training would."""
     kind = kind_of(experiment.script)
     assert kind is not None, "the caller has parsed the trials by their kind"
-    prepared, process = [], 0
+    slots = max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
+    process, facts, memory = 0, {}, []
     for trial_ids in group_trials(trials):
         data = load_data(kind, trial_ids, trials[trial_ids[0] - 1])
-        prepared.append(data)
         process = process or resident_memory()  # with the data of one trial
-        which = "" if len(data.trial_ids) == len(trials) else f", {name_trials(data.trial_ids)}"
+        which = "" if len(trial_ids) == len(trials) else f", {name_trials(trial_ids)}"
         yield tabulate_sources(data, which)
         yield tabulate_truncations(data, which)
         yield tabulate_lengths(data, which)
@@ -138,8 +142,11 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
                 dropping = (Truncation(name) for names in data.tokenized[part]["truncations"] for name in names)
                 reason = next(truncation for truncation in dropping if truncation.drops_row)
                 raise UserError(f"{reason.limit} is too small: no {part} row is left ({reason.meaning})")
-    yield from tabulate_training(experiment, prepared, trials)
-    yield tabulate_memory(experiment, prepared, trials, process)
+        for trial_id in trial_ids:
+            facts[trial_id] = collect_facts(data, trials[trial_id - 1], slots)
+            memory += [(*line, trial_id) for line in estimate_trial(data, trials[trial_id - 1], slots, process)]
+    yield from tabulate_training(experiment, facts)
+    yield tabulate_memory(memory, len(trials))
 
 
 def group_trials(trials: Sequence[Hyperparameters]) -> Iterator[list[int]]:
@@ -173,12 +180,9 @@ def find_model(hparams: Hyperparameters) -> str:
 
 def tabulate_sources(data: TrainingData, which: str) -> Table:
     """Return how many rows of each source are found, used, dropped, cut, trained on and held out."""
-    rows = data.rows
-    fates = {"dropped": rows["dropped"], "cut": rows["cut"]}
-    fates |= {
-        name: ~rows["dropped"] & (rows["part"] == part) for name, part in (("train", "train"), ("held out", "test"))
-    }
-    counts = pd.DataFrame(fates).groupby(rows["source"]).sum()
+    rows, kept = data.rows, ~data.rows["dropped"]
+    parts = {"train": kept & (rows["part"] == "train"), "held out": kept & (rows["part"] == "test")}
+    counts = rows[["dropped", "cut"]].assign(**parts).groupby(rows["source"]).sum()
     lines = []
     for source, found, used in data.sources:
         share = "all" if source.ratio is None else f"{100 * source.ratio:g}%"
@@ -211,20 +215,15 @@ def tabulate_truncations(data: TrainingData, which: str) -> Table:
 
 def tabulate_lengths(data: TrainingData, which: str) -> Table:
     """Return percentiles of the rows' lengths, and how many are over the limits."""
-    limits = data.hparams.tokenizing
-    if data.kind.pairs:
-        answer = limits["max_target_length"]
-        bounds = {"prompt": limits["max_prompt_length"], "chosen": answer, "rejected": answer}
-        note = "A pair's total is its prompt and the longer answer."
-    else:
-        bounds = {"prompt": None, "completion": None}
-        note = "The prompt is everything that is not the assistant's."
-    bounds["total"] = limits["max_length"]
+    limits, columns = data.hparams.tokenizing, data.rows.columns
+    bounds = {name: limits.get(limit) for name, limit in LENGTH_LIMITS.items() if f"{name}_length" in columns}
     lengths = pd.DataFrame({name: data.rows[f"{name}_length"] for name in bounds})
     table = lengths.quantile(list(PERCENTILES.values()), interpolation="nearest").T.set_axis(list(PERCENTILES), axis=1)
     table["limit"] = ["" if limit is None else f"{limit:,}" for limit in bounds.values()]
     over = {name: lengths[name] > limit for name, limit in bounds.items() if limit is not None}
     table["over limit"] = pd.Series({name: f"{long.sum():,} ({long.mean():.1%})" for name, long in over.items()})
+    sft = "The prompt is everything that is not the assistant's."
+    note = "A pair's total is its prompt and the longer answer." if data.kind.pairs else sft
     note += " p95: 95% of the rows are no longer than this."
     table = table.fillna("").rename_axis("").reset_index()
     return Table(f"Tokens per row before truncation{which}", table, note)
@@ -263,36 +262,28 @@ def make_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], supervised: 
     return tokens
 
 
-def tabulate_training(
-    experiment: Experiment, prepared: list[TrainingData], trials: Sequence[Hyperparameters]
-) -> list[Table]:
-    """Return the facts of the training: what all trials have in common in one table, what differs in another."""
-    by_trial = {
-        trial_id: collect_facts(experiment, data, trials[trial_id - 1])
-        for data in prepared
-        for trial_id in data.trial_ids
-    }
-    facts = pd.DataFrame.from_dict(by_trial, orient="index").fillna("")
+def tabulate_training(experiment: Experiment, facts_of: dict[int, dict[str, str]]) -> Iterator[Table]:
+    """Yield the facts by trial id: in one table what differs between the trials, in another what they share."""
+    facts = pd.DataFrame.from_dict(facts_of, orient="index").fillna("").sort_index()
     common = facts.columns[facts.nunique() == 1]
-    training = pd.DataFrame({"": common, " ": facts.loc[1, common]})
-    if len(facts) == 1:
-        return [Table("Training", training, text_columns=[" "])]
-    planned = expand_trials(experiment.config)
-    searched = pd.DataFrame(
-        [[str(n), *(experiment.value(planned[n - 1], name) for name in experiment.varying)] for n in sorted(by_trial)],
-        columns=["trial", *map(short_name, experiment.varying)],
-        index=sorted(by_trial),
-    )
-    differing = facts.drop(columns=common)
-    return [
-        Table(f"The {len(facts)} trials", pd.concat([searched, differing], axis=1)),
-        Table("Training, all trials", training, text_columns=[" "]),
-    ]
+    if len(facts) > 1:
+        searched = pd.DataFrame(
+            [
+                [experiment.value(hparams, name) for name in experiment.varying]
+                for hparams in expand_trials(experiment.config)
+            ],
+            columns=[short_name(name) for name in experiment.varying],
+            index=facts.index,
+        )
+        table = pd.concat([searched, facts.drop(columns=common)], axis=1).rename_axis("trial").reset_index()
+        yield Table(f"The {len(facts)} trials", table)
+    shared = facts.loc[1, common].rename(" ").rename_axis("").reset_index()
+    yield Table("Training" if len(facts) == 1 else "Training, all trials", shared, text_columns=[" "])
 
 
-def collect_facts(experiment: Experiment, data: TrainingData, hparams: Hyperparameters) -> dict[str, str]:
+def collect_facts(data: TrainingData, hparams: Hyperparameters, slots: int) -> dict[str, str]:
     """Return what a trial's training consists of, by name, as it is shown."""
-    args, slots, lengths = hparams.args, count_slots(experiment), data.lengths
+    args, lengths = hparams.args, data.lengths
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     unit = "pairs" if data.kind.pairs else "packs of rows" if hparams.packing else "rows"
     per_step = f"{batch * accumulated * slots:,}"
@@ -321,11 +312,6 @@ def collect_facts(experiment: Experiment, data: TrainingData, hparams: Hyperpara
     return facts
 
 
-def count_slots(experiment: Experiment) -> int:
-    """Return the slots (GPUs) of a trial."""
-    return max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
-
-
 def count_steps(args: Any, sequences: int, devices: int) -> tuple[int, int]:
     """Return the optimizer steps of an epoch and of the training, counted as transformers' Trainer does."""
     whole = math.floor if args.dataloader_drop_last else math.ceil
@@ -346,32 +332,27 @@ def padding_share(lengths: np.ndarray, batch: int, seed: int, multiple: int) -> 
     return 1 - lengths.sum() / positions
 
 
-def tabulate_memory(
-    experiment: Experiment, prepared: list[TrainingData], trials: Sequence[Hyperparameters], process: int
-) -> Table:
-    """Return the estimated memory of each way to train that the trials use, here and on a slot with a GPU."""
+def tabulate_memory(lines: list[tuple[Any, ...]], trials: int) -> Table:
+    """Return the memory of each way of training with its trials; `lines` are those of `estimate_trial` and a trial id."""
     held = ["weights", "gradients", "optimizer", "activations", "process", "total"]
-    lines = [
+    cells = [
         [where, *(f"{size / 1e9:.2f}" if (size := getattr(estimate, name)) else "" for name in held), trial_id]
-        for data in prepared
-        for trial_id in data.trial_ids
-        for where, estimate in estimate_trial(experiment, data, trials[trial_id - 1], process)
+        for where, estimate, trial_id in lines
     ]
-    table = pd.DataFrame(lines, columns=["", *held, "trials"])
-    table = table.groupby(["", *held], sort=False)["trials"].agg(list).reset_index()
-    table[""] = [
-        where if len(ids) == len(trials) else f"{where}: {name_trials(ids)}"
-        for where, ids in zip(table[""], table["trials"], strict=True)
-    ]
+    table = (
+        pd.DataFrame(cells, columns=["", *held, "ids"]).groupby(["", *held], sort=False)["ids"].agg(list).reset_index()
+    )
+    which = ["" if len(ids) == trials else f": {name_trials(ids)}" for ids in table.pop("ids")]
+    table[""] += which
     note = "For a batch of the longest rows. On a GPU, CUDA itself takes another 0.5 GB. The formula is in memory.py."
-    return Table("Estimated peak memory, in GB", table.drop(columns="trials"), note)
+    return Table("Estimated peak memory, in GB", table, note)
 
 
 def estimate_trial(
-    experiment: Experiment, data: TrainingData, hparams: Hyperparameters, process: int
+    data: TrainingData, hparams: Hyperparameters, slots: int, process: int
 ) -> Iterator[tuple[str, MemoryEstimate]]:
     """Yield the way of training and its memory: for one process on this machine, then for the slots as GPUs."""
-    args, slots, given, pairs = hparams.args, count_slots(experiment), hparams.training_args, data.kind.pairs
+    args, pairs = hparams.args, data.kind.pairs
     shapes = largest_batches(args, data.trained, packing=hparams.packing, pairs=pairs, padding_free=data.padding_free)
     reference = pairs and not cast(DPOConfig, args).precompute_ref_log_probs
     here = TrainingSetup.from_args(args, reference, 1, "cuda" if torch.cuda.is_available() else "cpu")
@@ -388,6 +369,7 @@ def estimate_trial(
     yield f"{here.device_type.upper()} here" + label * checkpointing, estimate(here, checkpointing)
 
     # `args` are made for this machine: a GPU would use bf16, and several GPUs FSDP.
+    given = hparams.training_args
     bf16 = given.get("bf16", not args.fp16)
     dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else None
     gpu = replace(here, dtype=dtype, fsdp=slots > 1 and bool(given.get("fsdp")), devices=slots, device_type="cuda")
