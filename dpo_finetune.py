@@ -5,7 +5,7 @@
 
 from chat_format import set_chat_format
 from config.hyperparameters import DPOHyperparameters
-from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset
+from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset, tokenize_once
 from errors import exit_on_user_error
 from speed.hardware import suit_hardware
 from speed.tokenized_dpo_trainer import TokenizedDPOTrainer
@@ -32,7 +32,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         reference.eval().requires_grad_(False)
 
     trial.status("preparing the training" + (", reference log-probs first" if reference is None else ""))
-    dataset = trial.tokenized(tokenize_dpo_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
+    dataset = tokenize_once(trial, tokenize_dpo_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
     suit_hardware(trial, model, dataset, pairs=True, reference=reference)
     trainer = TokenizedDPOTrainer(
         trial,

@@ -4,7 +4,7 @@ from trl import SFTTrainer
 
 from chat_format import set_chat_format
 from config.hyperparameters import SFTHyperparameters
-from dataset_utils import load_sft_dataset, tokenize_sft_dataset
+from dataset_utils import load_sft_dataset, tokenize_once, tokenize_sft_dataset
 from errors import exit_on_user_error
 from speed.hardware import suit_hardware
 from trial.context import Trial, open_trial
@@ -22,7 +22,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     set_chat_format(model, tokenizer, hparams.added_tokens)
 
     trial.status("preparing the training")
-    dataset = trial.tokenized(tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
+    dataset = tokenize_once(trial, tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
     suit_hardware(trial, model, dataset, pairs=False)
     trainer = SFTTrainer(
         model=model,

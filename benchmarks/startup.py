@@ -83,9 +83,7 @@ def time_start(experiment: Path, started: str, output: str) -> None:
         for called in names:
             if hasattr(script, called):
                 setattr(script, called, timed(part, getattr(script, called)))
-    from trial import context as trial
-
-    trial.Trial.tokenized = timed("tokenizing", trial.Trial.tokenized)
+    script.tokenize_once = timed("tokenizing", script.tokenize_once)
 
     def train(trainer: Any, trial: Any) -> None:
         began = time.time()

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from chat_format import Message, encode, generation_stops, read_answer
-from dataset_utils import cut_prompt
+from data.truncation import cut_prompt
 from errors import UserError, one_line
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from chat_format import answer_spans
-from dataset_utils import CUT, DROPPED, tokenize_dpo_dataset
+from data.truncation import Truncation
+from dataset_utils import tokenize_dpo_dataset
 
 RESAMPLES = 2000
 BATCH_TOKENS = 8192  # TRL's fused head takes 128 KiB for each on a GPU, while it is at work
@@ -52,7 +53,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     half = max_length // 2
     limits = {"max_length": max_length, "max_prompt_length": half, "max_target_length": half}
     (tokenized,) = tokenize_dpo_dataset(DatasetDict(test=pairs), tokenizer, every_row=True, **limits).values()
-    kept = [DROPPED.isdisjoint(lost.splitlines()) for lost in tokenized["lost"][:]]
+    kept = [not any(Truncation(name).drops_row for name in names) for names in tokenized["truncations"][:]]
     return tokenized.add_column("kept", kept)
 
 
@@ -74,7 +75,7 @@ def score_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair
         text = logps[index, offset + begin : offset + end].sum()
         lengths = len(pair["chosen_ids"]), len(pair["rejected_ids"])
         logp = chosen[index].item(), rejected[index].item()
-        cut = not CUT.isdisjoint(pair["lost"].splitlines())
+        cut = any(Truncation(name).cuts_row for name in pair["truncations"])
         scores.append(PairScore(*logp, *lengths, text.item(), end - begin, cut))
     return scores
 

@@ -39,8 +39,8 @@ from trial.models import load_model_and_tokenizer
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
 LENGTH_LIMITS = {  # the YAML's key for each length of a row
-    **{"prompt": "max_prompt_length", "completion": None, "total": "max_length"},
-    **{"chosen": "max_target_length", "rejected": "max_target_length"},
+    **{"prompt": "max_prompt_length", "completion": None},
+    **{"chosen": "max_target_length", "rejected": "max_target_length", "total": "max_length"},
 }
 LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
 CHECKED_PROMPTS = 200  # at most so many are rendered a second time, in the way a server does

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import inspect
 import json
 import logging
 import multiprocessing
@@ -10,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +18,16 @@ from typing import Any, Generic
 import datasets
 import determined as det
 import transformers
-from datasets import DatasetDict
 from determined import core
 from determined.common.storage import SharedFSStorageManager
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
 
-import chat_format
-import dataset_utils
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from dataset_utils import told_losses
 from errors import UserError
 from storage.checkpoints import agent_cache, local_checkpoint_storage
 from storage.locks import only_writer, open_lock, taken
 from storage.ranks import once_per_node
-from storage.shared_cache import fingerprint, hash_rows, hash_tokenizer, make_once
 from trial.events import append_event, read_events
 
 logger = logging.getLogger(__name__)
@@ -71,47 +64,6 @@ class Trial(Generic[Hyperparameters]):
             logger.info("preempted, with nothing new to save")
             raise TrialStopped
 
-    def tokenized(
-        self,
-        tokenize: Callable[..., DatasetDict],
-        rows: DatasetDict,
-        tokenizer: PreTrainedTokenizerBase,
-        num_proc: int | None,
-        **options: Any,
-    ) -> DatasetDict:
-        """`tokenize(rows, tokenizer, **options)`, done once for all trials and starts that share a cache folder.
-
-        Every rank reads it from the disk, where TRL leaves beside it what it makes of it, reference log-probs too.
-        A `UserError` of `tokenize` is raised on all ranks.
-        """
-        distributed = self.core_context.distributed
-        key = None
-        if distributed.local_rank == 0:
-            code = [inspect.getsource(module) for module in (chat_format, dataset_utils)]
-            hashes = [hash_rows(rows[part]) for part in sorted(rows)]
-            key = fingerprint(tokenize.__name__, code, hashes, hash_tokenizer(tokenizer), options)
-        key = distributed.broadcast_local(key)
-        folder = self.cache / key
-
-        def work() -> None:
-            made = make_once(
-                folder,
-                make=lambda scratch: tokenize(rows, tokenizer, num_proc=num_proc, **options).save_to_disk(scratch),
-                intact=_loads,
-                on_wait=lambda: self.status("waiting for another trial that tokenizes the data"),
-            )
-            self.status("data tokenized" if made else "tokenized data reused")
-
-        once_per_node(distributed, work)
-        dataset = DatasetDict.load_from_disk(folder)
-        for part in dataset:
-            # What TRL and datasets make of it, they find again by this: a hash of all that its token ids depend on,
-            # where theirs would be a random number.
-            dataset[part]._fingerprint = fingerprint(key, part)
-            for line in told_losses(part, dataset[part]) if distributed.rank == 0 else ():
-                logger.warning(line)
-        return dataset
-
     @contextmanager
     def one_at_a_time(self, key: str, what: str) -> Iterator[None]:
         """Be the only trial in here among those with the same cache folder and `key`; the others wait for its `what`.
@@ -134,15 +86,6 @@ class Trial(Generic[Hyperparameters]):
         finally:
             if first:
                 locks[0].release()
-
-
-def _loads(folder: Path) -> bool:
-    """Whether all of a data set is there: /tmp, for one, is cleaned of old files."""
-    try:
-        DatasetDict.load_from_disk(folder)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 class TrialStopped(Exception):
