@@ -39,7 +39,7 @@ from trial.models import load_model_and_tokenizer
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
 LENGTH_LIMITS = {  # the YAML's key for each length of a row
-    **{"prompt": "max_prompt_length", "completion": None},
+    **{"prompt": "max_prompt_length", "completion": ""},
     **{"chosen": "max_target_length", "rejected": "max_target_length", "total": "max_length"},
 }
 LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
@@ -112,7 +112,7 @@ class TrainingData:
         prompts = [self.prompt(rows[n]) for n in range(min(len(rows), CHECKED_PROMPTS))]
         same = sum(
             encode(tokenizer, prompt)[0]
-            == tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+            == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             for prompt in prompts
         )
         return {
@@ -253,7 +253,7 @@ def make_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], supervised: 
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     tokens = []
     for token_id, raw, in_loss in zip(ids, tokenizer.convert_ids_to_tokens(ids), supervised, strict=True):
-        text = tokenizer.decode([token_id])
+        text = cast(str, tokenizer.decode([token_id]))
         if not text or "\N{REPLACEMENT CHARACTER}" in text:  # a part of a character
             text = raw
         elif raw[0] in "▁Ġ" and text[0] != " ":  # some decoders strip the space from what they take for a beginning
@@ -302,7 +302,7 @@ def collect_facts(data: TrainingData, hparams: Hyperparameters, slots: int) -> d
     supervised = data.rows.loc[~data.rows["dropped"] & (data.rows["part"] == "train"), "learned"].sum()
     facts["tokens per epoch"] = f"{tokens:,}, of which supervised {supervised:,} ({supervised / tokens:.1%})"
     packed = hparams.packing or args.padding_free
-    padding = 0.0 if packed else padding_share(lengths, batch, args.seed, args.pad_to_multiple_of or 1)
+    padding = 0.0 if packed else padding_share(lengths, batch, args.seed, int(args.pad_to_multiple_of or 1))
     facts["padding"] = f"{padding:.1%} of the positions in a batch"
     if data.padding_free and not hparams.packing:
         facts["padding"] = f"{padding:.1%} of the positions in a padded batch; not computed"
@@ -333,7 +333,7 @@ def padding_share(lengths: np.ndarray, batch: int, seed: int, multiple: int) -> 
 
 
 def tabulate_memory(lines: list[tuple[Any, ...]], trials: int) -> Table:
-    """Return the memory of each way of training with its trials; `lines` are those of `estimate_trial` and a trial id."""
+    """Return the memory of each way of training, with the trials that use it. `lines` end with a trial id."""
     held = ["weights", "gradients", "optimizer", "activations", "process", "total"]
     cells = [
         [where, *(f"{size / 1e9:.2f}" if (size := getattr(estimate, name)) else "" for name in held), trial_id]

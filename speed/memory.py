@@ -41,7 +41,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -83,7 +83,7 @@ class TrainingSetup:
         """Return the setup that TRL's config describes, without activation checkpointing unless FSDP does it itself."""
         return cls(
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            checkpointing=bool((args.fsdp_config or {}).get("activation_checkpointing")),
+            checkpointing=bool(cast(dict, args.fsdp_config or {}).get("activation_checkpointing")),
             fsdp=bool(args.fsdp),
             optimizer=args.optim,
             accumulates=args.gradient_accumulation_steps > 1,
@@ -157,7 +157,7 @@ def computed_lengths(rows: Dataset, pairs: bool, padding_free: bool) -> np.ndarr
 
     Returns (rows, sequences of a row) int64. A pair has two sequences; `padding_free` it has one, with the prompt once.
     """
-    columns = [("input_ids",)]
+    columns: list[tuple[str, ...]] = [("input_ids",)]
     if pairs:
         columns = [("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")]
         columns = [("prompt_ids", "chosen_ids", "rejected_ids")] if padding_free else columns
@@ -181,11 +181,10 @@ def largest_batches(
 ) -> tuple[Shape, Shape]:
     """Return `largest_batch` of the tokenized rows of train, and that of test; with `packing` that of TRL's packs."""
     sizes = {"train": args.per_device_train_batch_size, "test": args.per_device_eval_batch_size}
-    if packing:
-        train, test = ((size, args.max_length) for size in sizes.values())
-    else:
-        lengths = {part: computed_lengths(dataset[part], pairs, padding_free) for part in sizes}
-        train, test = (largest_batch(lengths[part], size, padding_free) for part, size in sizes.items())
+    if packing and args.max_length is not None:
+        return (sizes["train"], args.max_length), (sizes["test"], args.max_length)
+    lengths = {part: computed_lengths(dataset[part], pairs, padding_free) for part in sizes}
+    train, test = (largest_batch(lengths[part], size, padding_free) for part, size in sizes.items())
     return train, test
 
 
@@ -222,7 +221,7 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
     try:
         with FakeTensorMode(), torch.device("cpu"):
             ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
-            inputs = {"attention_mask": mask}
+            inputs: dict[str, Any] = {"attention_mask": mask}
             if shape[0] == 1 and can_remove_padding(model):  # attention without a mask: see `remove_padding`
                 config._attn_implementation = ATTENTION
                 positions = torch.arange(shape[1])[None]

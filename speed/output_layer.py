@@ -36,7 +36,7 @@ def fit_fused_head_to_cpu() -> bool:
     if not version("trl").startswith(f"{TRL}."):
         return False
     kernels, utils = trl.kernels.chunked_logprob, trl.trainer.utils
-    if getattr(utils._use_triton, "adapted", False):
+    if utils._use_triton.__module__ == __name__:  # adapted already
         return True
     has_triton, add_float32 = utils._use_triton, kernels._addmm_fp32
 
@@ -45,7 +45,7 @@ def fit_fused_head_to_cpu() -> bool:
 
     @functools.wraps(add_float32)
     def add_bf16(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        products = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+        products: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
         before = getattr(products, "fp32_precision", None)
         if before is not None and a.device.type == "cpu" and a.dtype == torch.bfloat16:
             products.fp32_precision = "bf16"  # the sums stay float32
@@ -55,11 +55,10 @@ def fit_fused_head_to_cpu() -> bool:
             if before is not None:
                 products.fp32_precision = before
 
-    scores_labels_only.adapted = True
     # The kernels have a `_use_triton` of their own. It chooses the kernel and stays.
     utils._use_triton = scores_labels_only
     utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE_WORDS
-    kernels._addmm_fp32 = add_bf16
+    kernels._addmm_fp32 = add_bf16  # type: ignore[assignment]
     return True
 
 
@@ -67,9 +66,7 @@ class EmbeddingLookup(torch.autograd.Function):
     """Look up rows of an embedding matrix (V, H); the backward pass adds to the matrix's `.grad` itself."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, graph: torch.Tensor, embedding: torch.nn.Embedding, ids: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, graph: torch.Tensor, embedding: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows (..., H) of `ids` (...) int64.
 
         `graph` is any tensor that requires a gradient, so that there is a backward pass. The matrix must not be an
@@ -80,7 +77,7 @@ class EmbeddingLookup(torch.autograd.Function):
         return functional.embedding(ids, embedding.weight.detach())
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
         """Add `grad` (..., H) to the matrix's gradient; the inputs get none."""
         (ids,), weight, padding_idx = ctx.saved_tensors, ctx.embedding.weight, ctx.embedding.padding_idx
         if padding_idx is not None:
@@ -117,11 +114,9 @@ def add_embedding_gradient_in_place(model: PreTrainedModel) -> bool:
     Not for several processes: DDP treats a gradient as complete as soon as autograd has it.
     """
     embedding = model.get_input_embeddings()
-    tied = embedding.weight is model.get_output_embeddings().weight
-    plain = isinstance(embedding, torch.nn.Embedding) and not (
-        embedding.sparse or embedding.max_norm or embedding.scale_grad_by_freq
-    )
-    if not tied or not plain:
+    if embedding.weight is not model.get_output_embeddings().weight or not isinstance(embedding, torch.nn.Embedding):
+        return False
+    if embedding.sparse or embedding.max_norm or embedding.scale_grad_by_freq:
         return False
     look_up, in_place = type(embedding).forward, EmbeddingLookupMode(embedding)
 
@@ -133,5 +128,5 @@ def add_embedding_gradient_in_place(model: PreTrainedModel) -> bool:
         with in_place:
             return look_up(self, ids)
 
-    embedding.forward = types.MethodType(forward, embedding)
+    embedding.forward = types.MethodType(forward, embedding)  # type: ignore[method-assign]
     return True

@@ -107,8 +107,8 @@ def flatten_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor, pairs: 
         if stop > start:
             segments.append(Segment(start, stop, prefix_start, prefix_start + prefix))
         start = stop
-    tensors = (own.flatten().nonzero().squeeze(1), offsets[own][None], row_index.flatten())
-    return FlatBatch(*(tensor.to(device) for tensor in tensors), segments)
+    batch_index, positions = own.flatten().nonzero().squeeze(1), offsets[own][None]
+    return FlatBatch(batch_index.to(device), positions.to(device), row_index.flatten().to(device), segments)
 
 
 def attend_by_sequence(
@@ -130,12 +130,13 @@ def attend_by_sequence(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     attended = []
     for segment in flat_batch.segments:
-        queries, *seen = (tensor[:, :, segment.start : segment.stop] for tensor in (query, key, value))
+        own, prefix = slice(segment.start, segment.stop), slice(segment.prefix_start, segment.prefix_stop)
+        keys, values = key[:, :, own], value[:, :, own]
         if segment.prefix_stop:
-            prefixes = (tensor[:, :, segment.prefix_start : segment.prefix_stop] for tensor in (key, value))
-            seen = [torch.cat(parts, dim=2) for parts in zip(prefixes, seen, strict=True)]
+            keys, values = (torch.cat([whole[:, :, prefix], whole[:, :, own]], dim=2) for whole in (key, value))
         mask = flat_batch.mask(segment, sliding_window)
-        attended.append(sdpa_attention_forward(module, queries, *seen, mask, **kwargs | {"is_causal": mask is None})[0])
+        kwargs["is_causal"] = mask is None
+        attended.append(sdpa_attention_forward(module, query[:, :, own], keys, values, mask, **kwargs)[0])
     return torch.cat(attended, dim=1), None
 
 
@@ -188,7 +189,7 @@ def remove_padding(model: PreTrainedModel, pairs: bool) -> bool:
         flat = None
         if plain and input_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
             flat = flatten_batch(input_ids, attention_mask, pairs and len(input_ids) % 2 == 0)
-        if flat is None:
+        if flat is None or input_ids is None:
             return padded_forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         outputs = padded_forward(
             self,

@@ -1,10 +1,11 @@
 """TRL's DPOTrainer on rows that are already tokenized, with one reference pass that all trials of a grid share."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
-from trl import DPOTrainer
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
 
 from speed.padding_free import remove_padding
 from storage.shared_cache import fingerprint
@@ -42,7 +43,7 @@ class TokenizedDPOTrainer(DPOTrainer):
         if self.ref_model is not None:  # only under FSDP: TRL loads a second model for this pass
             remove_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
         dataset._fingerprint = reference_key(self, dataset, batch_size)
-        lock = f"{dataset._fingerprint}-{self._precompute_model_hash[:16]}"
+        lock = f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}"
         with self.trial.one_at_a_time(lock, "reference log-probs"):
             started, self.reference_batches = time.monotonic(), 0
             dataset = super()._precompute_ref_logps(dataset, name, batch_size)
@@ -65,7 +66,8 @@ def reference_key(trainer: DPOTrainer, dataset: Dataset, batch_size: int) -> str
     size and number of ranks only move the last bits, but a resumed trial must end exactly as an uninterrupted one.
     Left out on purpose: beta, learning rate, seed and all else that only training depends on, and the processor model.
     """
-    args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
+    args, accelerator = cast(DPOConfig, trainer.args), trainer.accelerator
+    config = cast(PreTrainedModel, trainer.model).config
     return fingerprint(
         dataset._fingerprint,
         *(config.to_json_string(), config._name_or_path, config._attn_implementation, args.model_init_kwargs),
