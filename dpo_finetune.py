@@ -11,11 +11,10 @@ from trial.context import Trial, open_trial
 def train(trial: Trial[DPOHyperparameters]) -> None:
     """Train the trial's policy on pairs of a chosen and a rejected answer, against the model that it starts from."""
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
-    from speed.tokenized_dpo_trainer import TokenizedDPOTrainer
-
     from chat_format import set_chat_format
     from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset, tokenize_once
     from speed.hardware import suit_hardware
+    from speed.tokenized_dpo_trainer import TokenizedDPOTrainer
     from storage.checkpoints import download_ckpt
     from trial.det_callback import train_until_preempted
     from trial.models import load_model_and_tokenizer

@@ -309,9 +309,15 @@ def work(spec: dict[str, Any]) -> None:
     config.write_text(json.dumps(make_experiment(spec)))
     script = importlib.import_module(f"{spec['kind']}_finetune")
     if spec["configuration"] != "ours":
-        script.suit_hardware = lambda *args: None
-        name = "SFTTrainer" if spec["kind"] == "sft" else "TokenizedDPOTrainer"
-        setattr(script, name, functools.partial(trl_trainer, spec))
+        home, name = {
+            "sft": ("trl", "SFTTrainer"),
+            "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer"),
+        }[spec["kind"]]
+        trainer, suit_hardware = functools.partial(trl_trainer, spec), lambda *args, **kwargs: None
+        for module in (script, importlib.import_module(home)):  # whether it is imported at once or in `train`
+            setattr(module, name, trainer)
+        for module in (script, importlib.import_module("speed.hardware")):
+            module.suit_hardware = suit_hardware
     script.train_until_preempted = functools.partial(train, spec)
     sys.argv = [f"{spec['kind']}_finetune.py", "--config", str(config), "--output", spec["folder"] + "/out"]
     script.main()
@@ -351,6 +357,7 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return the trainer that a user of TRL alone would build, except that its rows are already tokenized."""
     import torch
     import trl
+    from trl.trainer.sft_trainer import SFTTrainer  # `trl.SFTTrainer` is this function by now
 
     class TokenizedDPOTrainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -362,7 +369,7 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         output_dir=spec["folder"], report_to="none", disable_tqdm=True, max_length=8192,
         use_cpu=not torch.cuda.is_available(), **plain, **common_training_args(spec),
     )  # fmt: skip
-    cls = trl.SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
+    cls = SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
     return cls(**{name: value for name, value in kwargs.items() if name != "ref_model"} | {"args": config})
 
 

@@ -86,7 +86,7 @@ class TrainerArgs(Generic[TrlConfig]):
     training_args: dict[str, Any]  # as the YAML has them
     added_tokens: list[str] | None = None  # to add to the model's own
     packing: bool = False  # whether TRL packs several rows into one sequence
-    in_pairs: ClassVar[bool]  # whether a row is two sequences
+    model_ckpt: str | None = None  # only DPO starts from a checkpoint
     # What TRL reports at an evaluation, and so what searcher.metric can be.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
@@ -116,8 +116,6 @@ class TrainerArgs(Generic[TrlConfig]):
 @dataclass(config=FORBID_UNKNOWN)
 class SFTHyperparameters(TrainerArgs["SFTConfig"]):
     """`hyperparameters` of an SFT experiment. `args` is the SFTConfig that they describe."""
-
-    in_pairs: ClassVar[bool] = False
 
     model_name: str  # a hub id or a folder
     dataset: str  # a hub id, a folder or a file
@@ -169,7 +167,6 @@ class SFTHyperparameters(TrainerArgs["SFTConfig"]):
 class DPOHyperparameters(TrainerArgs["DPOConfig"]):
     """`hyperparameters` of a DPO experiment. `args` is the DPOConfig that they describe."""
 
-    in_pairs: ClassVar[bool] = True
     eval_metrics: ClassVar[tuple[str, ...]] = (
         *TrainerArgs.eval_metrics,
         *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),

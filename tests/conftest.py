@@ -183,18 +183,25 @@ def train(call, write_config, tmp_path):
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that the entrypoints build, in order."""
+    import trl
+
     import dpo_finetune
     import sft_finetune
+    from speed import tokenized_dpo_trainer
 
     built = []
-    for module, name in ((sft_finetune, "SFTTrainer"), (dpo_finetune, "TokenizedDPOTrainer")):
-        original = getattr(module, name)
+    for script, home, name in (
+        (sft_finetune, trl, "SFTTrainer"),
+        (dpo_finetune, tokenized_dpo_trainer, "TokenizedDPOTrainer"),
+    ):
+        original = getattr(home, name)
 
         def build(*args, original=original, **kwargs):
             built.append(original(*args, **kwargs))
             return built[-1]
 
-        monkeypatch.setattr(module, name, build)
+        for module in (script, home):  # whether the entrypoint imports it at once or in `train`
+            monkeypatch.setattr(module, name, build, raising=False)
     return built
 
 

@@ -10,7 +10,7 @@ from test_padding_free import assert_same, batch, logps_and_gradients, make
 from trl.trainer.utils import add_fused_lm_head
 
 from speed import output_layer
-from speed.output_layer import AddedInPlace, add_embedding_gradient_in_place, fit_fused_head_to_cpu
+from speed.output_layer import EmbeddingLookup, add_embedding_gradient_in_place, fit_fused_head_to_cpu
 
 pytestmark = pytest.mark.usefixtures("fused_head_as_installed")
 
@@ -95,7 +95,7 @@ def test_the_embeddings_gradient_is_the_same_from_run_to_run():
     grad = torch.randn(2000, 256, generator=torch.Generator().manual_seed(1))
     for _ in range(20):
         embedding.weight.grad = None
-        AddedInPlace.apply(torch.zeros((), requires_grad=True), embedding, ids).backward(grad)
+        EmbeddingLookup.apply(torch.zeros((), requires_grad=True), embedding, ids).backward(grad)
         gradients.append(embedding.weight.grad)
     assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
     embedding.weight.grad = None

@@ -11,7 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import sft_finetune
 from speed import padding_free
-from speed.padding_free import FAMILIES, Run, attend_by_sequence, lay_out, remove_padding
+from speed.padding_free import FAMILIES, Segment, attend_by_sequence, flatten_batch, remove_padding
 from storage.checkpoints import local_checkpoint
 
 SIZES = {
@@ -89,18 +89,22 @@ def test_log_probs_and_gradients_are_those_of_the_padded_batch(family, pairs, ch
 
 def test_a_row_is_laid_out_as_drawn():
     a, b, c, d, e, f, g, p, q = range(1, 10)
-    row = lay_out(torch.tensor([[a, b, c, 0], [d, e, f, g]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=False)
-    assert row.taken.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    row = flatten_batch(
+        torch.tensor([[a, b, c, 0], [d, e, f, g]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=False
+    )
+    assert row.batch_index.tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert row.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-    assert row.places.tolist() == [0, 1, 2, 0, 3, 4, 5, 6]
-    assert row.runs == [Run(0, 3), Run(3, 7)]
-    row = lay_out(torch.tensor([[p, q, a, 0], [p, q, b, c]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=True)
-    assert row.taken.tolist() == [0, 1, 2, 6, 7]
+    assert row.row_index.tolist() == [0, 1, 2, 0, 3, 4, 5, 6]
+    assert row.segments == [Segment(0, 3), Segment(3, 7)]
+    row = flatten_batch(
+        torch.tensor([[p, q, a, 0], [p, q, b, c]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=True
+    )
+    assert row.batch_index.tolist() == [0, 1, 2, 6, 7]
     assert row.positions.tolist() == [[0, 1, 2, 2, 3]]
-    assert row.places.tolist() == [0, 1, 2, 0, 0, 1, 3, 4]
-    assert row.runs == [Run(0, 3), Run(3, 5, 0, 2)]
-    assert row.mask(row.runs[1], window=None).tolist() == [[True, True, True, False], [True] * 4]
-    assert row.mask(row.runs[1], window=2).tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert row.row_index.tolist() == [0, 1, 2, 0, 0, 1, 3, 4]
+    assert row.segments == [Segment(0, 3), Segment(3, 5, 0, 2)]
+    assert row.mask(row.segments[1], window=None).tolist() == [[True, True, True, False], [True] * 4]
+    assert row.mask(row.segments[1], window=2).tolist() == [[False, True, True, False], [False, False, True, True]]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +141,9 @@ def test_what_is_no_right_padded_batch_is_computed_as_ever(monkeypatch):
     remove_padding(model, pairs=False)
     rows = []
 
-    def attend(*args, row=None, **kwargs):
-        rows.append(row)
-        return attend_by_sequence(*args, row=row, **kwargs)
+    def attend(*args, flat_batch=None, **kwargs):
+        rows.append(flat_batch)
+        return attend_by_sequence(*args, flat_batch=flat_batch, **kwargs)
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, padding_free.ATTENTION, attend)
     ids, mask = batch()["input_ids"], batch()["attention_mask"].flip(1)
