@@ -226,7 +226,7 @@ def tokenize_once(
         made = make_once(
             folder,
             make=lambda scratch: tokenize(rows, tokenizer, num_proc=num_proc, **options).save_to_disk(scratch),
-            intact=_is_complete,
+            is_whole=_is_complete,
             on_wait=lambda: trial.status("waiting for another trial that tokenizes the data"),
         )
         trial.status("data tokenized" if made else "tokenized data reused")

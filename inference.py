@@ -45,7 +45,8 @@ from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource
 from config.validation import validate
 from dataset_utils import load_dpo_dataset, load_prompts
 from errors import UserError, exit_on_user_error, nearest, one_line
-from storage.checkpoints import CLUSTER_SOURCES, cluster_checkpoint, local_checkpoint
+from storage.checkpoints import local_checkpoint
+from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
 from storage.locks import only_writer
 from trial.context import TrialStopped, hide_progress_bars_in_logs
 from trial.models import check_source

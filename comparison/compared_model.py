@@ -29,7 +29,7 @@ from speed.output_layer import fit_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file
 from storage.files import append_json_line, read_json_lines
-from storage.shared_cache import fingerprint
+from storage.fingerprints import fingerprint
 from trial.models import load_model_and_tokenizer
 
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from speed.padding_free import remove_padding
-from storage.shared_cache import fingerprint
+from storage.fingerprints import fingerprint
+from storage.shared_cache import one_trial_at_a_time
 
 if TYPE_CHECKING:
     from trial.context import Trial
@@ -43,8 +44,13 @@ class TokenizedDPOTrainer(DPOTrainer):
         if self.ref_model is not None:  # only under FSDP: TRL loads a second model for this pass
             remove_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
         dataset._fingerprint = reference_key(self, dataset, batch_size)
-        lock = f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}"
-        with self.trial.one_at_a_time(lock, "reference log-probs"):
+        trial, name_of_lock = self.trial, f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}.lock"
+        with one_trial_at_a_time(
+            trial.cache / name_of_lock,
+            trial.core_context.distributed,
+            on_wait=lambda: trial.status("waiting for another trial's reference log-probs"),
+            while_waiting=trial.stop_if_preempted,
+        ):
             started, self.reference_batches = time.monotonic(), 0
             dataset = super()._precompute_ref_logps(dataset, name, batch_size)
             if self.reference_batches:
