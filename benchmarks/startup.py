@@ -23,12 +23,16 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-# The names in the entrypoints whose calls count as each part.
+# What the entrypoints import when they train, by the part that a call counts as.
 PARTS = {
-    "data": ("load_sft_dataset", "load_dpo_dataset"),
-    "model": ("load_model_and_tokenizer", "set_chat_format", "download_ckpt"),
-    "hardware": ("suit_hardware",),
-    "trainer": ("SFTTrainer", "TokenizedDPOTrainer"),
+    "data": ("dataset_utils.load_sft_dataset", "dataset_utils.load_dpo_dataset"),
+    "model": (
+        *("trial.models.load_model_and_tokenizer", "chat_format.set_chat_format"),
+        "storage.checkpoints.download_ckpt",
+    ),
+    "tokenizing": ("dataset_utils.tokenize_once",),
+    "hardware": ("speed.hardware.suit_hardware",),
+    "trainer": ("trl.SFTTrainer", "speed.tokenized_dpo_trainer.TokenizedDPOTrainer"),
 }
 
 
@@ -63,6 +67,10 @@ def main() -> None:
     print(f"| together | {statistics.median(sum(seconds.values()) for seconds in rounds):.2f} |")
 
 
+def split(name: str) -> tuple[str, str, str]:
+    return name.rpartition(".")
+
+
 def time_start(experiment: Path, started: str, output: str) -> None:
     """Run the entrypoint of `experiment` in this process and write the seconds of each part to the JSON file `output`.
 
@@ -70,8 +78,10 @@ def time_start(experiment: Path, started: str, output: str) -> None:
     """
     entrypoint = json.loads(experiment.read_text())["entrypoint"]
     name = "dpo_finetune" if "dpo_finetune.py" in entrypoint else "sft_finetune"
-    script, seconds = importlib.import_module(name), {"imports": time.time() - float(started)}
-    seconds |= dict.fromkeys(("data", "model", "tokenizing", *list(PARTS)[2:], "first step"), 0.0)
+    script = importlib.import_module(name)
+    homes = {home: importlib.import_module(home) for names in PARTS.values() for home, _, _ in map(split, names)}
+    callback = importlib.import_module("trial.det_callback")
+    seconds = {"imports": time.time() - float(started), **dict.fromkeys((*PARTS, "first step"), 0.0)}
 
     def timed(part: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -84,10 +94,8 @@ def time_start(experiment: Path, started: str, output: str) -> None:
         return call
 
     for part, names in PARTS.items():
-        for called in names:
-            if hasattr(script, called):
-                setattr(script, called, timed(part, getattr(script, called)))
-    script.tokenize_once = timed("tokenizing", script.tokenize_once)
+        for home, _, called in map(split, names):
+            setattr(homes[home], called, timed(part, getattr(homes[home], called)))
 
     def train(trainer: Any, trial: Any) -> None:
         began = time.time()
@@ -97,7 +105,7 @@ def time_start(experiment: Path, started: str, output: str) -> None:
         seconds["the rest"] = time.time() - float(started) - known
         Path(output).write_text(json.dumps(seconds))
 
-    script.train_until_preempted = train
+    callback.train_until_preempted = train
     sys.argv = [f"{name}.py", "--config", str(experiment), "--output", str(experiment.parent / "out")]
     script.main()
 

@@ -308,17 +308,14 @@ def work(spec: dict[str, Any]) -> None:
     config = Path(spec["folder"], "experiment.json")  # JSON is YAML too
     config.write_text(json.dumps(make_experiment(spec)))
     script = importlib.import_module(f"{spec['kind']}_finetune")
+    # The entrypoint imports these when it trains.
+    replaced = {("trial.det_callback", "train_until_preempted"): functools.partial(train, spec)}
     if spec["configuration"] != "ours":
-        home, name = {
-            "sft": ("trl", "SFTTrainer"),
-            "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer"),
-        }[spec["kind"]]
-        trainer, suit_hardware = functools.partial(trl_trainer, spec), lambda *args, **kwargs: None
-        for module in (script, importlib.import_module(home)):  # whether it is imported at once or in `train`
-            setattr(module, name, trainer)
-        for module in (script, importlib.import_module("speed.hardware")):
-            module.suit_hardware = suit_hardware
-    script.train_until_preempted = functools.partial(train, spec)
+        trainers = {"sft": ("trl", "SFTTrainer"), "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer")}
+        replaced[trainers[spec["kind"]]] = functools.partial(trl_trainer, spec)
+        replaced["speed.hardware", "suit_hardware"] = lambda *args, **kwargs: None
+    for (module, name), replacement in replaced.items():
+        setattr(importlib.import_module(module), name, replacement)
     sys.argv = [f"{spec['kind']}_finetune.py", "--config", str(config), "--output", spec["folder"] + "/out"]
     script.main()
 

@@ -185,23 +185,17 @@ def trainers(monkeypatch):
     """The trainers that the entrypoints build, in order."""
     import trl
 
-    import dpo_finetune
-    import sft_finetune
     from speed import tokenized_dpo_trainer
 
     built = []
-    for script, home, name in (
-        (sft_finetune, trl, "SFTTrainer"),
-        (dpo_finetune, tokenized_dpo_trainer, "TokenizedDPOTrainer"),
-    ):
+    for home, name in ((trl, "SFTTrainer"), (tokenized_dpo_trainer, "TokenizedDPOTrainer")):
         original = getattr(home, name)
 
         def build(*args, original=original, **kwargs):
             built.append(original(*args, **kwargs))
             return built[-1]
 
-        for module in (script, home):  # whether the entrypoint imports it at once or in `train`
-            monkeypatch.setattr(module, name, build, raising=False)
+        monkeypatch.setattr(home, name, build)  # the entrypoints import it from there when they train
     return built
 
 

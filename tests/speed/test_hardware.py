@@ -98,7 +98,7 @@ def test_the_same_is_learned_as_in_trls_own_way(train, request, monkeypatch, scr
     steps = {f"{ARGS}max_steps": 16, f"{ARGS}gradient_accumulation_steps": 2, f"{ARGS}learning_rate": 5e-4}
     ours = train(script, config, output="ours", **steps)
     bf16 = train(script, config, output="bf16", **steps, **{f"{ARGS}bf16": True})
-    monkeypatch.setattr(script, "suit_hardware", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hardware, "suit_hardware", lambda *args, **kwargs: None)
     request.getfixturevalue("fused_head_as_installed")
     plain = train(script, config, output="plain", **steps)
 
