@@ -22,7 +22,7 @@ import dpo_finetune
 import sft_finetune
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from dataset_utils import LOST_END, NO_ROOM
+from data.truncation import Truncation
 from experiment import dry_run
 from experiment import runner as local_experiment
 from experiment.results import Experiment
@@ -136,7 +136,7 @@ def test_rows_are_counted_by_source(told, sft_config):
     assert number(together[3]) == number(together[4]) + number(together[6]) + number(together[7])
     lost = tables["What rows lose"]
     (row,) = lost.rows
-    assert row[0] == f"cut: {LOST_END}"
+    assert row[0] == f"cut: {Truncation.SEQUENCE_END.meaning}"
     assert number(row[1]) == number(together[5]) == number(tables["Tokens a row, before any is cut"].rows[-1][-1])
     assert re.search(r"instructions \(subset \w+\) row \d+: \w+", row[3])
     assert lost.note == f"{float(row[2][:-1]):.0f}% of the rows are cut: raise max_seq_length."
@@ -148,7 +148,7 @@ def test_dropped_pairs_name_the_limit_to_raise(told, dpo_config, tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables, _ = told(dpo_config, hyperparameters__datasets=[str(tmp_path / "d.jsonl")])
     ((what, count, share, example),) = tables["What rows lose"].rows
-    assert (what, count, share) == (f"dropped: {NO_ROOM}", "2", "10.0%")
+    assert (what, count, share) == (f"dropped: {Truncation.NO_ROOM.meaning}", "2", "10.0%")
     assert re.fullmatch(rf"{tmp_path}/d.jsonl row 19: (\\x1b\[2J)+.*…", example)
     assert tables["What rows lose"].note == "10% of the rows are dropped: raise max_length."
     assert tables["Rows"].rows[0][1:] == ["all", "20", "20", "2", "0", *tables["Rows"].rows[0][6:]]
@@ -286,7 +286,7 @@ def test_command_needs_no_weights_and_writes_nothing_but_the_page(
         ({"hyperparameters__datasets": ["./nowhere"]}, "error: data set ./nowhere: no such file or folder"),
         (
             {"hyperparameters__max_length": 3},
-            f"error: max_length is too small: no train row is left ({NO_ROOM})",
+            f"error: max_length is too small: no train row is left ({Truncation.NO_ROOM.meaning})",
         ),
         (
             {"entrypoint": "python inference.py"},
