@@ -108,7 +108,7 @@ def load_prompts(source: DataSource) -> Dataset:
             [{"prompt": [{"role": "user", "content": text}], **common, "row": number} for number, text in texts]
         )
     if Path(source.name).is_file() and Path(source.name).suffix not in FILE_FORMATS:
-        raise UserError(f"{source.name}: a file of questions must end in one of .txt, {', '.join(FILE_FORMATS)}")
+        raise UserError(f"{source.name}: a file of questions ends in one of .txt, {', '.join(FILE_FORMATS)}")
     loaded = load_source(source)
     columns = (*formats.SFT_COLUMNS, *formats.PREFERENCE_COLUMNS)
     return convert_rows(loaded, np.arange(len(loaded.rows)), formats.prompt_row, columns)

@@ -181,8 +181,8 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
 def _why_not_found(source: DataSource, error: Exception) -> str:
     if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
         known, subset = get_dataset_config_names(source.name), source.subset
-        problem = f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name one"
-        return f"{problem}: it has {', '.join(known)}"
+        fault = f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
+        return f"{fault}: it has {', '.join(known)}"
     if Path(source.name).exists() or "split" in str(error):
         return one_line(error)
     return f"no such file or folder, and the hub does not provide it ({one_line(error)})"

@@ -334,7 +334,7 @@ def test_chat_forgets_what_does_not_fit(talk):
         ),
         (
             ["--model", "a={tiny}/base", "--prompts", "{tiny}/other.jsonl"],
-            "no column of it asks (body): one of prompt",
+            "none of its columns (body) holds a question: it needs one of prompt",
         ),
         (["--model", "a={tiny}/base", "--prompts", "{tiny}/utf16.txt"], "utf16.txt: not UTF-8 text"),
         (["--model", "a={tiny}/base", "--output_file", "{tiny}/how.txt/a.csv"], "how.txt is no folder to write to"),
