@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.dpo_config import DPOConfig
@@ -54,42 +54,36 @@ Hyperparameters = SFTHyperparameters | DPOHyperparameters
 class TrainingData:
     """The data that some trials are trained on, and their model without its weights."""
 
-    trial_ids: list[int]
     kind: TrainingKind
     hparams: Hyperparameters  # of the first of these trials
     sources: list[tuple[DataSource, int | None, int]]  # with the rows found (None: streamed) and the rows used
-    conversations: DatasetDict
-    tokenized: DatasetDict  # every row of `conversations`, dropped ones too
+    conversations: Dataset  # the rows to train on, then those held out
+    tokenized: Dataset  # every row of `conversations`, dropped ones too
+    parts: pd.Series  # of each row: train or test
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     @functools.cached_property
-    def all_tokenized(self) -> Dataset:
-        """The tokenized rows of both parts."""
-        return concatenate_datasets(list(self.tokenized.values()))
-
-    @functools.cached_property
     def rows(self) -> pd.DataFrame:
-        """A line for each of `all_tokenized`: its part, source, lengths, and whether it is dropped or cut."""
-        ids = [name for name in self.all_tokenized.column_names if name.endswith("ids") or name == "labels"]
-        rows = self.all_tokenized.remove_columns(ids).to_pandas()
-        truncations = [[Truncation(name) for name in names] for names in rows["truncations"]]
-        rows["dropped"] = [any(truncation.drops_row for truncation in found) for found in truncations]
-        rows["cut"] = [any(truncation.cuts_row for truncation in found) for found in truncations]
+        """A line for each row: its source, lengths and truncations, and whether these drop it or only cut it."""
+        ids = [name for name in self.tokenized.column_names if name.endswith("ids") or name == "labels"]
+        rows = self.tokenized.remove_columns(ids).to_pandas()
+        rows["truncations"] = [[Truncation(name) for name in names] for names in rows["truncations"]]
+        rows["dropped"] = [any(truncation.drops_row for truncation in found) for found in rows["truncations"]]
+        rows["cut"] = [any(truncation.cuts_row for truncation in found) for found in rows["truncations"]]
         rows["cut"] &= ~rows["dropped"]
-        rows["part"] = [part for part, tokenized in self.tokenized.items() for _ in range(len(tokenized))]
         return rows
 
     @functools.cached_property
-    def trained(self) -> DatasetDict:
-        """The tokenized rows that are not dropped, to train on and held out."""
-        kept = {part: ~self.rows.loc[self.rows["part"] == part, "dropped"] for part in self.tokenized}
-        return DatasetDict({part: rows.select(np.flatnonzero(kept[part])) for part, rows in self.tokenized.items()})
+    def remaining_rows(self) -> dict[str, Dataset]:
+        """By part, the tokenized rows that are not dropped."""
+        kept = {part: (self.parts == part) & ~self.rows["dropped"] for part in ("train", "test")}
+        return {part: self.tokenized.select(np.flatnonzero(mask)) for part, mask in kept.items()}
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of the sequences to train on: (rows, 1) for SFT, (packs, 1) if packed, (rows, 2) for DPO."""
-        rows, args = self.trained["train"], cast(Any, self.hparams.args)
+        rows, args = self.remaining_rows["train"], cast(Any, self.hparams.args)
         if self.hparams.packing:
             rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
         return computed_lengths(rows, self.kind.pairs, padding_free=False)
@@ -106,10 +100,11 @@ class TrainingData:
     @functools.cached_property
     def chat_facts(self) -> dict[str, str]:
         """How turns begin and end, and whether a server will prompt the model as it was trained."""
-        tokenizer, rows = self.tokenizer, self.conversations["train"]
+        tokenizer = self.tokenizer
         sizes = {marker: len(tokenizer(marker, add_special_tokens=False)["input_ids"]) for marker in (IM_START, IM_END)}
         spelled = [f"{marker} is {plural(size, 'token')}" for marker, size in sizes.items()]
-        prompts = [self.prompt(rows[n]) for n in range(min(len(rows), CHECKED_PROMPTS))]
+        checked = self.conversations.select(np.flatnonzero(self.parts == "train")[:CHECKED_PROMPTS])
+        prompts = [self.prompt(row) for row in checked]
         same = sum(
             encode(tokenizer, prompt)[0]
             == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -128,7 +123,7 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
     slots = max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
     process, facts, memory = 0, {}, []
     for trial_ids in group_trials(trials):
-        data = load_data(kind, trial_ids, trials[trial_ids[0] - 1])
+        data = load_data(kind, trials[trial_ids[0] - 1])
         process = process or resident_memory()  # with the data of one trial
         which = "" if len(trial_ids) == len(trials) else f", {name_trials(trial_ids)}"
         yield tabulate_sources(data, which)
@@ -137,10 +132,10 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
         if examples:
             yield Table(f"Token by token{which}", pd.DataFrame(), LEGEND)
             yield from show_examples(data, examples)
-        for part, rows in data.trained.items():
+        for part, rows in data.remaining_rows.items():
             if not len(rows):
-                dropping = (Truncation(name) for names in data.tokenized[part]["truncations"] for name in names)
-                reason = next(truncation for truncation in dropping if truncation.drops_row)
+                truncations = (each for found in data.rows.loc[data.parts == part, "truncations"] for each in found)
+                reason = next(truncation for truncation in truncations if truncation.drops_row)
                 raise UserError(f"{reason.limit} is too small: no {part} row is left ({reason.meaning})")
         for trial_id in trial_ids:
             facts[trial_id] = collect_facts(data, trials[trial_id - 1], slots)
@@ -160,15 +155,17 @@ def group_trials(trials: Sequence[Hyperparameters]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def load_data(kind: TrainingKind, trial_ids: list[int], hparams: Hyperparameters) -> TrainingData:
+def load_data(kind: TrainingKind, hparams: Hyperparameters) -> TrainingData:
     """Load and tokenize what the trials are trained on, and their model without its weights."""
     sources: list[tuple[DataSource, int | None, int]] = []
-    conversations = kind.load(**hparams.loading, on_source=lambda *source: sources.append(source))
+    parts = kind.load(**hparams.loading, on_source=lambda *source: sources.append(source))
     model, tokenizer = load_model_and_tokenizer(find_model(hparams), weights=False, **hparams.model_init_kwargs)
     set_chat_format(model, tokenizer, hparams.added_tokens)
     num_proc = hparams.args.dataset_num_proc
-    tokenized = kind.tokenize(conversations, tokenizer, num_proc, every_row=True, **hparams.tokenizing)
-    return TrainingData(trial_ids, kind, hparams, sources, conversations, tokenized, model, tokenizer)
+    tokenized = kind.tokenize(parts, tokenizer, num_proc, every_row=True, **hparams.tokenizing)
+    rows, tokens = (concatenate_datasets(list(each.values())) for each in (parts, tokenized))
+    names = pd.Series(list(parts)).repeat([len(each) for each in parts.values()]).reset_index(drop=True)
+    return TrainingData(kind, hparams, sources, rows, tokens, names, model, tokenizer)
 
 
 def find_model(hparams: Hyperparameters) -> str:
@@ -180,9 +177,10 @@ def find_model(hparams: Hyperparameters) -> str:
 
 def tabulate_sources(data: TrainingData, which: str) -> Table:
     """Return how many rows of each source are found, used, dropped, cut, trained on and held out."""
-    rows, kept = data.rows, ~data.rows["dropped"]
-    parts = {"train": kept & (rows["part"] == "train"), "held out": kept & (rows["part"] == "test")}
-    counts = rows[["dropped", "cut"]].assign(**parts).groupby(rows["source"]).sum()
+    fates = data.rows[["dropped", "cut"]].copy()
+    for part, name in (("train", "train"), ("test", "held out")):
+        fates[name] = (data.parts == part) & ~fates["dropped"]
+    counts = fates.groupby(data.rows["source"]).sum()
     lines = []
     for source, found, used in data.sources:
         share = "all" if source.ratio is None else f"{100 * source.ratio:g}%"
@@ -197,11 +195,10 @@ def tabulate_sources(data: TrainingData, which: str) -> Table:
 
 def tabulate_truncations(data: TrainingData, which: str) -> Table:
     """Return what the length limits take from how many rows, with the first of them."""
-    conversations = concatenate_datasets(list(data.conversations.values()))
-    found = rows_by_truncation(data.all_tokenized)
+    found = rows_by_truncation(data.tokenized)
     lines, advice = [], []
     for truncation in sorted(found, key=lambda truncation: (not truncation.drops_row, -len(found[truncation]))):
-        first, share = conversations[found[truncation][0]], len(found[truncation]) / len(conversations)
+        first, share = data.conversations[found[truncation][0]], len(found[truncation]) / len(data.rows)
         effect = "dropped" if truncation.drops_row else "cut" if truncation.cuts_row else ""
         example = f"{first['source']} row {first['row']}: {shorten(data.prompt(first)[-1]['content'], 60)}"
         meaning = f"{effect}: {truncation.meaning}" if effect else truncation.meaning
@@ -231,7 +228,7 @@ def tabulate_lengths(data: TrainingData, which: str) -> Table:
 
 def show_examples(data: TrainingData, count: int) -> Iterator[Example]:
     """Yield the first rows of each source that are trained on; a pair as two examples."""
-    rows = data.trained["train"]
+    rows = data.remaining_rows["train"]
     order = [str(source) for source, _, _ in data.sources]
     places = pd.DataFrame({"source": pd.Categorical(rows["source"][:], order), "row": rows["row"][:]})
     first = places.sort_values(["source", "row"], kind="stable").groupby("source", observed=True).head(count)
@@ -299,15 +296,15 @@ def collect_facts(data: TrainingData, hparams: Hyperparameters, slots: int) -> d
     if slots > 1:
         facts["steps with one process, as on this machine"] = f"{count_steps(args, len(lengths), 1)[1]:,}"
     tokens = int(lengths.sum())
-    supervised = data.rows.loc[~data.rows["dropped"] & (data.rows["part"] == "train"), "learned"].sum()
-    facts["tokens per epoch"] = f"{tokens:,}, of which supervised {supervised:,} ({supervised / tokens:.1%})"
+    supervised = sum(data.remaining_rows["train"]["learned"][:])
+    facts["tokens per epoch"] = f"{tokens:,}, supervised: {supervised:,} ({supervised / tokens:.1%})"
     packed = hparams.packing or args.padding_free
     padding = 0.0 if packed else padding_share(lengths, batch, args.seed, int(args.pad_to_multiple_of or 1))
     facts["padding"] = f"{padding:.1%} of the positions in a batch"
     if data.padding_free and not hparams.packing:
         facts["padding"] = f"{padding:.1%} of the positions in a padded batch; not computed"
         if data.kind.pairs:
-            computed = computed_lengths(data.trained["train"], pairs=True, padding_free=True)
+            computed = computed_lengths(data.remaining_rows["train"], pairs=True, padding_free=True)
             facts["prompts of pairs"] = f"computed once, which saves {1 - computed.sum() / tokens:.1%} of the tokens"
     return facts
 
@@ -353,7 +350,9 @@ def estimate_trial(
 ) -> Iterator[tuple[str, MemoryEstimate]]:
     """Yield the way of training and its memory: for one process on this machine, then for the slots as GPUs."""
     args, pairs = hparams.args, data.kind.pairs
-    shapes = largest_batches(args, data.trained, packing=hparams.packing, pairs=pairs, padding_free=data.padding_free)
+    shapes = largest_batches(
+        args, data.remaining_rows, packing=hparams.packing, pairs=pairs, padding_free=data.padding_free
+    )
     reference = pairs and not cast(DPOConfig, args).precompute_ref_log_probs
     here = TrainingSetup.from_args(args, reference, 1, "cuda" if torch.cuda.is_available() else "cpu")
 

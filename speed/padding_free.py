@@ -178,18 +178,13 @@ def remove_padding(model: PreTrainedModel, pairs: bool) -> bool:
     padded_forward = type(decoder).forward
 
     @functools.wraps(padded_forward)
-    def forward(
-        self: PreTrainedModel,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self: PreTrainedModel, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         others = ("position_ids", "past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions")
         plain = kwargs.get("use_cache") is False and not any(kwargs.get(name) is not None for name in others)
         flat = None
         if plain and input_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
             flat = flatten_batch(input_ids, attention_mask, pairs and len(input_ids) % 2 == 0)
-        if flat is None or input_ids is None:
+        if flat is None:
             return padded_forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         outputs = padded_forward(
             self,

@@ -70,7 +70,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_steps_tokens_and_examples_are_those_of_the_training(run_dry, train, trainers, sft_config, settings):
+def test_steps_tokens_and_examples_match_the_training(run_dry, train, trainers, sft_config, settings):
     changes = {f"hyperparameters__training_args__{key}": value for key, value in settings.items()}
     changes |= {"hyperparameters__training_args__max_steps": None, "hyperparameters__training_args__seed": 7}
     changes |= {"hyperparameters__training_args__num_train_epochs": settings.get("num_train_epochs", 1)}
@@ -83,7 +83,7 @@ def test_steps_tokens_and_examples_are_those_of_the_training(run_dry, train, tra
     ids = [token for row in rows["input_ids"] for token in row]
     labels = [label for row in rows["labels"] for label in row]
     learned = len(labels) - labels.count(-100)
-    assert facts["tokens per epoch"].startswith(f"{len(ids):,}, of which supervised {learned:,} ")
+    assert facts["tokens per epoch"].startswith(f"{len(ids):,}, supervised: {learned:,} ")
     if not settings.get("packing"):
         trained = {tuple(row["input_ids"]): tuple(label != -100 for label in row["labels"]) for row in rows}
         shown = {tuple(t.id for t in e.tokens): tuple(t.supervised for t in e.tokens) for e in examples}
@@ -98,7 +98,7 @@ def test_steps_tokens_and_examples_are_those_of_the_training(run_dry, train, tra
         assert number(facts["packs of rows per step"]) == 2
 
 
-def test_pairs_are_those_of_the_training(run_dry, train, trainers, dpo_config):
+def test_pairs_match_the_training(run_dry, train, trainers, dpo_config):
     changes = {"hyperparameters__max_prompt_length": 60, "hyperparameters__max_target_length": 40}
     tables, examples = run_dry(dpo_config, examples=999, **changes)
     train(dpo_finetune, dpo_config, **changes)
@@ -193,7 +193,7 @@ def test_trials_that_use_the_same_data_share_their_sections(run_dry, dpo_config)
     assert "model" in training(tables)
 
 
-def test_trials_that_pack_and_trials_that_do_not(run_dry, sft_config):
+def test_packing_trials_are_counted_apart_from_others(run_dry, sft_config):
     packing = {"type": "categorical", "vals": [False, True]}
     tables, _ = run_dry(sft_config, searcher__name="grid", hyperparameters__training_args__packing=packing)
     trials = tables["The 2 trials"]
@@ -300,7 +300,7 @@ def test_command_needs_no_weights_and_writes_nothing_but_the_page(
         ),
     ],
 )
-def test_mistakes_are_one_line(call, dpo_config, write_config, tmp_path, changes, message):
+def test_a_mistake_is_one_line(call, dpo_config, write_config, tmp_path, changes, message):
     page = tmp_path / "page.html"
     status, _, err = call(local_experiment.main, write_config(dpo_config, **changes), "--dry-run", "--output", page)
     assert page.exists() == ("hyperparameters__max_length" in changes)  # the page shows what the limit takes
@@ -330,7 +330,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_a_subset_of_the_hub_is_streamed_once_and_the_rest_of_it_never(sft_config, write_config, tmp_path):
+def test_only_the_named_subset_is_streamed_and_only_once(sft_config, write_config, tmp_path):
     for subset in ("web", "stories"):
         for file in range(24):
             rows = [{"prompt": f"{subset} {file}.{row}", "text": "an answer"} for row in range(1000)]

@@ -15,8 +15,8 @@ LEFT_OPEN = {f"{ARGS}activation_checkpointing": None, f"{ARGS}max_steps": 1}
 
 
 def started_with(reports):
-    (told,) = [r["status"] for r in reports["status"] if r["status"].startswith("training with ")]
-    return told.removeprefix("training with ").split("; ")
+    (status,) = [r["status"] for r in reports["status"] if r["status"].startswith("training with ")]
+    return status.removeprefix("training with ").split("; ")
 
 
 def losses(reports):
@@ -43,9 +43,9 @@ def test_checkpointing_is_chosen_if_memory_is_short_or_if_it_costs_nothing():
 def test_a_trial_logs_what_was_chosen(train, trainers, request, monkeypatch, script, padding):
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
     asked = train(script, config, output="asked", **{f"{ARGS}max_steps": 1, f"{ARGS}bf16": True})
-    bf16, padding_told, checkpointing = started_with(asked)
+    bf16, padding_choice, checkpointing = started_with(asked)
     assert bf16 == "bf16 autocast over float32 weights"
-    assert padding_told == f"no padding{padding}"
+    assert padding_choice == f"no padding{padding}"
     assert checkpointing == "activation checkpointing off (as set)"
 
     roomy = train(script, config, output="roomy", **LEFT_OPEN)
@@ -73,8 +73,8 @@ def test_a_model_whose_memory_cannot_be_estimated_is_checkpointed(train, sft_con
         raise AttributeError("no such name")
 
     monkeypatch.setattr(hardware, "estimate_memory", estimate)
-    told = started_with(train(sft_finetune, sft_config, **LEFT_OPEN))[-1]
-    assert told == "activation checkpointing on (gemma's memory cannot be estimated: no such name)"
+    choice = started_with(train(sft_finetune, sft_config, **LEFT_OPEN))[-1]
+    assert choice == "activation checkpointing on (gemma's memory cannot be estimated: no such name)"
 
 
 def test_a_container_has_less_memory_than_its_machine(monkeypatch):
@@ -91,7 +91,7 @@ def test_a_container_has_less_memory_than_its_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
-def test_the_same_is_learned_as_in_trls_own_way(train, request, monkeypatch, script):
+def test_losses_equal_those_of_trls_own_way(train, request, monkeypatch, script):
     """Padded, every position projected, gradients summed by autograd: in float32 every loss agrees to 1e-4, and in the
     end so do the evaluations. bf16 autocast moves losses by up to a hundredth."""
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")

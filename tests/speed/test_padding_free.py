@@ -64,14 +64,14 @@ def assert_same(one, other, tolerance=1e-5):
         torch.testing.assert_close(other[name], expected, rtol=tolerance, atol=atol, msg=name)
 
 
-def test_every_family_that_is_named_is_tested():
+def test_every_family_is_tested():
     assert tuple(CONFIGS) == FAMILIES
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_and_gradients_are_those_of_the_padded_batch(family, pairs, checkpointing):
+def test_log_probs_and_gradients_equal_the_padded_batchs(family, pairs, checkpointing):
     padded = make(family)
     model = copy.deepcopy(padded)
     assert remove_padding(model, pairs)
@@ -87,7 +87,7 @@ def test_log_probs_and_gradients_are_those_of_the_padded_batch(family, pairs, ch
     assert seen == [(1, tokens - (8 + 4 + 12 if pairs else 0))]  # padding is not computed, and prompts are once
 
 
-def test_a_row_is_laid_out_as_drawn():
+def test_a_batch_becomes_the_row_in_the_docstring():
     a, b, c, d, e, f, g, p, q = range(1, 10)
     row = flatten_batch(
         torch.tensor([[a, b, c, 0], [d, e, f, g]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=False
@@ -112,7 +112,7 @@ def test_a_row_is_laid_out_as_drawn():
     [((9, 9), (9,)), ((4, 9), (4,)), ((9, 4), (4,)), ((9, 9), (0,)), ((9, 1), (0,))],
     ids=["alike", "one begins the other", "the other way", "nothing shared", "a single token"],
 )
-def test_pairs_at_the_edges(lengths, prompts):
+def test_pairs_at_the_limits_equal_the_padded_batch(lengths, prompts):
     padded = make("gemma3_text")
     model = copy.deepcopy(padded)
     remove_padding(model, pairs=True)
@@ -134,7 +134,7 @@ def test_no_sequence_sees_another():
     assert not torch.allclose(before[1], after[1])
 
 
-def test_what_is_no_right_padded_batch_is_computed_as_ever(monkeypatch):
+def test_batches_without_right_padding_are_computed_as_before(monkeypatch):
     """Generation, with its cache; padding before a sequence; sequences that TRL has packed, with their positions."""
     padded = make("gemma")
     model = copy.deepcopy(padded)
@@ -173,7 +173,7 @@ def test_other_models_stay_padded():
         assert model.base_model.forward == before
 
 
-def test_a_checkpoint_knows_nothing_of_it(train, sft_config):
+def test_a_checkpoint_keeps_the_usual_attention(train, sft_config):
     (report,) = train(sft_finetune, sft_config, hyperparameters__training_args__max_steps=1)["checkpoint"]
     config = json.loads((local_checkpoint(report["uuid"], "test") / "config.json").read_text())
     assert padding_free.ATTENTION not in json.dumps(config)
