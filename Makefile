@@ -1,7 +1,7 @@
-# make demo: set up, then base model -> SFT -> nine DPO trials -> comparison, about five minutes on two CPU cores
-# make test: set up, then lint and the whole test suite
+# make demo: set up, then base model -> SFT -> nine DPO trials -> comparison, about seven minutes on two CPU cores
+# make test: set up, then lint (ruff, mypy) and all tests
 PYTHON ?= python3
-# On a machine without a GPU, TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' saves 3 GB.
+# Without a GPU, make TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' saves 3 GB.
 TORCH ?= torch==2.13.0
 
 PY := .venv/bin/python

@@ -1,36 +1,40 @@
-"""How a conversation becomes token ids: the one home of the chat template and its special tokens.
+"""Turn conversations into token ids. The chat template and its special tokens are defined here and nowhere else.
 
-`encode` and `encode_conversation` render every conversation of this project, for SFT, for DPO and for inference. With
+`encode` and `encode_conversation` render every conversation of this project: for SFT, for DPO and for inference. With
 ChatML a row is
 
     <bos><|im_start|>system            \\
-    Be brief.<|im_end|>                 | the prompt: what inference feeds the model, to the last token
+    Be brief.<|im_end|>                 | the prompt: exactly the tokens that inference feeds the model
     <|im_start|>user                    |
     What is tea?<|im_end|>              |
     <|im_start|>assistant              /
-    A drink made from leaves.<|im_end|><eos>     the completion: what the model learns to say, stops included
+    A drink made from leaves.<|im_end|><eos>     the completion: what the model learns to say, with both stop tokens
 
-The newline stands *before* each later turn, not after it, so that nothing follows the final `<eos>`. A marker within a
-turn's content is written with a space after its first character, so that no content can end its turn, begin another
-one, or end the answer.
+The newline stands *before* each later turn, not after it, so nothing follows the final `<eos>`. A marker inside a
+turn's content is written with a space after its first character, so no content can end its turn, open another turn or
+end the answer.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import UserError
 
+if TYPE_CHECKING:  # transformers and torch are slow to import, and a command needs only the constants to read a YAML
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
-# What the prompt ends with, and so what an answer follows.
+# The text that every prompt ends with.
 RESPONSE_TEMPLATE = f"{IM_START}assistant\n"
 
-# Saved with the tokenizer, so that a server which knows nothing of this project prompts the model in the same way.
+# Saved with the tokenizer, so that a server that does not know this project prompts the model in the same way.
 CHAT_ML_TEMPLATE = (
     "{{- bos_token if bos_token }}"
     "{%- for message in messages %}"
@@ -48,21 +52,21 @@ CHAT_ML_TEMPLATE = (
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answer: str | None = None
-) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of the answer to it; without an answer the second list is empty.
+def encode(tokenizer: Tokenizer, prompt: list[Message], answer: str | None = None) -> tuple[list[int], list[int]]:
+    """Return the token ids of a prompt and the token ids of the answer to it (empty without an answer).
 
-    An answer, with our template earlier ones in the prompt too, is tokenized apart from what it follows, so no merge
-    across their boundary can ever make the prompt of training differ from the prompt of inference. BOS, EOS and the
-    turn markers all come from the template (`tokenizer.chat_template`). Without one, as with a base model's tokenizer,
-    a prompt is its plain text, and the answer to it the next line.
+    The answer is tokenized separately from the prompt; with our template, earlier answers are too. No merge across the
+    boundary can therefore make the prompt of training differ from the prompt of inference. BOS, EOS and the turn
+    markers all come from `tokenizer.chat_template`. Without a template, as with a base model's tokenizer, the prompt is
+    its plain text and the answer is the next line.
+
+    Raises `UserError` if the template renders a prompt differently once it is answered.
     """
     if tokenizer.chat_template is None:
         ids = tokenizer(plain_text(prompt))["input_ids"]
         if answer is None:
             return ids, []
-        return ids, [*_ids(tokenizer, "\n"), *_ids(tokenizer, answer), tokenizer.eos_token_id]
+        return ids, [*_tokenize(tokenizer, "\n"), *_tokenize(tokenizer, answer), tokenizer.eos_token_id]
     if answer is None:
         return [token for ids, _ in _segments(tokenizer, prompt, add_generation_prompt=True) for token in ids], []
     *before, (completion, is_answer) = _segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
@@ -71,28 +75,27 @@ def encode(
     return [token for ids, _ in before for token in ids], completion
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """Token ids of a whole conversation, and for each whether an assistant's turn says it, the turn's stops included.
+def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a whole conversation and a mask of the same length: True for the answers' tokens.
 
-    Every answer in it is what `encode` makes of that answer, and follows what `encode` makes of the prompt before it.
+    An answer includes its stop tokens. Its ids are those that `encode` returns for it, and so are the ids of the prompt
+    before it.
     """
-    ids, said = [], []
+    ids, answer_mask = [], []
     for segment, is_answer in _segments(tokenizer, messages):
         ids += segment
-        said += [is_answer] * len(segment)
-    return ids, said
+        answer_mask += [is_answer] * len(segment)
+    return ids, answer_mask
 
 
-def _segments(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any
-) -> Iterator[tuple[list[int], bool]]:
-    """The ids of what stands before, in (True) and after each answer of a conversation, tokenized apart.
+def _segments(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> Iterator[tuple[list[int], bool]]:
+    """Split a rendered conversation at its answers; yield each part's token ids and whether the part is an answer.
 
-    Another template than ours is only asked where the last answer begins.
+    With another template than ours only the last answer is a part of its own.
     """
-    text, done = _render(tokenizer, messages, **kwargs), 0
+    text, position = _render(tokenizer, messages, **kwargs), 0
     if tokenizer.chat_template == CHAT_ML_TEMPLATE:
-        # No content has a marker in it, so these are the answers.
+        # The template leaves no marker intact in a content, so the matches are exactly the answers.
         answer = f"{re.escape(RESPONSE_TEMPLATE)}(.*?{re.escape(IM_END + tokenizer.eos_token)})"
         spans = [match.span(1) for match in re.finditer(answer, text, flags=re.DOTALL)]
     else:
@@ -100,22 +103,22 @@ def _segments(
         before = _render(tokenizer, messages[:-1], add_generation_prompt=True) if answered else ""
         spans = [(len(before), len(text))] if answered and text.startswith(before) else []
     for start, end in spans:
-        yield _ids(tokenizer, text[done:start]), False
-        yield _ids(tokenizer, text[start:end]), True
-        done = end
-    if done < len(text):
-        yield _ids(tokenizer, text[done:]), False
+        yield _tokenize(tokenizer, text[position:start]), False
+        yield _tokenize(tokenizer, text[start:end]), True
+        position = end
+    if position < len(text):
+        yield _tokenize(tokenizer, text[position:]), False
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwargs: Any) -> str:
+def _render(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
     except TemplateError as error:
-        # Some models' own templates (gemma-2b-it's) refuse a system turn: it then opens the user's.
+        # Some models' own templates (gemma-2b-it's) refuse a system turn. Its text then opens the user turn.
         if messages[0]["role"] == "system":
             system, user, *rest = messages
             merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
@@ -124,38 +127,38 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **kwarg
 
 
 def plain_text(prompt: list[Message]) -> str:
-    """A prompt for a model without a chat template: the turns' contents, a line each, and no markers."""
+    """Return a prompt for a model without a chat template: the turns' contents, one a line, without markers."""
     return "\n".join(message["content"] for message in prompt)
 
 
-def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens: list[str]) -> int:
-    """Give `special_tokens` an id and an embedding each; returns how many are new.
+def add_chat_tokens(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens: list[str]) -> int:
+    """Give each of `special_tokens` an id and an embedding; return how many of them are new.
 
-    The embedding matrix grows to a multiple of 64 rows (tensor cores like that); input and output rows of new ids
-    start as the mean of the old ones, so that no new token begins as an outlier (a random row can have a logit above
-    every trained one).
+    The embedding matrix grows to a multiple of 64 rows, which suits tensor cores. The input and output rows of new ids
+    start as the mean of the old rows: a random row can give its token a logit above that of every trained token.
     """
-    known = len(tokenizer)
-    added = tokenizer.add_special_tokens(
+    import torch
+
+    old_size = len(tokenizer)
+    new = tokenizer.add_special_tokens(
         {"additional_special_tokens": special_tokens}, replace_extra_special_tokens=False
     )
-    if added == 0:
+    if new == 0:
         return 0
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > cast(int, model.get_input_embeddings().num_embeddings):
         # mean_resizing would draw the rows from a normal distribution around the mean; we want the mean itself.
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
-        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            embeddings.weight[known:] = embeddings.weight[:known].mean(dim=0)
-    return added
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = cast("torch.Tensor", layer.weight)
+            weight[old_size:] = weight[:old_size].mean(dim=0)
+    return new
 
 
-def set_chat_format(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens: list[str] | None = None
-) -> None:
-    """Make ChatML the tokenizer's template, and both stops part of the model's generation config.
+def set_chat_format(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens: list[str] | None = None) -> None:
+    """Set the tokenizer's template to ChatML and add both stop tokens to the model's generation config.
 
-    With `special_tokens` these get ids and embeddings first. Raises `UserError` where the tokenizer has no EOS token: a
+    `special_tokens`, if given, first get ids and embeddings. Raises `UserError` if the tokenizer has no EOS token: a
     model trained without one cannot learn to stop.
     """
     if tokenizer.eos_token_id is None:
@@ -166,15 +169,15 @@ def set_chat_format(
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """EOS and, where it is a single token, `<|im_end|>`."""
-    end = tokenizer(IM_END, add_special_tokens=False)["input_ids"]
+def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the id of EOS and, if it is a single token, the id of `<|im_end|>`."""
+    end = _tokenize(tokenizer, IM_END)
     return [tokenizer.eos_token_id, *(end if len(end) == 1 else [])]
 
 
-def generation_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Keyword arguments for `generate` that end an answer at `<|im_end|>`, however it is tokenized, at EOS, or at a
-    stop of the model's own."""
+def generation_stops(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return keyword arguments that make `generate` stop at EOS, at the model's own stop tokens and at `<|im_end|>`,
+    whether that is one token or several."""
     own = model.generation_config.eos_token_id
     own = [own] if isinstance(own, int) else own or []
     ours = stop_token_ids(tokenizer)
@@ -184,27 +187,31 @@ def generation_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return stops
 
 
-def read_answer(
-    tokenizer: PreTrainedTokenizerBase, completion_ids: list[int], stops: list[int]
-) -> tuple[str, int, bool]:
-    """A generated completion, without its stops and what a batch padded after them: its text, how many tokens that is,
-    and whether it ended by itself. `stops` are token ids; `<|im_end|>` may be spelled out as well."""
+def read_answer(tokenizer: Tokenizer, completion_ids: list[int], stops: list[int]) -> tuple[str, int, bool]:
+    """Decode a generated completion without its stop tokens and padding.
+
+    Returns its text, its number of tokens, and whether it ended by itself. `stops` are the ids of stop tokens; an
+    `<|im_end|>` of several tokens ends the answer too.
+    """
     end = next((n for n, token in enumerate(completion_ids) if token in (*stops, tokenizer.pad_token_id)), None)
     ids = completion_ids[:end]
-    text, spelled, _ = tokenizer.decode(ids, skip_special_tokens=True).partition(IM_END)
-    tokens = len(ids) - (len(_ids(tokenizer, IM_END)) if spelled else 0)
-    return text.strip(), max(tokens, 0), end is not None or bool(spelled)
+    text, marker, _ = cast(str, tokenizer.decode(ids, skip_special_tokens=True)).partition(IM_END)
+    tokens = len(ids) - (len(_tokenize(tokenizer, IM_END)) if marker else 0)
+    return text.strip(), max(tokens, 0), end is not None or bool(marker)
 
 
-def answer_spans(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[tuple[int, int]]:
-    """Where in completions of `encode`'s the answers' own tokens are: before their stops and, without a template, after
-    their line break. (A token that holds an answer's end and a stop's beginning counts as the answer's.)"""
+def answer_spans(tokenizer: Tokenizer, completions: list[list[int]]) -> list[tuple[int, int]]:
+    """Return where (start, end) the answer's own tokens are in each completion that `encode` returned.
+
+    Left out are the stop tokens and, without a template, the line break before the answer. (A token that holds both the
+    end of an answer and the beginning of a stop counts as the answer's.)
+    """
+    # Two different answers have only their stop tokens in common, counted from the end.
     one, other = (encode(tokenizer, [{"role": "user", "content": "?"}], text)[1][::-1] for text in ("a", "b"))
-    stops = one[: _shared(one, other)]
-    begin = len(_ids(tokenizer, "\n")) if tokenizer.chat_template is None else 0
-    return [(begin, max(begin, len(ids) - _shared(ids[::-1], stops))) for ids in completions]
+    stops = one[: _common_prefix_length(one, other)]
+    start = len(_tokenize(tokenizer, "\n")) if tokenizer.chat_template is None else 0
+    return [(start, max(start, len(ids) - _common_prefix_length(ids[::-1], stops))) for ids in completions]
 
 
-def _shared(one: list[int], other: list[int]) -> int:
-    """How many ids two lists begin with alike."""
+def _common_prefix_length(one: list[int], other: list[int]) -> int:
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

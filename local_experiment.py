@@ -1,8 +1,153 @@
-"""Run an experiment on this machine: see experiment/runner.py."""
+"""Run an experiment on this machine as `det e create CONFIG.yaml MODEL_DEF --config key=value` would on a cluster.
 
+    python local_experiment.py sft.yaml --dry-run
+    python local_experiment.py sft.yaml
+    python local_experiment.py dpo.yaml --config hyperparameters.model_ckpt=UUID
+
+--dry-run trains nothing: it shows what would be learned and what that takes.
+
+Each trial is a process of its own that runs the YAML's entrypoint script. DIR (default: local_runs/<experiment name>)
+receives
+
+    experiment.json      the config with its overrides; command.json has the command's CONFIG.yaml and MODEL_DEF
+    trials.jsonl         a line for each trial: trial_id, state, hparams, steps_completed, metrics (of the last
+                         validation), best_metrics, checkpoint_uuid
+    best_checkpoint      the UUID of the best trial's checkpoint
+    report.html          all of it as a page, to open in a browser
+    trials/<trial_id>/   its config.yaml, log.txt and events.jsonl
+    cache/               what the trials share: tokenized data and reference log-probs. It may go once they are done
+
+checkpoint_uuid is the best by searcher.metric of the checkpoints that were validated when they were saved, and
+best_metrics are the metrics of that checkpoint: they rank the trial. (The last step is always validated and saved.)
+Checkpoints are kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start from.
+
+After an interruption of any kind (Ctrl-C, a kill, a power cut) the same command goes on: it keeps the finished trials
+and resumes the others from their latest checkpoints.
+"""
+
+import argparse
+import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from experiment.runner import main
+from config.experiment import entrypoint_script, read_experiment_config
+from errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from experiment.results import Experiment
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config_file", metavar="CONFIG.yaml", help="the experiment, as for det e create")
+    add("model_def", metavar="MODEL_DEF", nargs="?", default=".", help="folder the entrypoint runs in (default: .)")
+    add(
+        "--config",
+        metavar="key=value",
+        action="append",
+        default=[],
+        help="override a key of the YAML, e.g. --config hyperparameters.training_args.max_steps=10; repeatable",
+    )
+    add(
+        "--output",
+        metavar="DIR",
+        help="default: local_runs/<experiment name>; with --dry-run, the page to write: FILE.html, or"
+        " a folder for its dry_run.html (default: none)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="train nothing, and need no weights: show what would be learned, token by token, what the length limits"
+        " cut, and what the training would cost in steps and memory",
+    )
+    add("--examples", metavar="N", type=int, default=1, help="rows of each source that --dry-run shows (default: 1)")
+    add(
+        "--max-concurrent",
+        metavar="N",
+        type=int,
+        default=1,
+        help="trials at a time (default: 1): each needs memory of its own, and they share cores and GPUs",
+    )
+    return parser.parse_args()
+
+
+def show_dry_run(experiment: "Experiment", trials: list[Any], examples: int, page: Path | None) -> None:
+    """Print the sections of a dry run as they come, and write them to `page`, even if a mistake ends it early."""
+    from experiment.dry_run_output import print_section, write_page
+
+    from experiment.dry_run import dry_run
+    from experiment.runner import console
+
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # of a log file
+    sections = []
+    try:
+        for section in dry_run(experiment, trials, examples):
+            print_section(section, console)
+            sections.append(section)
+    finally:
+        if page and sections:
+            console.print(f"Written to {write_page(sections, experiment.name, page)}", markup=False)
+
+
+@exit_on_user_error
+def main() -> int:
+    """Run the experiment of the command line. Returns 1 if a trial failed."""
+    args = parse_arguments()
+    config = read_experiment_config(args.config_file, args.config)
+    model_def = Path(args.model_def).resolve()
+    script = entrypoint_script(config)[0]
+    if not (model_def / script).is_file():
+        raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
+    if args.examples < 0:
+        raise UserError(f"--examples {args.examples} must be 0 or more")
+    if args.max_concurrent < 1:
+        raise UserError(f"--max-concurrent {args.max_concurrent} must be 1 or more")
+    name = str(config.get("name", Path(args.config_file).stem))
+    folder = Path(args.output or Path("local_runs") / name.replace("/", "_")).resolve()
+
+    # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
+    from experiment.trial_process import start_importing
+
+    if not args.dry_run:
+        start_importing()
+    from experiment.next_steps import next_command
+
+    from experiment.progress import results_table
+    from experiment.runner import LocalExperiment, check_sources, console
+    from storage.locks import only_writer
+    from trial.context import hide_progress_bars_in_logs
+
+    experiment = LocalExperiment(name, config, folder, model_def)
+    hide_progress_bars_in_logs()
+    started_in = Path.cwd()
+    os.chdir(model_def)  # relative paths in the YAML are the script's
+    kind, trials = experiment.parse_trials()
+    if args.dry_run:
+        if kind is None:
+            raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
+        show_dry_run(experiment, trials, args.examples, started_in / args.output if args.output else None)
+        return 0
+    if kind:
+        check_sources(kind, trials)
+    with only_writer(folder):
+        experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
+        failed = experiment.run(args.max_concurrent)
+
+    os.chdir(started_in)
+    console.print(results_table(experiment))
+    winner = experiment.winner()
+    if winner:
+        console.print(winner)
+    console.print(f"Report: {experiment.report_file}", markup=False)
+    command = next_command(experiment)
+    if command:
+        console.print(f"Next: {command}", markup=False)
+    return 1 if failed else 0
+
 
 if __name__ == "__main__":
     try:

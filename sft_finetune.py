@@ -1,29 +1,32 @@
 """Supervised fine-tuning (SFT): from a pre-trained model to one that answers. `det e create sft.yaml .` runs it."""
 
-from trl import SFTTrainer
-
-from chat_format import set_chat_format
 from config.hyperparameters import SFTHyperparameters
-from dataset_utils import load_sft_dataset, tokenize_sft_dataset
 from errors import exit_on_user_error
-from speed.hardware import suit_hardware
 from trial.context import Trial, open_trial
-from trial.det_callback import train_until_preempted
-from trial.models import load_model_and_tokenizer
 
 
 def train(trial: Trial[SFTHyperparameters]) -> None:
+    """Fine-tune the trial's model on its conversations."""
+    # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
+    from trl import SFTTrainer
+
+    from chat_format import set_chat_format
+    from dataset_utils import load_sft_dataset, tokenize_once, tokenize_sft_dataset
+    from speed.hardware import suit_hardware
+    from trial.det_callback import train_until_preempted
+    from trial.models import load_model_and_tokenizer
+
     hparams, args = trial.hparams, trial.hparams.args
 
-    rows = load_sft_dataset(hparams.sources, hparams.split_seed, hparams.streaming)
+    rows = load_sft_dataset(**hparams.loading)
 
     trial.status(f"loading {hparams.model_name}")
     model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
     set_chat_format(model, tokenizer, hparams.added_tokens)
 
     trial.status("preparing the training")
-    dataset = trial.tokenized(tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
-    suit_hardware(trial, model, dataset)
+    dataset = tokenize_once(trial, tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
+    suit_hardware(trial, model, dataset, pairs=False)
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -37,6 +40,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
 
 @exit_on_user_error
 def main() -> None:
+    """Run the trial of this process."""
     with open_trial(SFTHyperparameters, "sft.yaml", __doc__) as trial:
         train(trial)
 

@@ -1,6 +1,6 @@
-# Determined sources this in every container, on every start, before the entrypoint. It installs what requirements.txt
-# asks for and the image lacks, beside two packages that must stay as they are: the image's torch, built for its CUDA,
-# and the determined that the cluster put there, which speaks its master's language. Where all is there it only looks.
+# Determined sources this file in every container, at every start, before the entrypoint. It installs the packages of
+# requirements.txt that the image lacks. Two packages keep their version: the image's torch, which is built for its
+# CUDA, and the determined that the cluster installed, which matches its master. If nothing is missing, pip is not run.
 kept_packages=$(mktemp)
 wanted_packages=$(mktemp)
 python3 - "$kept_packages" "$wanted_packages" <<'PYTHON' || exit 1
@@ -15,7 +15,7 @@ except ImportError:
 
 if sys.version_info < (3, 11):
     found = ".".join(map(str, sys.version_info[:2]))
-    sys.exit(f"startup-hook.sh: the image has Python {found}, and 3.11 or newer is needed; choose another environment.image")
+    sys.exit(f"startup-hook.sh: the image has Python {found}, but 3.11 or newer is needed; choose another environment.image")
 kept, wanted = [], []
 for line in Path("requirements.txt").read_text().splitlines():
     text = line.partition("#")[0].strip()
@@ -28,7 +28,7 @@ for line in Path("requirements.txt").read_text().splitlines():
         found = None
     fits = found is not None and requirement.specifier.contains(found, prereleases=True)
     if requirement.name == "torch" and not fits:
-        sys.exit(f"startup-hook.sh: the image has torch {found}, and {text} is needed; choose another environment.image")
+        sys.exit(f"startup-hook.sh: the image has torch {found}, but {text} is needed; choose another environment.image")
     if requirement.name in ("torch", "determined"):
         kept += [f"{requirement.name}=={found}"] if found else []
     elif not fits:
@@ -37,7 +37,7 @@ for path, lines in zip(sys.argv[1:], (kept, wanted)):
     Path(path).write_text("".join(line + "\n" for line in lines))
 PYTHON
 if [ -s "$wanted_packages" ]; then
-  # pip finds versions for all of them before it installs the first.
+  # In one call, so that pip resolves all versions before it installs anything.
   python3 -m pip install -q --disable-pip-version-check -r "$wanted_packages" -c "$kept_packages" || {
     echo "startup-hook.sh: could not install $(tr '\n' ' ' <"$wanted_packages")(pip says why, above)" >&2
     exit 1

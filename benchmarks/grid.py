@@ -1,11 +1,11 @@
-"""What a grid costs: the tiny example's nine trials against nine times one of them alone, with nothing to reuse.
+"""Measure what a grid costs: the tiny example's nine trials, compared with nine separate runs of one trial.
 
-    make demo                       # once: the base and the SFT checkpoint that the trials start from
+    make demo                       # once: makes the base model and the SFT checkpoint that the trials start from
     python benchmarks/grid.py       # three rounds, a quarter of an hour on two cores
 
-A round is one trial alone, the grid one trial at a time, and the grid three at a time, each a whole command in a folder
-of its own with an empty cache. The table gives medians over the rounds. Reference passes are counted: a trial says
-whether the reference model computed anything for it.
+A round runs one trial alone, then the grid with one trial at a time, then the grid with three at a time. Each is a
+whole command in its own folder with an empty cache. The table shows medians over the rounds. It also counts the
+reference passes: a trial's events say whether the reference model computed log-probs for it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ALONE = ["searcher.name=single", "hyperparameters.dpo_beta=0.05", "hyperparamete
 
 
 def measure(name: str, overrides: list[str], max_concurrent: int, sft: str) -> tuple[float, int, int]:
-    """Seconds that the command takes, trials that it completes, and reference passes that they make."""
+    """Run the grid and return its seconds, the number of completed trials and the number of reference passes."""
     with tempfile.TemporaryDirectory() as scratch:
         storage, output = Path(scratch) / "checkpoints", Path(scratch) / "out"
         storage.mkdir()
@@ -38,15 +38,15 @@ def measure(name: str, overrides: list[str], max_concurrent: int, sft: str) -> t
         subprocess.run(command, cwd=REPO, env=environment, check=True, stdout=subprocess.DEVNULL)
         seconds = time.monotonic() - started
         trials = (output / "trials.jsonl").read_text().count('"state": "COMPLETED"')
-        reports = [json.loads(line) for file in output.glob("trials/*/events.jsonl") for line in file.open()]
-    passes = sum(report.get("status", "").startswith("reference log-probs computed") for report in reports)
+        events = [json.loads(line) for file in output.glob("trials/*/events.jsonl") for line in file.open()]
+    passes = sum(event.get("status", "").startswith("reference log-probs computed") for event in events)
     print(f"{name}: {seconds:.1f} s, {trials} trials, {passes} reference passes", flush=True)
     return seconds, trials, passes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: %(default)s)")
     rounds = parser.parse_args().rounds
     if not SFT.exists():
         sys.exit(f"error: {SFT} is missing; make demo writes it")

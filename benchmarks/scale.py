@@ -1,17 +1,18 @@
-"""How speed and memory of a training grow with its size: a picture, and the slopes in it.
+"""Measure how the speed and memory of a training grow with its size, and draw them with their slopes.
 
     python benchmarks/scale.py --output benchmarks/scale.png      # half an hour on two cores
 
-SFT steps of `throughput.py`'s `small` model, in this project's configuration and in TRL's in float32, each a process of
-its own: with the length of the sequences, with their number in a batch, with the model's size, and on one and two
-processes (data parallel: each has a batch of its own). The slope of tokens/s is the exponent b of a fitted x^b: 0 where
-each token costs the same, -1 where a sequence costs as much as all of its pairs of tokens. That of memory is in bytes a
-token (or a parameter).
+It measures SFT steps of the `small` model of `throughput.py`, in this project's configuration and in TRL's float32
+configuration, each in its own process. Four things vary: the length of the sequences, their number in a batch, the size
+of the model, and the number of processes (data parallel: each process has its own batch). The slope of tokens/s is the
+exponent b of a fitted x^b: 0 if every token costs the same, -1 if the cost of a sequence grows with the square of its
+length. The slope of memory is in bytes per token (or parameter).
 
-    python benchmarks/scale.py --full-run 45      # percent of a card's peak that a training keeps busy
+    python benchmarks/scale.py --full-run 45      # percent of a card's peak FLOP/s that a training reaches
 
-tells instead, and measures nothing, what the published run would take on one and two H100 or H200 cards: sft.yaml's
-60,000 samples once, dpo.yaml's nine trials twice over its pairs, evaluations and the reference pass as well.
+This measures nothing. It computes what the published run would take on one and two H100 or H200 cards: one epoch of
+sft.yaml's 60,000 samples and two epochs of dpo.yaml's pairs for each of its nine trials, with all evaluations and the
+reference pass.
 """
 
 import argparse
@@ -29,12 +30,12 @@ import throughput
 from throughput import REPO
 
 COLOURS = {"ours": "tab:blue", "trl-fp32": "tab:gray", "trl": "tab:brown"}
-PEAK = throughput.PEAK_FLOPS["H100"]  # the H200's, too
-# Mean tokens of a row. Cosmopedia's card counts 25 billion tokens in 30 million texts; its prompts, and the pairs of
-# dpo-mix-7k and truthy-dpo, are means of public samples.
+PEAK = throughput.PEAK_FLOPS["H100"]  # the H200 has the same peak
+# Mean number of tokens in a row. Cosmopedia's card states 25 billion tokens in 30 million texts. The numbers for its
+# prompts and for the pairs of dpo-mix-7k and truthy-dpo are means over public samples.
 TOKENS = {"sft": {"prompt": 43, "completion": 830}, "dpo": {"prompt": 656, "chosen": 352, "rejected": 355}}
 PAIRS = 6750 + 1016
-PANELS: dict[str, list[tuple[float, list[str]]]] = {  # x, and throughput.py's options for it
+PANELS: dict[str, list[tuple[float, list[str]]]] = {  # x, and the options of throughput.py for it
     "tokens a sequence": [(n, ["--length", str(n), "--batch", "1"]) for n in (256, 512, 1024, 2048, 4096)],
     "sequences a batch": [(n, ["--length", "256", "--batch", str(n)]) for n in (1, 2, 4, 8, 16)],
     "parameters": [
@@ -46,16 +47,16 @@ PANELS: dict[str, list[tuple[float, list[str]]]] = {  # x, and throughput.py's o
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="scale.png", help="picture; the numbers go beside it as .json")
-    parser.add_argument("--steps", type=int, default=2, help="counted in a measurement (default: %(default)s)")
+    parser.add_argument("--output", default="scale.png", help="picture; the numbers go to the same path with .json")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps of each run (default: %(default)s)")
     parser.add_argument(
         "--configurations", nargs="+", default=["ours", "trl-fp32"], choices=COLOURS, help="default: ours trl-fp32"
     )
-    parser.add_argument("--full-run", type=float, metavar="PERCENT", help="tell what the published run would take")
+    parser.add_argument("--full-run", type=float, metavar="PERCENT", help="compute what the published run would take")
     args = parser.parse_args()
     if args.full_run is not None:
         if not 1 <= args.full_run <= 100:
-            sys.exit(f"error: --full-run {args.full_run:g} is not in [1, 100] percent")
+            sys.exit(f"error: --full-run {args.full_run:g} must be a percentage from 1 to 100")
         full_run(args.full_run / 100)
         return
     points = [
@@ -64,13 +65,13 @@ def main() -> None:
         for x, options in cases
         for point in measure([*options, "--steps", str(args.steps), "--configurations", *args.configurations])
     ]
-    told = {"machine": throughput.machine(), "slopes": slopes(points, args.configurations), "points": points}
-    Path(args.output).with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-    draw(points, args.configurations, Path(args.output))
+    numbers = {"machine": throughput.machine(), "slopes": fit_slopes(points, args.configurations), "points": points}
+    Path(args.output).with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
+    plot(points, args.configurations, Path(args.output))
 
 
 def measure(options: list[str]) -> list[dict[str, Any]]:
-    """A point for each configuration."""
+    """Measure one point for each configuration; `options` are those of throughput.py."""
     args = throughput.parse_arguments(["--kind", "sft", *options])
     (args.length,) = args.length
     points = []
@@ -91,14 +92,15 @@ def measure(options: list[str]) -> list[dict[str, Any]]:
 
 
 def series(points: list[dict[str, Any]], panel: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, tokens/s and GB."""
+    """Return x, tokens/s and GB of one line of the picture, as arrays of the same length."""
     chosen = [p for p in points if (p["panel"], p["configuration"]) == (panel, name)]
     x = [p["parameters"] if panel == "parameters" else p["x"] for p in chosen]
     return np.array(x), *(np.array([p[key] for p in chosen]) for key in ("tokens_per_second", "peak_gb"))
 
 
-def slopes(points: list[dict[str, Any]], configurations: list[str]) -> list[dict[str, Any]]:
-    told = []
+def fit_slopes(points: list[dict[str, Any]], configurations: list[str]) -> list[dict[str, Any]]:
+    """Fit, print and return the slopes of every line in the picture."""
+    slopes = []
     print("\n| tokens/s and memory with | | exponent of tokens/s | memory |\n|---|---|---|---|")
     for panel in PANELS:
         for name in configurations:
@@ -107,12 +109,13 @@ def slopes(points: list[dict[str, Any]], configurations: list[str]) -> list[dict
             tokens = x * {"tokens a sequence": 1, "sequences a batch": 256}.get(panel, 1)
             size = np.polyfit(tokens, 1e9 * memory, 1)[0]
             unit = {"parameters": "bytes a parameter", "processes": "bytes a process"}.get(panel, "bytes a token")
-            told.append({"panel": panel, "configuration": name, "exponent": exponent, "memory": size, "unit": unit})
+            slopes.append({"panel": panel, "configuration": name, "exponent": exponent, "memory": size, "unit": unit})
             print(f"| {panel} | {name} | {exponent:.2f} | {size:,.0f} {unit} |")
-    return told
+    return slopes
 
 
-def draw(points: list[dict[str, Any]], configurations: list[str], output: Path) -> None:
+def plot(points: list[dict[str, Any]], configurations: list[str], output: Path) -> None:
+    """Write the picture: a column for each panel, tokens/s above memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,8 +141,11 @@ def draw(points: list[dict[str, Any]], configurations: list[str], output: Path) 
 
 
 def full_run(utilisation: float) -> None:
-    """Print hours of the published run, from operations alone: a training takes F a token, an evaluation F / 3 (see
-    `throughput.flops_per_token`), and a pair's prompt is computed once."""
+    """Print the hours of the published run, computed from its floating-point operations.
+
+    Training takes F operations per token and evaluation F / 3 (see `throughput.flops_per_token`). A pair's prompt is
+    computed once. `utilisation` is the share of the peak FLOP/s that is reached.
+    """
     import transformers
 
     from config.experiment import expand_trials, read_experiment_config
@@ -148,10 +154,10 @@ def full_run(utilisation: float) -> None:
     experiments = {kind: expand_trials(read_experiment_config(str(REPO / f"{kind}.yaml"))) for kind in TOKENS}
     rows = {"sft": sum(share["number_of_samples"] for share in experiments["sft"][0]["dataset_subsets"]), "dpo": PAIRS}
     tokens = {kind: sum(lengths.values()) for kind, lengths in TOKENS.items()}
-    learned = {"sft": 1.0, "dpo": 1 - TOKENS["dpo"]["prompt"] / tokens["dpo"]}  # sft.yaml learns the prompts, too
+    learned = {"sft": 1.0, "dpo": 1 - TOKENS["dpo"]["prompt"] / tokens["dpo"]}  # sft.yaml supervises prompts too
 
     print(f"Computed, not measured: Gemma-2B at {utilisation:.0%} of the {PEAK / 1e12:.0f} TFLOP/s of an H100 or H200.")
-    print("Loading and saving are left out; on two cards there are half as many steps, and evaluations.\n")
+    print("Loading and saving are not counted. Two cards take half as many steps, and so half as many evaluations.\n")
     print("| | cards | rows trained on | rows evaluated | hours | card hours |\n|---|---|---|---|---|---|")
     for cards in (1, 2):
         hours = []

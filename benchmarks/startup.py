@@ -1,10 +1,11 @@
-"""Seconds from a command to its first step, by what they go into.
+"""Measure the seconds from a training command to its first step, part by part.
 
     python benchmarks/startup.py sft.yaml          # any experiment, with --config as for local_experiment.py
     python benchmarks/startup.py examples/tiny/sft.yaml --rounds 5
 
-A round is `sft_finetune.py` or `dpo_finetune.py` in a process of its own with an empty cache, ended after one step; the
-table has medians over the rounds. (A trial of a local grid is forked from a process that has done the imports.)
+A round runs `sft_finetune.py` or `dpo_finetune.py` in its own process with an empty cache and ends after one step. The
+table shows medians over the rounds. (The trials of a local grid skip the imports: they are forked from a process that
+has done them.)
 """
 
 import argparse
@@ -22,20 +23,24 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-# What the entrypoints call, by what it is for; the trainer's class is the rest of "trainer".
+# What the entrypoints import when they train, by the part that a call counts as.
 PARTS = {
-    "data": ("load_sft_dataset", "load_dpo_dataset"),
-    "model": ("load_model_and_tokenizer", "set_chat_format", "download_ckpt"),
-    "hardware": ("suit_hardware",),
-    "trainer": ("SFTTrainer", "TokenizedDPOTrainer"),
+    "data": ("dataset_utils.load_sft_dataset", "dataset_utils.load_dpo_dataset"),
+    "model": (
+        *("trial.models.load_model_and_tokenizer", "chat_format.set_chat_format"),
+        "storage.checkpoints.download_ckpt",
+    ),
+    "tokenizing": ("dataset_utils.tokenize_once",),
+    "hardware": ("speed.hardware.suit_hardware",),
+    "trainer": ("trl.SFTTrainer", "speed.tokenized_dpo_trainer.TokenizedDPOTrainer"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="its YAML, without a search")
-    parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE", help="override a key of it")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("experiment", help="YAML of an experiment with a single trial")
+    parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE", help="override a key of the YAML")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: %(default)s)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -62,12 +67,21 @@ def main() -> None:
     print(f"| together | {statistics.median(sum(seconds.values()) for seconds in rounds):.2f} |")
 
 
+def split(name: str) -> tuple[str, str, str]:
+    return name.rpartition(".")
+
+
 def time_start(experiment: Path, started: str, output: str) -> None:
-    """Be the entrypoint of `experiment`, and write down its seconds since `started`."""
+    """Run the entrypoint of `experiment` in this process and write the seconds of each part to the JSON file `output`.
+
+    `started` is the Unix time at which the process was started.
+    """
     entrypoint = json.loads(experiment.read_text())["entrypoint"]
     name = "dpo_finetune" if "dpo_finetune.py" in entrypoint else "sft_finetune"
-    script, seconds = importlib.import_module(name), {"imports": time.time() - float(started)}
-    seconds |= dict.fromkeys(("data", "model", "tokenizing", *list(PARTS)[2:], "first step"), 0.0)
+    script = importlib.import_module(name)
+    homes = {home: importlib.import_module(home) for names in PARTS.values() for home, _, _ in map(split, names)}
+    callback = importlib.import_module("trial.det_callback")
+    seconds = {"imports": time.time() - float(started), **dict.fromkeys((*PARTS, "first step"), 0.0)}
 
     def timed(part: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,12 +94,8 @@ def time_start(experiment: Path, started: str, output: str) -> None:
         return call
 
     for part, names in PARTS.items():
-        for called in names:
-            if hasattr(script, called):
-                setattr(script, called, timed(part, getattr(script, called)))
-    from trial import context as trial
-
-    trial.Trial.tokenized = timed("tokenizing", trial.Trial.tokenized)
+        for home, _, called in map(split, names):
+            setattr(homes[home], called, timed(part, getattr(homes[home], called)))
 
     def train(trainer: Any, trial: Any) -> None:
         began = time.time()
@@ -95,7 +105,7 @@ def time_start(experiment: Path, started: str, output: str) -> None:
         seconds["the rest"] = time.time() - float(started) - known
         Path(output).write_text(json.dumps(seconds))
 
-    script.train_until_preempted = train
+    callback.train_until_preempted = train
     sys.argv = [f"{name}.py", "--config", str(experiment), "--output", str(experiment.parent / "out")]
     script.main()
 

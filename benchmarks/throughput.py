@@ -1,30 +1,30 @@
-"""Tokens per second and memory of this project's training, side by side with TRL's own on the same rows.
+"""Measure tokens per second and memory of this project's training, and of TRL's own on the same rows.
 
     python benchmarks/throughput.py --model small                    # SFT and DPO, a quarter of an hour on two cores
     python benchmarks/throughput.py --model gemma-270m --rounds 3
     python benchmarks/throughput.py --model gemma-2b --length 4096 2048 --batch 2     # on a GPU: SFT and DPO
     python benchmarks/throughput.py --model FOLDER --dataset rows.jsonl --kind sft --json out.json
 
-A measurement is a process of its own, so that its peak of memory is: a training of `--steps` steps after one that is
-not counted. The configurations take turns, round by round, and the table has medians over the rounds.
+Each measurement runs in its own process, which makes its peak memory its own: one warm-up step, then `--steps` measured
+steps. The configurations take turns, round by round. The table shows medians over the rounds.
 
-    ours           sft_finetune.py or dpo_finetune.py, with a YAML that leaves open what it can
-    trl            SFTTrainer and DPOTrainer with their own defaults: bf16 autocast, activation checkpointing, for DPO
-                   a reference model in memory. On a CPU with `use_cpu: true`, without which they refuse to run
+    ours           sft_finetune.py or dpo_finetune.py with a minimal YAML: everything optional keeps its default
+    trl            SFTTrainer and DPOTrainer with their own defaults: bf16 autocast, activation checkpointing, and for
+                   DPO a reference model in memory. On a CPU with `use_cpu: true`, without which they refuse to run
     trl-fp32       the same in float32 and without activation checkpointing
 
-All three train on the same token ids, in the same batches. Models are made with random weights in their true shapes, or
-taken from a folder, with a tokenizer of words in its place. Rows are random words whose numbers follow those of public
-samples (see `LENGTHS`), `--length` tokens each, or taken from `--dataset`, with the folder's own tokenizer.
+All three train on the same token ids in the same batches. The model is either made with random weights in its true
+shape or read from a folder; its tokenizer is replaced by one that makes each word a token. The rows consist of random
+words. Their lengths follow those of public samples (see `LENGTHS`) or are `--length` tokens. With `--dataset` the rows
+come from that file and the folder's own tokenizer is used.
 
-    tokens/s       tokens of the sequences trained on, padding not counted; a pair counts both of its sequences whole
-    supervised/s   those whose log-prob is in the loss
-    padding        the share of positions that the decoder computes for nothing
-    waiting        the share of a step's time before it begins: for its rows
-    MFU            on a GPU: the share of its peak that goes into the model's own floating-point operations,
-                   F tokens/s / peak with F as in `flops_per_token`: nothing for padding, recomputing or reference,
-                   and of a pair's prompts only for those that are computed
-    peak GB        resident memory, or what torch has reserved on a GPU; of several processes together
+    tokens/s       tokens of the sequences trained on, without padding; a pair counts both of its sequences in full
+    supervised/s   tokens whose log-prob is in the loss
+    padding        the share of the decoder's positions that hold padding
+    waiting        the share of a step's time that is spent waiting for its rows
+    MFU            on a GPU: F x tokens/s / peak FLOP/s, with F from `flops_per_token`. Padding, recomputation and the
+                   reference are not counted, and a pair's prompt is counted as often as it is computed
+    peak GB        resident memory, or on a GPU the memory that torch has reserved; the sum over all processes
 """
 
 import argparse
@@ -52,7 +52,7 @@ GEMMA_2B = {
     **{"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8},
     **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192},
 }
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # config class and what differs from its defaults
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # config class and changes to its defaults
     "tiny": (
         "GemmaConfig",
         {
@@ -77,15 +77,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # config class and what diffe
     ),
     "gemma-2b": ("GemmaConfig", GEMMA_2B),
 }
-# Tokens of Gemma's tokenizer in public samples, as (mean, deviation, least, most) of a log-normal distribution: for SFT
-# of Cosmopedia's, for DPO of dpo-mix-7k's and truthy-dpo's, the longest left out.
+# Log-normal distributions (mean, standard deviation, minimum, maximum) of the number of Gemma tokens in public samples:
+# Cosmopedia for SFT, dpo-mix-7k and truthy-dpo for DPO. The longest samples are left out.
 LENGTHS = {
     "sft": {"prompt": (3.67, 0.25, 28, 190), "completion": (4.5, 1.15, 8, 570)},
     "dpo": {"prompt": (5.0, 0.6, 60, 1000), "chosen": (4.8, 1.2, 9, 860), "rejected": (5.5, 0.68, 20, 760)},
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense, by what is in the card's name
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; the key is part of the card's name
 CONFIGURATIONS = ("ours", "trl", "trl-fp32")
-WARM_UP = 1  # step
+WARM_UP = 1  # steps
 
 
 def main() -> None:
@@ -103,22 +103,22 @@ def main() -> None:
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     if {(result["kind"], result["configuration"]) for result in results} < set(product(args.kind, args.configurations)):
-        sys.exit("error: not all could be measured, see above")
+        sys.exit("error: some configurations could not be measured; see above")
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help=f"{', '.join(MODELS)} or a model's folder (default: small)")
     parser.add_argument("--kind", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"], help="default: both")
-    parser.add_argument("--dataset", help="rows to train on, as in a YAML; default: random ones of likely lengths")
+    parser.add_argument("--dataset", help="rows to train on, as in a YAML (default: random words)")
     parser.add_argument(
-        "--length", type=int, nargs="+", help="tokens of every sequence, one for each kind; default: likely lengths"
+        "--length", type=int, nargs="+", help="tokens of every sequence, one number for each kind (default: varied)"
     )
-    parser.add_argument("--batch", type=int, default=4, help="rows a step; for DPO pairs (default: %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="counted in a measurement (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of all configurations (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="of a training (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="rows per batch; for DPO pairs (default: %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each configuration (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each training (default: %(default)s)")
     parser.add_argument(
         "--configurations", nargs="+", default=CONFIGURATIONS, choices=CONFIGURATIONS, help="default: all"
     )
@@ -127,18 +127,18 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="training_args of ours, as in activation_checkpointing=true",
+        help="set a key of training_args in `ours`, as in activation_checkpointing=true",
     )
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, where it is no H100, H200 or A100")
-    parser.add_argument("--json", help="file for all measurements")
+    parser.add_argument("--peak-tflops", type=float, help="bf16 peak of a GPU other than H100, H200 and A100")
+    parser.add_argument("--json", help="write all measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.length and len(args.length) != len(args.kind):
-        sys.exit(f"error: --length: give one for each of {', '.join(args.kind)}, as in --length 4096 2048")
+        sys.exit(f"error: --length: give one number for each of {', '.join(args.kind)}, as in --length 4096 2048")
     if args.model not in MODELS and not Path(args.model, "config.json").is_file():
-        sys.exit(f"error: --model {args.model}: neither one of {', '.join(MODELS)} nor a model's folder")
+        sys.exit(f"error: --model {args.model}: must be one of {', '.join(MODELS)} or a model's folder")
     if args.model in MODELS and args.dataset:
-        sys.exit(f"error: --dataset: {args.model} is made here and has no tokenizer; give --model a model's folder")
+        sys.exit(f"error: --dataset: {args.model} has no real tokenizer; set --model to a model's folder")
     return args
 
 
@@ -158,7 +158,7 @@ def machine() -> dict[str, Any]:
 
 
 def make_model(name: str, folder: Path, own_tokenizer: bool) -> Path:
-    """A model's folder, with a tokenizer to which each word is a token unless it is to keep its `own_tokenizer`."""
+    """Return the folder of the model, with its `own_tokenizer` or with one that makes each word a token."""
     import torch
     import transformers
 
@@ -182,7 +182,7 @@ def make_model(name: str, folder: Path, own_tokenizer: bool) -> Path:
 
 
 def make_tokenizer(size: int) -> Any:
-    """A tokenizer of words w0, w1, ..., each of which is a token, as are the turn markers and a line's end."""
+    """Return a tokenizer in which each of the words w0, w1, ... is one token, as are the turn markers and a newline."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -198,13 +198,13 @@ def make_tokenizer(size: int) -> Any:
 
 
 def make_rows(kind: str, args: argparse.Namespace, path: Path) -> Path:
-    """As many rows as the measured steps take, and those that the entrypoints hold out."""
-    draw = random.Random(0)
-    wanted = args.batch * args.accumulate * args.processes * (args.steps + WARM_UP)
+    """Write random rows to `path`: enough for all steps, and for the 20% that the entrypoints hold out."""
+    rng = random.Random(0)
+    needed = args.batch * args.accumulate * args.processes * (args.steps + WARM_UP)
     with path.open("w") as file:
-        for _ in range(math.ceil(wanted / 0.8) + 1):
+        for _ in range(math.ceil(needed / 0.8) + 1):
             if args.length:
-                # Of the prompt an eighth for SFT and a half for DPO, less what the template adds.
+                # The prompt is an eighth of the sequence in SFT and half of it in DPO, less what the template adds.
                 prompt = args.length // (8 if kind == "sft" else 2)
                 sizes = {"prompt": prompt - 10}
                 sizes |= dict.fromkeys(
@@ -212,17 +212,19 @@ def make_rows(kind: str, args: argparse.Namespace, path: Path) -> Path:
                 )
             else:
                 sizes = {
-                    name: int(min(most, max(least, draw.lognormvariate(mean, deviation))))
-                    for name, (mean, deviation, least, most) in LENGTHS[kind].items()
+                    name: int(min(high, max(low, rng.lognormvariate(mean, deviation))))
+                    for name, (mean, deviation, low, high) in LENGTHS[kind].items()
                 }
-            row = {name: " ".join(f"w{draw.randrange(20000)}" for _ in range(size)) for name, size in sizes.items()}
+            row = {name: " ".join(f"w{rng.randrange(20000)}" for _ in range(size)) for name, size in sizes.items()}
             file.write(json.dumps(row) + "\n")
     return path
 
 
 def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> list[dict[str, Any]]:
-    """Measure the configurations in turns; print the medians; return all measurements. One that fails (it needs more
-    memory than there is, say) is told, and left out."""
+    """Measure the configurations in turns, print the medians and return all measurements.
+
+    A configuration that fails (because it needs too much memory, for example) is printed and left out.
+    """
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in args.configurations}
     for number in range(args.rounds):
         for name in list(measured):
@@ -240,18 +242,18 @@ def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder
         for name, results in measured.items()
     }
     if medians:
-        show(kind, args, medians)
+        print_table(kind, args, medians)
     common = {"kind": kind, "model": args.model, "length": args.length, "batch": args.batch}
     return [{**common, "configuration": name, **result} for name, results in measured.items() for result in results]
 
 
-def show(kind: str, args: argparse.Namespace, medians: dict[str, dict[str, float]]) -> None:
-    """The table, in Markdown; of several TRL configurations the faster one is what ours is compared with."""
+def print_table(kind: str, args: argparse.Namespace, medians: dict[str, dict[str, float]]) -> None:
+    """Print the medians as a Markdown table, and the ratio of ours to the fastest of TRL's configurations."""
     columns = {
         "tokens/s": ("tokens_per_second", "{:.0f}"),
         "supervised/s": ("supervised_per_second", "{:.0f}"),
         "padding": ("padding", "{:.0%}"),
-        "s a step": ("seconds", "{:.2f}"),
+        "s per step": ("seconds", "{:.2f}"),
         "waiting": ("waiting", "{:.1%}"),
         "peak GB": ("peak_gb", "{:.2f}"),
         "reference pass s": ("reference_seconds", "{:.1f}"),
@@ -271,6 +273,10 @@ def show(kind: str, args: argparse.Namespace, medians: dict[str, dict[str, float
 
 
 def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> dict[str, Any]:
+    """Run one measurement in its own process, or processes, and return its result.
+
+    Raises `ChildProcessError` with the end of the output if a process fails.
+    """
     folder.mkdir()
     spec = {
         "configuration": name, "kind": kind, "model": str(model), "rows": str(rows), "folder": str(folder),
@@ -293,28 +299,31 @@ def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: P
     return results[0] | {key: sum(result[key] for result in results) for key in summed}
 
 
-# What follows runs for each measurement in a process of its own, or in several.
+# The rest of this file runs in the process of a measurement, or in each of its processes.
 
 
 def work(spec: dict[str, Any]) -> None:
-    """Run the entrypoint, with a meter on its trainer; for TRL's configurations with TRL's own trainer in its place."""
+    """Run the entrypoint with a meter on its trainer. TRL's configurations replace the trainer by TRL's own."""
     os.chdir(REPO)
-    config = Path(spec["folder"], "experiment.json")  # which is YAML, too
-    config.write_text(json.dumps(experiment(spec)))
+    config = Path(spec["folder"], "experiment.json")  # JSON is YAML too
+    config.write_text(json.dumps(make_experiment(spec)))
     script = importlib.import_module(f"{spec['kind']}_finetune")
+    # The entrypoint imports these when it trains.
+    replaced = {("trial.det_callback", "train_until_preempted"): functools.partial(train, spec)}
     if spec["configuration"] != "ours":
-        script.suit_hardware = lambda *args: None
-        name = "SFTTrainer" if spec["kind"] == "sft" else "TokenizedDPOTrainer"
-        setattr(script, name, functools.partial(trl_trainer, spec))
-    script.train_until_preempted = functools.partial(train, spec)
+        trainers = {"sft": ("trl", "SFTTrainer"), "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer")}
+        replaced[trainers[spec["kind"]]] = functools.partial(trl_trainer, spec)
+        replaced["speed.hardware", "suit_hardware"] = lambda *args, **kwargs: None
+    for (module, name), replacement in replaced.items():
+        setattr(importlib.import_module(module), name, replacement)
     sys.argv = [f"{spec['kind']}_finetune.py", "--config", str(config), "--output", spec["folder"] + "/out"]
     script.main()
 
 
-def experiment(spec: dict[str, Any]) -> dict[str, Any]:
-    """An experiment for the entrypoint that says no more than it must."""
-    given = dict(word.split("=", 1) for word in spec["set"])
-    training_args = settings(spec) | {key: yaml.safe_load(value) for key, value in given.items()}
+def make_experiment(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the smallest experiment config that the entrypoint accepts, with the keys of `--set`."""
+    overrides = dict(word.split("=", 1) for word in spec["set"])
+    training_args = common_training_args(spec) | {key: yaml.safe_load(value) for key, value in overrides.items()}
     hyperparameters = {"model_name": spec["model"], "training_args": training_args}
     if spec["kind"] == "sft":
         hyperparameters |= {"dataset": spec["rows"], "max_seq_length": 8192}
@@ -328,8 +337,8 @@ def experiment(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """The training_args that all configurations have in common."""
+def common_training_args(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the training_args that all configurations have in common."""
     return {
         "max_steps": spec["steps"] + WARM_UP,
         "per_device_train_batch_size": spec["batch"],
@@ -342,9 +351,10 @@ def settings(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """What a user of TRL alone would build, but for the rows, which are tokenized already."""
+    """Return the trainer that a user of TRL alone would build, except that its rows are already tokenized."""
     import torch
     import trl
+    from trl.trainer.sft_trainer import SFTTrainer  # `trl.SFTTrainer` is this function by now
 
     class TokenizedDPOTrainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -354,14 +364,14 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     plain = {"bf16": False, "gradient_checkpointing": False} if spec["configuration"] == "trl-fp32" else {}
     config = config_class(
         output_dir=spec["folder"], report_to="none", disable_tqdm=True, max_length=8192,
-        use_cpu=not torch.cuda.is_available(), **plain, **settings(spec),
+        use_cpu=not torch.cuda.is_available(), **plain, **common_training_args(spec),
     )  # fmt: skip
-    cls = trl.SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
+    cls = SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
     return cls(**{name: value for name, value in kwargs.items() if name != "ref_model"} | {"args": config})
 
 
 def train(spec: dict[str, Any], trainer: Any, trial: Any) -> None:
-    """As `train_until_preempted`, but that nothing is saved or evaluated in the end."""
+    """Train like `train_until_preempted`, but save and evaluate nothing at the end."""
     from trial.det_callback import DetCallback
 
     callback = DetCallback(trial, trainer)
@@ -373,7 +383,7 @@ def train(spec: dict[str, Any], trainer: Any, trial: Any) -> None:
 
 
 class Meter:
-    """Counts what a trainer's steps go through, and writes it down when they are over."""
+    """Counts the tokens, positions and seconds of a trainer's steps, and writes the totals after training."""
 
     def __init__(self, trainer: Any, spec: dict[str, Any]) -> None:
         from transformers import TrainerCallback
@@ -450,20 +460,21 @@ class Meter:
         Path(self.spec["folder"], f"result-{rank}.json").write_text(json.dumps(result))
 
     def flops(self, step: dict[str, float]) -> float:
-        length = self.spec["length"] or 0  # of likely lengths the attention is left out, a few percent
+        length = self.spec["length"] or 0  # without --length, attention (a few percent) is not counted
         share = step["supervised"] / step["tokens"]
-        computed = min(step["tokens"], step["positions"])  # without padding, and a pair's prompt once
+        # No padding, and a pair's prompt as often as it is computed.
+        computed = min(step["tokens"], step["positions"])
         return computed * flops_per_token(self.trainer.model.config, length, share)
 
 
 def flops_per_token(config: Any, length: int, supervised: float) -> float:
-    """Floating-point operations of a training step for each token: forward pass, and twice that for the backward pass.
+    """Return the floating-point operations per token of a training step: the forward pass, and twice that backward.
 
         F = 6 (L (d (2 q + 2 k) + 3 d f) + s d V) + 6 L q n
 
-    L layers of hidden size d, query width q and key width k, gated MLPs of width f, a vocabulary of V of which only the
-    share s of supervised tokens needs the logits; causal attention over sequences of n tokens: n / 2 keys on average,
-    2 operations each for the scores and 2 for the values, in q, times three.
+    The model has L layers with hidden size d, query width q, key width k and gated MLPs of width f. Its vocabulary has
+    V entries, and only the share s of supervised tokens needs logits. Causal attention over a sequence of n tokens sees
+    n / 2 keys on average; each takes 2 q operations for the score and 2 q for the value, times three.
     """
     d, layers, size = config.hidden_size, config.num_hidden_layers, config.head_dim
     q, k = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -472,7 +483,7 @@ def flops_per_token(config: Any, length: int, supervised: float) -> float:
 
 
 def peak_rss() -> int:
-    """Bytes: the most that this process has occupied. (macOS counts in bytes what Linux counts in KiB.)"""
+    """Return the peak resident memory of this process in bytes. (macOS reports bytes, Linux KiB.)"""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

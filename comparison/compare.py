@@ -34,10 +34,11 @@ from comparison.questions import Questions
 from errors import UserError
 from speed.output_layer import fit_fused_head_to_cpu
 from speed.padding_free import remove_padding
-from storage.checkpoints import CLUSTER_SOURCES, cluster_checkpoint, is_model_file, local_checkpoint
+from storage.checkpoints import is_model_file, local_checkpoint
+from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
 from storage.files import append_json_line, read_json_lines
+from storage.fingerprints import fingerprint
 from storage.locks import only_writer
-from storage.shared_cache import fingerprint
 from trial.models import check_source, load_model_and_tokenizer
 
 

@@ -25,7 +25,7 @@ from errors import UserError
 from pages.render import render_page
 from pages.terminal import visible
 from storage.files import write_atomically
-from storage.shared_cache import fingerprint
+from storage.fingerprints import fingerprint
 
 
 class Metric(NamedTuple):

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from chat_format import Message, encode, generation_stops, read_answer
 from comparison.options import Sampling
-from dataset_utils import cut_prompt
+from data.truncation import cut_prompt
 from errors import UserError, one_line
 
 Item = TypeVar("Item")

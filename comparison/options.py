@@ -2,14 +2,14 @@
 
 import argparse
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
 
+from config.validation import KeyPath, dotted, validate
 from errors import UserError, nearest, one_line
 
 DEFAULT_DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")  # dpo.yaml's: their held-out rows are asked
@@ -25,14 +25,6 @@ GROUPS = {
     "files": ("output_file",),
 }
 METAVARS = {"model": "NAME=SOURCE", "chat": "NAME", "reference": "NAME", "prompts": "FILE", "output_file": "FILE"}
-WORDING = {  # pydantic's, and ours
-    "Input should": "must",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    ", unable to parse string as an integer": "",
-    ", unable to parse string as a number": "",
-}
 
 
 def flag(name: str) -> str:
@@ -45,29 +37,23 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _spell(info: ValidationInfo) -> str:
-    """Return the field that is being validated as the user spells it."""
-    return (info.context or flag)(str(info.field_name))
-
-
-def _read_source(value: Any, info: ValidationInfo) -> Any:
+def _read_source(value: Any) -> Any:
     """Read the text of a YAML mapping, `{name: x, split: y}`, which a command line has no other form for."""
     try:
         return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
     except yaml.YAMLError as error:
-        raise UserError(f"{_spell(info)} {value!r}: {one_line(error)}") from error
+        raise UserError(f"{value!r}: {one_line(error)}") from error
 
 
-def _read_models(value: Any, info: ValidationInfo) -> dict[str, Any]:
+def _read_models(value: Any) -> dict[str, Any]:
     """Read a mapping, or a list of mappings and NAME=SOURCE texts; refuse a name that is taken."""
     models: dict[str, Any] = {}
     for part in _as_list(value):
-        argument = f"{_spell(info)} {part!r}"
         for name, source in part.items() if isinstance(part, dict) else [str(part).partition("=")[::2]]:
             if not (name and source):
-                raise UserError(f"{argument} is not NAME=SOURCE")
+                raise UserError(f"{part!r} is not NAME=SOURCE")
             if name in models or name in RESERVED_NAMES:
-                raise UserError(f"{argument}: the name {name!r} is taken")
+                raise UserError(f"{part!r}: the name {name!r} is taken")
             models[name] = source
     return models
 
@@ -156,15 +142,11 @@ class ComparisonOptions(Sampling):
     """.html for the page to vote on; .csv, .jsonl or .md for a table with a row for each question; .json for a program,
     with everything; repeatable"""
 
-    _name_key: Callable[[str], str]
-
-    def model_post_init(self, context: Any) -> None:
-        """Remember how the user spells the name of a field."""
-        self._name_key = context or flag
+    _spell: Callable[[str], str]
 
     def key(self, field: str, *names: str) -> str:
         """Return a field as the user spells it, for a message: `--model sft` or `hyperparameters.model.sft`."""
-        key = self._name_key(field)
+        key = self._spell(field)
         return (" " if key.startswith("-") else ".").join((key, *names))
 
     @property
@@ -172,8 +154,8 @@ class ComparisonOptions(Sampling):
         """The model that rewards are measured against."""
         return self.reference or ("base" if "base" in self.model else next(iter(self.model)))
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def check_together(self) -> None:
+        """Raise `UserError` for options that contradict each other, or could only fail later."""
         key, own = self.key, self.prompt or self.prompts
         if not self.model:
             raise UserError(f"which models? Give {key('model')}, {key('exp_id')} or {key('trial_id')}")
@@ -195,27 +177,20 @@ class ComparisonOptions(Sampling):
             raise UserError(f"{key('number_of_pairs')} needs a {key('dataset')} beside your own questions")
         for path in self.output_file:
             _check_output(Path(path), key("output_file"))
-        return self
 
 
-def validate_options(values: dict[str, Any], strict: bool, name_key: Callable[[str], str]) -> ComparisonOptions:
-    """Return the options that `values` set. `name_key` spells a field's name as the user did.
+def _make_options(values: dict[str, Any], strict: bool, spell: Callable[[str], str]) -> ComparisonOptions:
+    """Return the options that `values` set. `spell` returns a field's name as the user wrote it."""
 
-    Raises `UserError` for the first mistake. With `strict`, text is not a number.
-    """
-    try:
-        return ComparisonOptions.model_validate(values, strict=strict, context=name_key)
-    except ValidationError as errors:
-        error = errors.errors()[0]
-    if error["type"] == "value_error":  # from a check above
-        raise UserError(error["ctx"]["error"])
-    key, value, message = name_key(str(error["loc"][0])), error["input"], error["msg"]
-    if error["type"] == "extra_forbidden":
-        known = map(name_key, (*ComparisonOptions.model_fields, *SHORTHANDS))
-        raise UserError(f"{key}: no such option{nearest(key, known)}")
-    for theirs, ours in WORDING.items():
-        message = message.replace(theirs, ours)
-    raise UserError(f"{key} {repr(value) if strict else shlex.quote(value)} {message}")
+    def name_key(path: KeyPath) -> str:
+        return dotted(spell(str(path[0])), path[1:] if strict else ())
+
+    options: ComparisonOptions = validate(
+        ComparisonOptions, values, "options", strict=strict, name_key=name_key, noun="an option"
+    )
+    options._spell = spell
+    options.check_together()
+    return options
 
 
 def parse_hyperparameters(values: dict[str, Any]) -> ComparisonOptions:
@@ -224,7 +199,7 @@ def parse_hyperparameters(values: dict[str, Any]) -> ComparisonOptions:
     for name, kind in SHORTHANDS.items():
         ids = [f"{kind}:{number}" for number in _as_list(values.pop(name, []))]
         values["model"] = [*_as_list(values.get("model", [])), *(f"{id_}={id_}" for id_ in ids)]
-    return validate_options(values, strict=True, name_key="hyperparameters.{}".format)
+    return _make_options(values, strict=True, spell="hyperparameters.{}".format)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -263,4 +238,4 @@ def parse_command_line(arguments: list[str] | None, description: str | None) -> 
     if unknown:
         option = unknown[0].partition("=")[0]
         raise UserError(f"{option}: no such option{nearest(option, parser._option_string_actions)}")
-    return validate_options(vars(values), strict=False, name_key=flag)
+    return _make_options(vars(values), strict=False, spell=flag)

@@ -15,7 +15,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from chat_format import answer_spans
 from comparison.generation import Answer, batch_by_length
-from dataset_utils import CUT, DROPPED, tokenize_dpo_dataset
+from data.truncation import Truncation
+from dataset_utils import tokenize_dpo_dataset
 
 RESAMPLES = 2000
 BATCH_TOKENS = 8192  # TRL's fused head takes 128 KiB for each on a GPU while it computes
@@ -56,9 +57,9 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     half = max_length // 2
     limits = {"max_length": max_length, "max_prompt_length": half, "max_target_length": half}
     tokenized = tokenize_dpo_dataset(DatasetDict(test=pairs), tokenizer, every_row=True, **limits)["test"]
-    lost = [set(text.splitlines()) for text in tokenized["lost"]]
-    tokenized = tokenized.add_column("fits", [DROPPED.isdisjoint(of) for of in lost])
-    return tokenized.add_column("cut", [not CUT.isdisjoint(of) for of in lost])
+    rows = [list(map(Truncation, names)) for names in tokenized["truncations"]]
+    tokenized = tokenized.add_column("fits", [not any(each.drops_row for each in row) for row in rows])
+    return tokenized.add_column("cut", [any(each.cuts_row for each in row) for row in rows])
 
 
 def batch_pairs(tokenized: Dataset, batch_size: int) -> list[list[int]]:

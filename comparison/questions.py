@@ -7,7 +7,8 @@ from rich.console import Console
 
 from chat_format import Message
 from comparison.options import DEFAULT_DATASETS, ComparisonOptions
-from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource, convert
+from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource
+from config.validation import validate
 from dataset_utils import load_dpo_dataset, load_prompts
 
 # The first four rows that the published inference.py asks (it takes ten, and begins with the second row).
@@ -51,4 +52,4 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
 
 
 def _source(given: str | dict[str, Any], key: str) -> DataSource:
-    return DataSource(given) if isinstance(given, str) else convert(given, DataSource, key)
+    return DataSource(given) if isinstance(given, str) else validate(DataSource, given, key)

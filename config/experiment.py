@@ -3,16 +3,18 @@
 import itertools
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from determined.cli.ntsc import parse_config_overrides
 from determined.common.util import yaml_safe_load
+from pydantic import Field, create_model
 
-from errors import UserError, nearest, one_line
+from config.validation import FORBID_UNKNOWN, Count, KeyPath, dotted, validate
+from errors import UserError, one_line
 
-# Determined's schema of an experiment (schemas/expconf/v0/experiment.json), which its master checks.
+# Determined's schema of an experiment (schemas/expconf/v0/experiment.json): its master checks it, the CLI has no copy.
 EXPERIMENT_KEYS = (
     "bind_mounts", "checkpoint_policy", "checkpoint_storage", "data", "data_layer", "debug", "description",
     "entrypoint", "environment", "hyperparameters", "integrations", "internal", "labels", "log_policies",
@@ -21,27 +23,32 @@ EXPERIMENT_KEYS = (
     "reproducibility", "resources", "retention_policy", "scheduling_unit", "searcher", "security", "slurm",
     "tensorboard_storage", "workspace",
 )  # fmt: skip
-# The keys of each type of hyperparameter, beside `type`.
-SPACE_KEYS = {
-    "const": ("val",),
-    "categorical": ("vals",),
-    "int": ("minval", "maxval", "count"),
-    "double": ("minval", "maxval", "count"),
-    "log": ("minval", "maxval", "base", "count"),
+NEEDED: Any = dict.fromkeys(("hyperparameters", "searcher"), dict)
+EXPERIMENT = create_model(
+    "Experiment", __config__=FORBID_UNKNOWN, **(dict.fromkeys(EXPERIMENT_KEYS, (Any, None)) | NEEDED)
+)
+# The keys of each type of hyperparameter that a search varies, beside `type`.
+RANGE = create_model("Range", __config__=FORBID_UNKNOWN, minval=float, maxval=float, count=(Count | None, None))
+SPACES = {
+    "const": create_model("Const", __config__=FORBID_UNKNOWN, val=Any),
+    "categorical": create_model("Categorical", __config__=FORBID_UNKNOWN, vals=Annotated[list, Field(min_length=1)]),
+    "int": create_model("Int", __base__=RANGE, minval=int, maxval=int),
+    "double": RANGE,
+    "log": create_model("Log", __base__=RANGE, base=float),
 }
 
 
-def read_experiment_config(path: str, overrides: list[str] = ()) -> dict[str, Any]:
-    """The YAML at `path` with `--config key=value` overrides, through the very functions `det e create` calls.
+def read_experiment_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the YAML at `path` with `--config key=value` overrides, read by the functions that `det e create` calls.
 
-    (They read YAML 1.2: `1e-7` is a float, where PyYAML would see text.) Raises `UserError` for a file that is
-    missing or no mapping, and for an override without `=`.
+    They read YAML 1.2: `1e-7` is a float, where PyYAML would see text. Raises `UserError` for a file that is missing
+    or not an experiment, and for an override without `=`.
     """
     try:
         config = yaml_safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from error
-    except Exception as error:  # ruamel's errors share no base class but Exception
+    except Exception as error:  # ruamel's errors have no base class but Exception
         raise UserError(f"config {path}: not YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise UserError(f"config {path}: not a mapping of keys")
@@ -52,17 +59,12 @@ def read_experiment_config(path: str, overrides: list[str] = ()) -> dict[str, An
         config = parse_config_overrides(config, overrides)
     except Exception as error:
         raise UserError(f"--config: {one_line(error)}") from error
-    for key in config:
-        if key not in EXPERIMENT_KEYS:
-            raise UserError(f"config {path}: {key} is no key of an experiment{nearest(key, EXPERIMENT_KEYS)}")
-    for key in ("hyperparameters", "searcher"):
-        if not isinstance(config.get(key), dict):
-            raise UserError(f"config {path}: {key} is missing or no mapping")
+    validate(EXPERIMENT, config, "", name_key=lambda keys: f"config {path}: {keys[0]}", noun="a key of an experiment")
     return config
 
 
 def entrypoint_script(config: dict[str, Any]) -> list[str]:
-    """The script that the config's entrypoint runs, and its arguments, without the launcher before it."""
+    """Return the script that the config's entrypoint runs, and its arguments, without the launcher before it."""
     entrypoint = config.get("entrypoint", "")
     words = entrypoint if isinstance(entrypoint, list) else shlex.split(str(entrypoint))
     for index, word in enumerate(map(str, words)):
@@ -72,7 +74,7 @@ def entrypoint_script(config: dict[str, Any]) -> list[str]:
 
 
 def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The hyperparameters of each trial of a `single` or `grid` search, in the master's order.
+    """Return the hyperparameters of each trial of a `single` or `grid` search, in the master's order.
 
     The master (determined/master/pkg/searcher/grid.go) walks the keys of each level in sorted order, the last one
     fastest. A list is a constant, a mapping with a `type` is a hyperparameter, and one without is a level of its own.
@@ -80,76 +82,56 @@ def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
     searcher = config["searcher"].get("name", "single")
     if searcher not in ("single", "grid"):
         raise UserError(f"searcher.name {searcher!r}: this machine runs single and grid; the others need a cluster")
-    axes = list(_axes(config["hyperparameters"], "hyperparameters"))
-    if searcher == "single":
-        for key, values in axes:
-            if values is None or len(values) > 1:
-                raise UserError(f"{key} is a search space; set searcher.name: grid to try its values")
-    for key, values in axes:
+    axes: dict[KeyPath, list[Any]] = {}
+    for path, values in _axes(config["hyperparameters"]):
+        key = dotted("hyperparameters", path)
+        if searcher == "single" and (values is None or len(values) > 1):
+            raise UserError(f"{key} is a search space; set searcher.name: grid to try its values")
         if values is None:
             raise UserError(f"{key} needs a count for a grid search")
-    return [
-        _assemble(config["hyperparameters"], iter(point))
-        for point in itertools.product(*(values for _, values in axes))
-    ]
+        axes[path] = values
+    points = (dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values()))
+    return [_at_point(config["hyperparameters"], point) for point in points]
 
 
 def varying_hyperparameters(config: dict[str, Any]) -> list[str]:
-    """Dotted names of the hyperparameters that a search varies, as in `training_args.learning_rate`."""
-    axes = _axes(config["hyperparameters"], "hyperparameters")
-    return [key.removeprefix("hyperparameters.") for key, values in axes if values is None or len(values) > 1]
+    """Return dotted names of the hyperparameters that a search varies, as in `training_args.learning_rate`."""
+    axes = _axes(config["hyperparameters"])
+    return [dotted("", path)[1:] for path, values in axes if values is None or len(values) > 1]
 
 
-def _axes(level: dict[str, Any], path: str) -> Iterator[tuple[str, list[Any] | None]]:
+def _axes(level: dict[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, list[Any] | None]]:
+    """The path of each hyperparameter that has a `type`, and its grid points (see `_axis`)."""
     for name in sorted(level):
-        value, key = level[name], f"{path}.{name}"
-        if not isinstance(value, dict):
-            continue
-        if "type" in value:
-            yield key, _axis(value, key)
-        else:
-            yield from _axes(value, key)
+        value, path = level[name], (*above, name)
+        if isinstance(value, dict) and "type" in value:
+            yield path, _axis(value, dotted("hyperparameters", path))
+        elif isinstance(value, dict):
+            yield from _axes(value, path)
 
 
-def _assemble(level: dict[str, Any], point: Iterator[Any]) -> dict[str, Any]:
-    values = {}
-    for name in sorted(level):
-        value = level[name]
-        if isinstance(value, dict):
-            value = next(point) if "type" in value else _assemble(value, point)
-        values[name] = value
-    return {name: values[name] for name in level}
+def _at_point(value: Any, point: dict[KeyPath, Any], path: KeyPath = ()) -> Any:
+    """`value`, which is at `path`, with the values at `point` in place of the hyperparameters that have a `type`."""
+    if path in point:
+        return point[path]
+    return {k: _at_point(v, point, (*path, k)) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
-    """The grid points of one hyperparameter; None where a range has no `count`."""
-    kind = space["type"]
-    if kind not in SPACE_KEYS:
-        raise UserError(f"{key}.type {kind!r} is none of {', '.join(SPACE_KEYS)}")
-    for name in space:
-        if name not in ("type", *SPACE_KEYS[kind]):
-            raise UserError(f"{key}.{name} is no key of a {kind} hyperparameter{nearest(name, SPACE_KEYS[kind])}")
-    try:
-        if kind == "const":
-            return [space["val"]]
-        if kind == "categorical":
-            if not isinstance(space["vals"], list) or not space["vals"]:
-                raise UserError(f"{key}.vals {space['vals']!r} is no list of values")
-            return space["vals"]
-        low, high, count = space["minval"], space["maxval"], space.get("count")
-        base = space["base"] if kind == "log" else None
-    except KeyError as missing:
-        raise UserError(f"{key}: a {kind} hyperparameter needs {missing.args[0]}") from missing
-    for name, value in (("minval", low), ("maxval", high), ("count", count), ("base", base)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"{key}.{name} {value!r} is not a number")
+    """The grid points of one hyperparameter; None for a range without a `count`."""
+    kind = str(space["type"])
+    if kind not in SPACES:
+        raise UserError(f"{key}.type {kind!r} is not one of {', '.join(SPACES)}")
+    given = {name: value for name, value in space.items() if name != "type"}
+    checked = validate(SPACES[kind], given, key, noun=f"a key of a {kind} hyperparameter")
+    if kind in ("const", "categorical"):
+        return checked.vals if kind == "categorical" else [checked.val]
+    low, high, count = checked.minval, checked.maxval, checked.count
     if count is None:
         return None
-    if count < 1:
-        raise UserError(f"{key}.count {count!r} is not at least 1")
     if kind == "int":
         count = min(count, high - low + 1)
     points = [(low + high) / 2] if count == 1 else [low + i * (high - low) / (count - 1) for i in range(count)]
     if kind == "int":
         return [math.floor(abs(point) + 0.5) * (1 if point >= 0 else -1) for point in points]  # as Go's math.Round
-    return [base**point for point in points] if kind == "log" else points
+    return [checked.base**point for point in points] if kind == "log" else points

@@ -1,529 +1,390 @@
-"""What an experiment will learn from, for how long and in how much memory: told before anything is trained.
+"""Show what an experiment will train on, for how long and in how much memory, before anything is trained.
 
     python local_experiment.py sft.yaml --dry-run
     python local_experiment.py dpo.yaml --dry-run --output dpo.html
 
-It goes the way of a training through the same functions, up to the trainer, with a model that has shapes and no
-weights: of a model on the hub it downloads the config and the tokenizer. Trials of a grid that prepare their data alike
-are told together.
+A dry run calls the functions that a training calls, up to the trainer, with a model that has shapes and no weights: of
+a model on the hub it downloads only the config and the tokenizer. Trials of a grid that use the same data share their
+sections. dry_run_output.py shows them.
 """
 
-import copy
 import functools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
-from rich import box
-from rich.console import Console
-from rich.rule import Rule
-from rich.table import Table as RichTable
-from rich.text import Text
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import pack_dataset
+from trl.trainer.dpo_config import DPOConfig
 
 from chat_format import IM_END, IM_START, Message, encode, set_chat_format
 from config.experiment import expand_trials
 from config.hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
-from dataset_utils import (
-    CUT,
-    DROPPED,
-    LIMITS,
-    MANY,
-    load_dpo_dataset,
-    load_sft_dataset,
-    rows_that_lost,
-    tokenize_dpo_dataset,
-    tokenize_sft_dataset,
-)
+from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
 from errors import UserError
+from experiment.dry_run_output import Example, Section, Table, Token
+from experiment.kinds import TrainingKind, kind_of
 from experiment.results import Experiment, short_name
-from pages.render import render_page
-from pages.terminal import visible
-from speed.hardware import cheap_to_recompute, free_memory, wants_checkpointing
-from speed.memory import MemoryEstimate, computed_lengths, estimate_memory, largest_batches, resident
+from pages.terminal import plural, visible
+from speed.hardware import choose_checkpointing, free_memory, resident_memory
+from speed.memory import MemoryEstimate, TrainingSetup, computed_lengths, estimate_memory, largest_batches
 from speed.padding_free import why_padded
 from storage.checkpoints import local_checkpoint
-from storage.files import write_atomically
 from trial.models import load_model_and_tokenizer
 
-PERCENTILES = (5, 50, 95, 99, 100)
-TERMINAL_TOKENS = (160, 60)  # of an example: so many of its first tokens, and of its last
-PAGE_TOKENS = (1200, 300)
-LEGEND = (
-    "As it is trained on. What is coloured (in a terminal also: in ⟦brackets⟧) is learned: its log-prob is in the loss."
-)
-CHECKED_PROMPTS = 200  # this many are rendered once more, the way a server does
-GIGABYTE = 1e9
-CHECKPOINTED = ", activation checkpointing"
+PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
+LENGTH_LIMITS = {  # the YAML's key for each length of a row
+    **{"prompt": "max_prompt_length", "completion": ""},
+    **{"chosen": "max_target_length", "rejected": "max_target_length", "total": "max_length"},
+}
+LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
+CHECKED_PROMPTS = 200  # at most so many are rendered a second time, in the way a server does
+CHECKPOINTING = ", activation checkpointing"
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
 
-
-class Table(NamedTuple):
-    title: str
-    columns: list[str]  # the first holds text, the others numbers; one that ends with a space holds text, too
-    rows: list[list[str]]
-    note: str = ""
-
-
-class Token(NamedTuple):
-    id: int
-    text: str  # with what cannot be seen made visible
-    learned: bool  # supervised: its log-prob is in the loss
-    special: bool
-
-
-class Example(NamedTuple):
-    """A row as it is trained on, or a side of a pair."""
-
-    title: str
-    tokens: list[Token]
-
-    def ends(self, first: int, last: int) -> tuple[list[Token], int, list[Token]]:
-        """Its first and its last tokens, and how many are left out between them."""
-        left_out = max(0, len(self.tokens) - first - last)
-        return (self.tokens[:first], left_out, self.tokens[-last:]) if left_out else (self.tokens, 0, [])
-
-
-Section = Table | Example
+Hyperparameters = SFTHyperparameters | DPOHyperparameters
 
 
 @dataclass
-class Preparation:
-    """The data as some trials are trained on it, and the model without its weights."""
+class TrainingData:
+    """The data that some trials are trained on, and their model without its weights."""
 
-    trial_ids: list[int]
-    hparams: SFTHyperparameters | DPOHyperparameters  # of the first of these trials
-    found: list[tuple[DataSource, int | None, int]]  # of each source: its rows (None: streamed), and those taken
-    rows: DatasetDict  # the conversations
-    tokenized: DatasetDict  # each row of `rows`, dropped ones too
+    kind: TrainingKind
+    hparams: Hyperparameters  # of the first of these trials
+    sources: list[tuple[DataSource, int | None, int]]  # with the rows found (None: streamed) and the rows used
+    conversations: Dataset  # the rows to train on, then those held out
+    tokenized: Dataset  # every row of `conversations`, dropped ones too
+    parts: pd.Series  # of each row: train or test
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def in_pairs(self) -> bool:
-        return isinstance(self.hparams, DPOHyperparameters)
+    @functools.cached_property
+    def rows(self) -> pd.DataFrame:
+        """A line for each row: its source, lengths and truncations, and whether these drop it or only cut it."""
+        ids = [name for name in self.tokenized.column_names if name.endswith("ids") or name == "labels"]
+        rows = self.tokenized.remove_columns(ids).to_pandas()
+        rows["truncations"] = [[Truncation(name) for name in names] for names in rows["truncations"]]
+        rows["dropped"] = [any(truncation.drops_row for truncation in found) for found in rows["truncations"]]
+        rows["cut"] = [any(truncation.cuts_row for truncation in found) for found in rows["truncations"]]
+        rows["cut"] &= ~rows["dropped"]
+        return rows
 
     @functools.cached_property
-    def all(self) -> Dataset:
-        return concatenate_datasets(list(self.tokenized.values()))
+    def remaining_rows(self) -> dict[str, Dataset]:
+        """By part, the tokenized rows that are not dropped."""
+        kept = {part: (self.parts == part) & ~self.rows["dropped"] for part in ("train", "test")}
+        return {part: self.tokenized.select(np.flatnonzero(mask)) for part, mask in kept.items()}
 
     @functools.cached_property
-    def kept(self) -> DatasetDict:
-        """The rows that are trained on and held out."""
-        parts = {}
-        for part, rows in self.tokenized.items():
-            lost = rows["lost"][:]
-            parts[part] = rows.select([n for n, what in enumerate(lost) if not set(what.splitlines()) & DROPPED])
-        return DatasetDict(parts)
-
-    @functools.cached_property
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of each kept row's sequences, by part: (rows, 1) for SFT, (rows, 2) for DPO. Packed, of each pack."""
-        lengths = {}
-        for part, rows in self.kept.items():
-            args = self.hparams.args
-            if not self.in_pairs and args.packing and (part == "train" or args.eval_packing is not False):
-                rows = pack_dataset(
-                    rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy
-                )
-            lengths[part] = computed_lengths(rows, self.in_pairs, padding_free=False)
-        return lengths
+    def lengths(self) -> np.ndarray:
+        """Tokens of the sequences to train on: (rows, 1) for SFT, (packs, 1) if packed, (rows, 2) for DPO."""
+        rows, args = self.remaining_rows["train"], cast(Any, self.hparams.args)
+        if self.hparams.packing:
+            rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
+        return computed_lengths(rows, self.kind.pairs, padding_free=False)
 
     @property
     def padding_free(self) -> bool:
+        """Whether a training computes no padding."""
         return why_padded(self.model, self.hparams.args) is None
 
+    def prompt(self, row: dict[str, Any]) -> list[Message]:
+        """Return the turns of a conversation before the last answer."""
+        return row["prompt"] if self.kind.pairs else row["messages"][:-1]
+
     @functools.cached_property
-    def marker_facts(self) -> dict[str, str]:
+    def chat_facts(self) -> dict[str, str]:
         """How turns begin and end, and whether a server will prompt the model as it was trained."""
-        tokenizer, rows = self.tokenizer, self.rows["train"]
+        tokenizer = self.tokenizer
         sizes = {marker: len(tokenizer(marker, add_special_tokens=False)["input_ids"]) for marker in (IM_START, IM_END)}
-        spelled = [f"{marker} is {counted(size, 'token')}" for marker, size in sizes.items()]
-        prompts = [prompt_of(rows[n], self.in_pairs) for n in range(min(len(rows), CHECKED_PROMPTS))]
-        alike = sum(
+        spelled = [f"{marker} is {plural(size, 'token')}" for marker, size in sizes.items()]
+        checked = self.conversations.select(np.flatnonzero(self.parts == "train")[:CHECKED_PROMPTS])
+        prompts = [self.prompt(row) for row in checked]
+        same = sum(
             encode(tokenizer, prompt)[0]
-            == tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+            == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             for prompt in prompts
         )
         return {
             "turn markers": ", ".join([*spelled, f"EOS is {tokenizer.eos_token}"]),
-            "prompts that a server renders alike": f"{alike} of {len(prompts)} tried",
+            "prompts that a server renders the same": f"{same} of {len(prompts)} checked",
         }
 
 
-def dry_run(
-    experiment: Experiment, trials: list[SFTHyperparameters] | list[DPOHyperparameters], examples: int
-) -> Iterator[Section]:
-    """All there is to tell of an experiment, in order. Raises `UserError` where its training would."""
-    preparations, process = [], 0
-    for preparation in prepare(trials):
-        preparations.append(preparation)
-        process = process or resident()  # with the data of one trial
-        which = "" if len(preparation.trial_ids) == len(trials) else f", trials {listed(preparation.trial_ids)}"
-        yield sources_table(preparation, which)
-        yield losses_table(preparation, which)
-        yield lengths_table(preparation, which)
+def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples: int) -> Iterator[Section]:
+    """Yield the sections in order, with `examples` rows of each source. Raises `UserError` where a training would."""
+    kind = kind_of(experiment.script)
+    assert kind is not None, "the caller has parsed the trials by their kind"
+    slots = max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
+    process, facts, memory = 0, {}, []
+    for trial_ids in group_trials(trials):
+        data = load_data(kind, trials[trial_ids[0] - 1])
+        process = process or resident_memory()  # with the data of one trial
+        which = "" if len(trial_ids) == len(trials) else f", {name_trials(trial_ids)}"
+        yield tabulate_sources(data, which)
+        yield tabulate_truncations(data, which)
+        yield tabulate_lengths(data, which)
         if examples:
-            yield Table(f"Token by token{which}", [], [], LEGEND)
-            yield from first_examples(preparation, examples)
-        for part, rows in preparation.kept.items():
+            yield Table(f"Token by token{which}", pd.DataFrame(), LEGEND)
+            yield from show_examples(data, examples)
+        for part, rows in data.remaining_rows.items():
             if not len(rows):
-                what = next(
-                    w for lost in preparation.tokenized[part]["lost"] for w in lost.splitlines() if w in DROPPED
-                )
-                raise UserError(f"{LIMITS[what]} is too small: no {part} row is left ({what})")
-    yield from training_tables(experiment, preparations, trials)
-    yield memory_table(experiment, preparations, trials, process)
+                truncations = (each for found in data.rows.loc[data.parts == part, "truncations"] for each in found)
+                reason = next(truncation for truncation in truncations if truncation.drops_row)
+                raise UserError(f"{reason.limit} is too small: no {part} row is left ({reason.meaning})")
+        for trial_id in trial_ids:
+            facts[trial_id] = collect_facts(data, trials[trial_id - 1], slots)
+            memory += [(*line, trial_id) for line in estimate_trial(data, trials[trial_id - 1], slots, process)]
+    yield from tabulate_training(experiment, facts)
+    yield tabulate_memory(memory, len(trials))
 
 
-def prepare(trials: list[SFTHyperparameters] | list[DPOHyperparameters]) -> Iterator[Preparation]:
-    """Load and tokenize what the trials ask for, once for those that ask for the same."""
-    alike: dict[str, list[int]] = {}
+def group_trials(trials: Sequence[Hyperparameters]) -> Iterator[list[int]]:
+    """Yield the ids of the trials that use the same data and the same model, together."""
+    groups: dict[str, list[int]] = {}
     for trial_id, hparams in enumerate(trials, start=1):
-        data = (hparams.sources, hparams.split_seed, getattr(hparams, "streaming", False), hparams.tokenizing)
-        model = (start_of(hparams), hparams.model_init_kwargs, hparams.added_tokens)
-        names = ("packing", "packing_strategy", "eval_packing", "max_length")
-        packing = [getattr(hparams.args, name, None) for name in names]
-        alike.setdefault(str((data, model, packing)), []).append(trial_id)
-    for trial_ids in alike.values():
-        hparams = trials[trial_ids[0] - 1]
-        found: list[tuple[DataSource, int | None, int]] = []
-
-        def on_source(*told: Any, found: list = found) -> None:
-            found.append(told)
-
-        if isinstance(hparams, SFTHyperparameters):
-            rows = load_sft_dataset(hparams.sources, hparams.split_seed, hparams.streaming, on_source)
-            tokenize: Callable[..., DatasetDict] = tokenize_sft_dataset
-        else:
-            rows = load_dpo_dataset(hparams.sources, hparams.split_seed, on_source)
-            tokenize = tokenize_dpo_dataset
-        model, tokenizer = load_model_and_tokenizer(start_of(hparams), weights=False, **hparams.model_init_kwargs)
-        set_chat_format(model, tokenizer, hparams.added_tokens)
-        options = {"num_proc": hparams.args.dataset_num_proc, "every_row": True, **hparams.tokenizing}
-        tokenized = tokenize(rows, tokenizer, **options)
-        yield Preparation(trial_ids, hparams, found, rows, tokenized, model, tokenizer)
+        args = cast(Any, hparams.args)
+        packing = (args.packing_strategy, args.max_length) if hparams.packing else None
+        model = (find_model(hparams), hparams.model_init_kwargs, hparams.added_tokens)
+        groups.setdefault(str((hparams.loading, hparams.tokenizing, packing, model)), []).append(trial_id)
+    yield from groups.values()
 
 
-def start_of(hparams: SFTHyperparameters | DPOHyperparameters) -> str:
-    """The folder or the hub id of the model that is trained."""
-    checkpoint = getattr(hparams, "model_ckpt", None)
-    return str(local_checkpoint(checkpoint, "model_ckpt")) if checkpoint else hparams.model_name
+def load_data(kind: TrainingKind, hparams: Hyperparameters) -> TrainingData:
+    """Load and tokenize what the trials are trained on, and their model without its weights."""
+    sources: list[tuple[DataSource, int | None, int]] = []
+    parts = kind.load(**hparams.loading, on_source=lambda *source: sources.append(source))
+    model, tokenizer = load_model_and_tokenizer(find_model(hparams), weights=False, **hparams.model_init_kwargs)
+    set_chat_format(model, tokenizer, hparams.added_tokens)
+    num_proc = hparams.args.dataset_num_proc
+    tokenized = kind.tokenize(parts, tokenizer, num_proc, every_row=True, **hparams.tokenizing)
+    rows, tokens = (concatenate_datasets(list(each.values())) for each in (parts, tokenized))
+    names = pd.Series(list(parts)).repeat([len(each) for each in parts.values()]).reset_index(drop=True)
+    return TrainingData(kind, hparams, sources, rows, tokens, names, model, tokenizer)
 
 
-def sources_table(preparation: Preparation, which: str) -> Table:
-    parts = {part: Counter(rows["source"][:]) for part, rows in preparation.kept.items()}
-    dropped: Counter[str] = Counter()
-    cut: Counter[str] = Counter()
-    for source, lost in zip(preparation.all["source"][:], preparation.all["lost"][:], strict=True):
-        reasons = set(lost.splitlines())
-        dropped[source] += bool(reasons & DROPPED)
-        cut[source] += bool(reasons & CUT) and not reasons & DROPPED
-    rows = []
-    for source, found, taken in preparation.found:
-        asked = f"{100 * source.ratio:g}%" if source.ratio is not None else "all"
-        asked = f"{source.number_of_samples:,}" if source.number_of_samples else asked
-        counts = [
-            taken,
-            dropped[str(source)],
-            cut[str(source)],
-            *(parts[part][str(source)] for part in ("train", "test")),
-        ]
-        rows.append([str(source), asked, "streamed" if found is None else f"{found:,}", *(f"{n:,}" for n in counts)])
-    if len(rows) > 1:
-        totals = [sum(int(row[column].replace(",", "")) for row in rows) for column in range(3, 8)]
-        rows.append(["together", "", "", *(f"{total:,}" for total in totals)])
-    columns = ["source", "asked", "found", "taken", "dropped", "cut", "train", "held out"]
-    return Table(f"Rows{which}", columns, rows)
+def find_model(hparams: Hyperparameters) -> str:
+    """Return the folder or the hub id of the model that is trained."""
+    if hparams.model_ckpt:
+        return str(local_checkpoint(hparams.model_ckpt, "model_ckpt"))
+    return str(hparams.model_name)
 
 
-def losses_table(preparation: Preparation, which: str) -> Table:
-    """What rows lose, with the first of them."""
-    rows = concatenate_datasets(list(preparation.rows.values()))
-    losers = rows_that_lost(preparation.all)
-    told, raised = [], []
-    for what in sorted(losers, key=lambda what: (what not in DROPPED, -len(losers[what]))):
-        first, share = rows[losers[what][0]], len(losers[what]) / len(rows)
-        turns = prompt_of(first, preparation.in_pairs)
-        fate = "dropped: " if what in DROPPED else "cut: " if what in CUT else ""
-        example = f"{first['source']} row {first['row']}: {shortened(turns[-1]['content'], 60)}"
-        told.append([fate + what, f"{len(losers[what]):,}", f"{share:.1%}", example])
-        if what in LIMITS and share > MANY:
-            raised.append(f"{share:.0%} of the rows are {fate.removesuffix(': ')}: raise {LIMITS[what]}.")
-    note = " ".join(raised) if told else "No row is cut or dropped, and every answer says something."
-    return Table(f"What rows lose{which}", ["", "rows", "share", "the first of them "], told, note)
+def tabulate_sources(data: TrainingData, which: str) -> Table:
+    """Return how many rows of each source are found, used, dropped, cut, trained on and held out."""
+    fates = data.rows[["dropped", "cut"]].copy()
+    for part, name in (("train", "train"), ("test", "held out")):
+        fates[name] = (data.parts == part) & ~fates["dropped"]
+    counts = fates.groupby(data.rows["source"]).sum()
+    lines = []
+    for source, found, used in data.sources:
+        share = "all" if source.ratio is None else f"{100 * source.ratio:g}%"
+        requested = f"{source.number_of_samples:,}" if source.number_of_samples else share
+        lines.append([str(source), requested, "streamed" if found is None else f"{found:,}", used])
+    table = pd.DataFrame(lines, columns=["source", "requested", "found", "used"]).join(counts, on="source")
+    if len(table) > 1:
+        total = {"source": "total", "requested": "", "found": "", **table.loc[:, "used":].sum()}
+        table = pd.concat([table, pd.DataFrame([total])])
+    return Table(f"Rows{which}", table)
 
 
-def lengths_table(preparation: Preparation, which: str) -> Table:
-    limits = preparation.hparams.tokenizing
-    if preparation.in_pairs:
-        answer = limits["max_target_length"]
-        bounds = {"prompt": limits["max_prompt_length"], "chosen": answer, "rejected": answer}
-    else:
-        bounds = {"prompt": None, "completion": None}
-    bounds["total"] = limits["max_length"]
-    rows = []
-    for name, limit in bounds.items():
-        lengths = np.array(preparation.all[f"{name}_length"][:])
-        over = "" if limit is None else f"{(lengths > limit).sum():,} ({(lengths > limit).mean():.1%})"
-        percentiles = [f"{np.percentile(lengths, p, method='nearest'):,}" for p in PERCENTILES]
-        rows.append([name, *percentiles, "" if limit is None else f"{limit:,}", over])
-    titles = [f"p{p}" if p < 100 else "longest" for p in PERCENTILES]
-    sft = "A prompt is all that is not the assistant's."
-    note = "A pair's total is its prompt and the longer answer." if preparation.in_pairs else sft
-    note += " p95: 95 rows of a hundred are no longer."
-    return Table(f"Tokens a row, before any is cut{which}", ["", *titles, "limit", "over it"], rows, note)
+def tabulate_truncations(data: TrainingData, which: str) -> Table:
+    """Return what the length limits take from how many rows, with the first of them."""
+    found = rows_by_truncation(data.tokenized)
+    lines, advice = [], []
+    for truncation in sorted(found, key=lambda truncation: (not truncation.drops_row, -len(found[truncation]))):
+        first, share = data.conversations[found[truncation][0]], len(found[truncation]) / len(data.rows)
+        effect = "dropped" if truncation.drops_row else "cut" if truncation.cuts_row else ""
+        example = f"{first['source']} row {first['row']}: {shorten(data.prompt(first)[-1]['content'], 60)}"
+        meaning = f"{effect}: {truncation.meaning}" if effect else truncation.meaning
+        lines.append([meaning, len(found[truncation]), f"{share:.1%}", example])
+        if truncation.limit and share > SHARE_TO_WARN:
+            advice.append(f"{share:.0%} of the rows are {effect}: raise {truncation.limit}.")
+    note = " ".join(advice) if lines else "No row is cut or dropped, and every answer has text."
+    table = pd.DataFrame(lines, columns=["", "rows", "share", "first example"])
+    return Table(f"Truncated rows{which}", table, note, text_columns=["first example"])
 
 
-def first_examples(preparation: Preparation, count: int) -> Iterator[Example]:
-    """The first rows of each source that are trained on, the pairs as two."""
-    rows = preparation.kept["train"]
-    places = sorted(zip(rows["source"][:], rows["row"][:], range(len(rows)), strict=True))
-    order = {str(source): position for position, (source, _, _) in enumerate(preparation.found)}
-    shown: Counter[str] = Counter()
-    for source, number, index in sorted(places, key=lambda place: order[place[0]]):
-        shown[source] += 1
-        if shown[source] > count:
-            continue
-        row, title = rows[index], f"{source} row {number}"
-        if preparation.in_pairs:
+def tabulate_lengths(data: TrainingData, which: str) -> Table:
+    """Return percentiles of the rows' lengths, and how many are over the limits."""
+    limits, columns = data.hparams.tokenizing, data.rows.columns
+    bounds = {name: limits.get(limit) for name, limit in LENGTH_LIMITS.items() if f"{name}_length" in columns}
+    lengths = pd.DataFrame({name: data.rows[f"{name}_length"] for name in bounds})
+    table = lengths.quantile(list(PERCENTILES.values()), interpolation="nearest").T.set_axis(list(PERCENTILES), axis=1)
+    table["limit"] = ["" if limit is None else f"{limit:,}" for limit in bounds.values()]
+    over = {name: lengths[name] > limit for name, limit in bounds.items() if limit is not None}
+    table["over limit"] = pd.Series({name: f"{long.sum():,} ({long.mean():.1%})" for name, long in over.items()})
+    sft = "The prompt is everything that is not the assistant's."
+    note = "A pair's total is its prompt and the longer answer." if data.kind.pairs else sft
+    note += " p95: 95% of the rows are no longer than this."
+    table = table.fillna("").rename_axis("").reset_index()
+    return Table(f"Tokens per row before truncation{which}", table, note)
+
+
+def show_examples(data: TrainingData, count: int) -> Iterator[Example]:
+    """Yield the first rows of each source that are trained on; a pair as two examples."""
+    rows = data.remaining_rows["train"]
+    order = [str(source) for source, _, _ in data.sources]
+    places = pd.DataFrame({"source": pd.Categorical(rows["source"][:], order), "row": rows["row"][:]})
+    first = places.sort_values(["source", "row"], kind="stable").groupby("source", observed=True).head(count)
+    for index in first.index:
+        row = rows[int(index)]
+        title = f"{row['source']} row {row['row']}"
+        if data.kind.pairs:
             for side in ("chosen", "rejected"):
-                ids = row["prompt_ids"] + row[f"{side}_ids"]
-                learned = [False] * len(row["prompt_ids"]) + [True] * len(row[f"{side}_ids"])
-                yield Example(f"{title}, {side}", show_tokens(preparation.tokenizer, ids, learned))
+                prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
+                supervised = [False] * len(prompt) + [True] * len(answer)
+                yield Example(f"{title}, {side}", make_tokens(data.tokenizer, prompt + answer, supervised))
         else:
-            learned = [label != -100 for label in row["labels"]]
-            yield Example(title, show_tokens(preparation.tokenizer, row["input_ids"], learned))
+            supervised = [label != -100 for label in row["labels"]]
+            yield Example(title, make_tokens(data.tokenizer, row["input_ids"], supervised))
 
 
-def show_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool]) -> list[Token]:
+def make_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], supervised: list[bool]) -> list[Token]:
+    """Return the tokens with their texts, as they are shown."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     tokens = []
-    for token_id, raw, is_learned in zip(ids, tokenizer.convert_ids_to_tokens(ids), learned, strict=True):
-        text = tokenizer.decode([token_id])
+    for token_id, raw, in_loss in zip(ids, tokenizer.convert_ids_to_tokens(ids), supervised, strict=True):
+        text = cast(str, tokenizer.decode([token_id]))
         if not text or "\N{REPLACEMENT CHARACTER}" in text:  # a part of a character
             text = raw
-        elif raw[0] in "▁Ġ" and text[0] != " ":  # some decoders strip what they think opens the text
+        elif raw[0] in "▁Ġ" and text[0] != " ":  # some decoders strip the space from what they take for a beginning
             text = " " + text
-        tokens.append(Token(token_id, visible(text), is_learned, token_id in special))
+        tokens.append(Token(token_id, visible(text), in_loss, token_id in special))
     return tokens
 
 
-def training_tables(
-    experiment: Experiment, preparations: list[Preparation], trials: list[SFTHyperparameters] | list[DPOHyperparameters]
-) -> list[Table]:
-    """What a trial goes through: what all have in common in one table, where they differ in another."""
-    facts: dict[int, dict[str, str]] = {}
-    for preparation in preparations:
-        for trial_id in preparation.trial_ids:
-            facts[trial_id] = trial_facts(experiment, preparation, trials[trial_id - 1])
-    names = list(dict.fromkeys(name for fact in facts.values() for name in fact))
-    common = [name for name in names if len({fact.get(name) for fact in facts.values()}) == 1]
-    tables = []
+def tabulate_training(experiment: Experiment, facts_of: dict[int, dict[str, str]]) -> Iterator[Table]:
+    """Yield the facts by trial id: in one table what differs between the trials, in another what they share."""
+    facts = pd.DataFrame.from_dict(facts_of, orient="index").fillna("").sort_index()
+    common = facts.columns[facts.nunique() == 1]
     if len(facts) > 1:
-        searched = [short_name(name) for name in experiment.varying]
-        differing = [name for name in names if name not in common]
-        planned = expand_trials(experiment.config)
-        rows = [
+        searched = pd.DataFrame(
             [
-                str(n),
-                *(experiment.value(planned[n - 1], name) for name in experiment.varying),
-                *(fact.get(name, "") for name in differing),
-            ]
-            for n, fact in sorted(facts.items())
-        ]
-        tables.append(Table(f"The {len(facts)} trials", ["trial", *searched, *differing], rows))
-    title = "Training" if len(facts) == 1 else "Training, every trial"
-    return [*tables, Table(title, ["", " "], [[name, facts[1][name]] for name in common])]
+                [experiment.value(hparams, name) for name in experiment.varying]
+                for hparams in expand_trials(experiment.config)
+            ],
+            columns=[short_name(name) for name in experiment.varying],
+            index=facts.index,
+        )
+        table = pd.concat([searched, facts.drop(columns=common)], axis=1).rename_axis("trial").reset_index()
+        yield Table(f"The {len(facts)} trials", table)
+    shared = facts.loc[1, common].rename(" ").rename_axis("").reset_index()
+    yield Table("Training" if len(facts) == 1 else "Training, all trials", shared, text_columns=[" "])
 
 
-def trial_facts(
-    experiment: Experiment, preparation: Preparation, hparams: SFTHyperparameters | DPOHyperparameters
-) -> dict[str, str]:
-    args, slots, lengths = hparams.args, slots_of(experiment), preparation.lengths["train"]
+def collect_facts(data: TrainingData, hparams: Hyperparameters, slots: int) -> dict[str, str]:
+    """Return what a trial's training consists of, by name, as it is shown."""
+    args, lengths = hparams.args, data.lengths
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    unit = "pairs" if preparation.in_pairs else "packs of rows" if args.packing else "rows"
-    times = f"{batch} a batch, {accumulated} batches" + (f", {slots} slots" if slots > 1 else "")
-    epoch, total = steps(args, len(lengths), slots)
-    told = {"model": f"{start_of(hparams)}, {count_parameters(preparation.model):,} parameters"}
-    if isinstance(hparams, DPOHyperparameters) and not hparams.model_ckpt:
-        told["with a model_ckpt"] = "the SFT model's tokens take the place of this one's: lengths and cuts may differ"
-    told |= preparation.marker_facts
-    told[f"{unit} a step"] = f"{batch * accumulated * slots:,}" + (f" ({times})" if accumulated * slots > 1 else "")
-    told["steps"] = f"{total:,} ({epoch:,} an epoch)"
+    unit = "pairs" if data.kind.pairs else "packs of rows" if hparams.packing else "rows"
+    per_step = f"{batch * accumulated * slots:,}"
+    if accumulated * slots > 1:
+        per_step += f" ({batch} per batch, {accumulated} batches" + (f", {slots} slots)" if slots > 1 else ")")
+    epoch, total = count_steps(args, len(lengths), slots)
+    facts = {"model": f"{find_model(hparams)}, {sum(p.numel() for p in data.model.parameters()):,} parameters"}
+    if data.kind.pairs and not hparams.model_ckpt:
+        facts["with a model_ckpt"] = "the SFT model's tokenizer is used instead: lengths and cuts may differ"
+    facts |= data.chat_facts
+    facts[f"{unit} per step"] = per_step
+    facts["steps"] = f"{total:,} ({epoch:,} per epoch)"
     if slots > 1:
-        told["steps with the one process of this machine"] = f"{steps(args, len(lengths), 1)[1]:,}"
-    tokens, learned = int(lengths.sum()), sum(preparation.kept["train"]["learned"][:])
-    told["tokens an epoch"] = f"{tokens:,}, of which learned {learned:,} ({learned / tokens:.1%})"
-    told["padding"] = f"{padding(lengths, args):.1%} of the positions in a batch"
-    if preparation.padding_free and not getattr(args, "packing", False):
-        told["padding"] += " as padded; not computed"
-        if preparation.in_pairs:
-            computed = computed_lengths(preparation.kept["train"], pairs=True, padding_free=True)
-            told["prompts of pairs"] = f"computed once: {1 - computed.sum() / tokens:.1%} of the tokens spared"
-    return told
+        facts["steps with one process, as on this machine"] = f"{count_steps(args, len(lengths), 1)[1]:,}"
+    tokens = int(lengths.sum())
+    supervised = sum(data.remaining_rows["train"]["learned"][:])
+    facts["tokens per epoch"] = f"{tokens:,}, supervised: {supervised:,} ({supervised / tokens:.1%})"
+    packed = hparams.packing or args.padding_free
+    padding = 0.0 if packed else padding_share(lengths, batch, args.seed, int(args.pad_to_multiple_of or 1))
+    facts["padding"] = f"{padding:.1%} of the positions in a batch"
+    if data.padding_free and not hparams.packing:
+        facts["padding"] = f"{padding:.1%} of the positions in a padded batch; not computed"
+        if data.kind.pairs:
+            computed = computed_lengths(data.remaining_rows["train"], pairs=True, padding_free=True)
+            facts["prompts of pairs"] = f"computed once, which saves {1 - computed.sum() / tokens:.1%} of the tokens"
+    return facts
 
 
-def prompt_of(row: dict[str, Any], in_pairs: bool) -> list[Message]:
-    return row["prompt"] if in_pairs else row["messages"][:-1]
-
-
-def slots_of(experiment: Experiment) -> int:
-    return max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
-
-
-def steps(args: Any, sequences: int, devices: int) -> tuple[int, int]:
-    """Optimizer steps of an epoch, and of the training: as transformers' Trainer counts them."""
+def count_steps(args: Any, sequences: int, devices: int) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch and of the training, counted as transformers' Trainer does."""
     whole = math.floor if args.dataloader_drop_last else math.ceil
     batches = whole(sequences / (args.per_device_train_batch_size * devices))
     epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     return epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
 
 
-def padding(lengths: np.ndarray, args: Any) -> float:
-    """The share of padding in batches of rows in random order; `lengths` (rows, sequences of a row), in tokens."""
-    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
-        return 0.0
-    order, batch = np.random.default_rng(args.seed).permutation(len(lengths)), args.per_device_train_batch_size
-    multiple = args.pad_to_multiple_of or 1
-    positions = 0
+def padding_share(lengths: np.ndarray, batch: int, seed: int, multiple: int) -> float:
+    """Return the share of padding in batches of `batch` rows in random order, padded to a multiple of `multiple`.
+
+    `lengths` (rows, sequences of a row) are in tokens.
+    """
+    order, positions = np.random.default_rng(seed).permutation(len(lengths)), 0
     for start in range(0, len(order), batch):
         rows = lengths[order[start : start + batch]]
         positions += rows.size * math.ceil(rows.max() / multiple) * multiple
     return 1 - lengths.sum() / positions
 
 
-def memory_table(
-    experiment: Experiment,
-    preparations: list[Preparation],
-    trials: list[SFTHyperparameters] | list[DPOHyperparameters],
-    process: int,
-) -> Table:
-    """A row for each way of training that the trials take, on this machine and on a slot with a GPU."""
-    held = ("weights", "gradients", "optimizer", "activations", "process", "total")
-    rows: dict[tuple[str, ...], list[int]] = {}
-    for preparation in preparations:
-        for trial_id in preparation.trial_ids:
-            for where, estimate in estimates(experiment, preparation, trials[trial_id - 1], process):
-                told = (where, *(in_gigabytes(getattr(estimate, name)) for name in held))
-                rows.setdefault(told, []).append(trial_id)
-    named = [
-        [where if len(ids) == len(trials) else f"{where}: trial {listed(ids)}", *sizes]
-        for (where, *sizes), ids in rows.items()
+def tabulate_memory(lines: list[tuple[Any, ...]], trials: int) -> Table:
+    """Return the memory of each way of training, with the trials that use it. `lines` end with a trial id."""
+    held = ["weights", "gradients", "optimizer", "activations", "process", "total"]
+    cells = [
+        [where, *(f"{size / 1e9:.2f}" if (size := getattr(estimate, name)) else "" for name in held), trial_id]
+        for where, estimate, trial_id in lines
     ]
-    note = "With a batch of the longest rows; on a GPU, CUDA's own half a gigabyte comes on top. How: memory.py."
-    return Table("Memory at its peak, estimated, in GB", ["", *held], named, note)
+    table = (
+        pd.DataFrame(cells, columns=["", *held, "ids"]).groupby(["", *held], sort=False)["ids"].agg(list).reset_index()
+    )
+    which = ["" if len(ids) == trials else f": {name_trials(ids)}" for ids in table.pop("ids")]
+    table[""] += which
+    note = "For a batch of the longest rows. On a GPU, CUDA itself takes another 0.5 GB. The formula is in memory.py."
+    return Table("Estimated peak memory, in GB", table, note)
 
 
-def estimates(
-    experiment: Experiment,
-    preparation: Preparation,
-    hparams: SFTHyperparameters | DPOHyperparameters,
-    process: int,
+def estimate_trial(
+    data: TrainingData, hparams: Hyperparameters, slots: int, process: int
 ) -> Iterator[tuple[str, MemoryEstimate]]:
-    """For the one process of this machine, and for the experiment's slots as GPUs."""
-    args, slots, given = copy.copy(hparams.args), slots_of(experiment), hparams.training_args
-    model, left_open = preparation.model, hparams.checkpointing is None
-    shapes = largest_batches(args, preparation.kept, preparation.in_pairs, preparation.padding_free)
-    estimate = functools.partial(estimate_memory, model, args, *shapes, process=process)
+    """Yield the way of training and its memory: for one process on this machine, then for the slots as GPUs."""
+    args, pairs = hparams.args, data.kind.pairs
+    shapes = largest_batches(
+        args, data.remaining_rows, packing=hparams.packing, pairs=pairs, padding_free=data.padding_free
+    )
+    reference = pairs and not cast(DPOConfig, args).precompute_ref_log_probs
+    here = TrainingSetup.from_args(args, reference, 1, "cuda" if torch.cuda.is_available() else "cpu")
 
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    told = f"{here.upper()} here"
-    if left_open:
-        args.activation_checkpointing = False
-        needed = estimate(devices=1, device_type=here).total
-        args.activation_checkpointing, _ = wants_checkpointing(model, needed, free_memory(here))
-        told += CHECKPOINTED if args.activation_checkpointing else ""
-    yield told, estimate(devices=1, device_type=here)
+    def estimate(setup: TrainingSetup, checkpointing: bool) -> MemoryEstimate:
+        setup = replace(setup, checkpointing=setup.checkpointing or checkpointing)
+        return estimate_memory(data.model, setup, *shapes, process)
 
-    # `args` are of this machine: on a GPU there would be bf16, and on several FSDP.
-    args.bf16 = given.get("bf16", not args.fp16)
-    args.fsdp = given.get("fsdp") if slots > 1 else None
+    def choose(needed_and_free: Callable[[], tuple[int, int]]) -> bool:
+        return choose_checkpointing(hparams.checkpointing, data.model, needed_and_free).on
+
+    label = CHECKPOINTING if hparams.checkpointing is None else ""  # only what was chosen is named
+    checkpointing = choose(lambda: (estimate(here, False).total, free_memory(here.device_type)))
+    yield f"{here.device_type.upper()} here" + label * checkpointing, estimate(here, checkpointing)
+
+    # `args` are made for this machine: a GPU would use bf16, and several GPUs FSDP.
+    given = hparams.training_args
+    bf16 = given.get("bf16", not args.fp16)
+    dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else None
+    gpu = replace(here, dtype=dtype, fsdp=slots > 1 and bool(given.get("fsdp")), devices=slots, device_type="cuda")
     where = f"each of {slots} GPUs" if slots > 1 else "a GPU"
-    where += f", {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}{', FSDP' if args.fsdp else ''}"
-    if not left_open:
-        yield where, estimate(devices=slots, device_type="cuda")
-        return
-    # Its memory decides, unless the model does.
-    for checkpointed in [True] if cheap_to_recompute(model) else [False, True]:
-        args.activation_checkpointing = checkpointed
-        yield where + (CHECKPOINTED if checkpointed else ""), estimate(devices=slots, device_type="cuda")
+    where += f", {PRECISIONS[dtype]}" + (", FSDP" if gpu.fsdp else "")
+    # The GPU's memory is not known: if it decides, show both choices.
+    for checkpointing in sorted({choose(lambda: (0, 1)), choose(lambda: (1, 0))}):
+        yield where + label * checkpointing, estimate(gpu, checkpointing)
 
 
-def in_gigabytes(size: int) -> str:
-    return f"{size / GIGABYTE:.2f}" if size else ""
+def name_trials(trial_ids: list[int]) -> str:
+    """Return the trials as a phrase: `trial 1`, `trials 1, 3`."""
+    return ("trial " if len(trial_ids) == 1 else "trials ") + ", ".join(map(str, trial_ids))
 
 
-def count_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def listed(trial_ids: list[int]) -> str:
-    return ", ".join(map(str, trial_ids))
-
-
-def counted(count: int, unit: str) -> str:
-    return f"{count:,} {unit}" + ("" if count == 1 else "s")
-
-
-def shortened(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
+    """Return the text on one line, with an ellipsis if it is longer than `length` characters."""
     text = " ".join(visible(text).split())
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def show(section: Section, console: Console) -> None:
-    """Print it: a table, or an example with a dot between two tokens and what is learned in brackets."""
-    console.print()
-    if isinstance(section, Example):
-        console.print(Rule(Text(section.title), align="left", style="dim"))
-        console.print(tokens_text(section))
-        return
-    console.print(Text(section.title, style="bold"))
-    if section.rows:
-        table = RichTable(box=box.SIMPLE_HEAD, show_header=any(column.strip() for column in section.columns))
-        for number, column in enumerate(section.columns):
-            text = number == 0 or column.endswith(" ")
-            table.add_column(column.strip(), justify="left" if text else "right", overflow="fold", no_wrap=not text)
-        for row in section.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-    if section.note:
-        console.print(Text(section.note, style="dim"))
-
-
-def tokens_text(example: Example) -> Text:
-    first, left_out, last = example.ends(*TERMINAL_TOKENS)
-    text, learns = Text(), False
-    for number, token in enumerate([*first, None, *last] if left_out else first):
-        if token is None:
-            text.append(f" … {left_out:,} tokens … ", "italic")
-            continue
-        if token.learned != learns:
-            text.append("⟦" if token.learned else "⟧")
-            learns = token.learned
-        elif number and not text.plain.endswith("\n"):
-            text.append("·", "dim")
-        style = ("green" if token.learned else "") + (" reverse" if token.special else "")
-        text.append(token.text.replace("\n", "⏎\n"), style.strip())
-    text.append("⟧" if learns else "")
-    return text
-
-
-def write(sections: list[Section], name: str, output: Path) -> Path:
-    """The same as a page; a folder gets it as `dry_run.html`."""
-    page = output if output.suffix == ".html" else output / "dry_run.html"
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            page,
-            render_page(Path(__file__).with_name("dry_run.html.jinja"), name, sections=sections, shown=PAGE_TOKENS),
-        )
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from error
-    return page

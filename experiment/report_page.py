@@ -392,12 +392,12 @@ def read_cluster(source: str) -> Experiment:
     from determined.experimental import Determined
     from rich.progress import track
 
-    from storage.checkpoints import cluster_errors_told
+    from storage.cluster_checkpoints import one_line_cluster_errors
 
     number = source.removeprefix("exp:")
     if not number.isdecimal():
         raise UserError(f"{source!r}: after exp: comes the number of the experiment")
-    with cluster_errors_told(source, "experiment"):
+    with one_line_cluster_errors(source, "experiment"):
         found = Determined().get_experiment(int(number))
         experiment = Experiment(found.name or source, found.config)
         experiment.on_cluster = True

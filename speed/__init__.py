@@ -1,1 +1,1 @@
-"""What makes a training fast on the hardware at hand and changes nothing of what is learned."""
+"""Fast training on the hardware at hand, without a change in what is learned."""

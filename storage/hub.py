@@ -4,18 +4,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from datasets.utils import logging as datasets_logging
-from huggingface_hub.utils import logging as hub_logging
-
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` can only be meant as a local path: a hub id is `name` or `owner/name`."""
+    """Return whether `name` can only be a local path: a hub id is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 @contextmanager
 def quiet_lookup() -> Iterator[None]:
-    """Keep the libraries' own words on a failure, and on each retry, from stderr: the caller tells it in one line."""
+    """Keep the libraries' own messages on failures and retries from stderr: the caller says it in one line."""
+    from datasets.utils import logging as datasets_logging  # it takes seconds
+    from huggingface_hub.utils import logging as hub_logging
+
     verbosity, hub_verbosity = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
     datasets_logging.set_verbosity(logging.CRITICAL)
     hub_logging.set_verbosity_error()

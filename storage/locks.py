@@ -1,6 +1,6 @@
-"""Locks between processes of one machine. A lock ends with the process that holds it, however that ends.
+"""Locks between processes of one machine. A lock ends with the process that holds it, however that process ends.
 
-(On the rare file system without locks filelock puts a file in their place, which a killed process leaves behind.)
+(On the rare file system without locks, filelock uses a file in their place. A killed process leaves that file behind.)
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from errors import UserError
 
 
 def open_lock(path: Path) -> FileLock:
-    """The lock whose file is `path`, not yet taken. Raises `UserError` where no file can be made."""
+    """Return the lock whose file is `path`, not yet held. Raises `UserError` where the file cannot be made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -25,8 +25,8 @@ def open_lock(path: Path) -> FileLock:
     return FileLock(path)
 
 
-def taken(lock: FileLock) -> bool:
-    """Take the lock if nobody holds it; whether it is ours now."""
+def try_to_lock(lock: FileLock) -> bool:
+    """Take the lock if no other process holds it. Returns whether this process holds it now."""
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -35,10 +35,10 @@ def taken(lock: FileLock) -> bool:
 
 
 @contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock `path`; `on_wait` is called once if another process must let go of it first."""
+def locked(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock `path`. `on_wait` is called once if another process has to release it first."""
     lock = open_lock(path)
-    if not taken(lock):
+    if not try_to_lock(lock):
         on_wait()
         lock.acquire()
     try:
@@ -51,8 +51,8 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 def only_writer(folder: Path, patience: float = 0) -> Iterator[None]:
     """Be the only process of this user and machine that writes to `folder`.
 
-    The lock is not in it: a run that finds a mistake should leave nothing there, not even the folder. Raises
-    `UserError` if another still writes there after `patience` seconds.
+    The lock's file is elsewhere: a run that finds a mistake should leave nothing there, not even the folder. Raises
+    `UserError` if another process still writes there after `patience` seconds.
     """
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     lock = open_lock(Path(tempfile.gettempdir()) / f"determined-locks-{os.getuid()}" / name)

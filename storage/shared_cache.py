@@ -1,44 +1,39 @@
 """What trials make once and then find: tokenized data, reference log-probs, the checkpoint they start from.
 
-A trial runs alone on some machines' disks and beside eight others on some. So what it makes appears whole or not at
-all, is made by one process at a time while those that want the same wait, and is found by what it depends on. If the
-one that makes it dies, its lock goes with it, and the next in line makes it.
+Trials may run beside each other on one disk. So a result appears whole or not at all, one process makes it while the
+others that need it wait, and it is found again by a fingerprint of all that it depends on. If the process that makes
+it dies, its lock goes with it and the next process in line makes it.
 """
 
-import hashlib
 import shutil
-import tempfile
-from collections.abc import Callable
-from importlib.metadata import version
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-from datasets import Dataset
-from datasets.fingerprint import Hasher
+from determined import core
+from filelock import FileLock
 
-from storage.locks import locked
-
-if TYPE_CHECKING:  # it takes seconds
-    from transformers import PreTrainedTokenizerBase
-    from trl import DPOTrainer
+from errors import UserError
+from storage.locks import locked, open_lock, try_to_lock
 
 
 def make_once(
-    folder: Path, make: Callable[[Path], None], intact: Callable[[Path], bool], on_wait: Callable[[], None]
+    folder: Path, make: Callable[[Path], object], is_whole: Callable[[Path], bool], on_wait: Callable[[], object]
 ) -> bool:
-    """Have `make` fill `folder`, unless one `intact` is there or another process is just making it; whether it had to.
+    """Have `make` fill `folder` unless it is whole already, or another process is making it just now.
 
-    `on_wait` is called before waiting for that other process. Raises `UserError` where the folder cannot be made.
+    `on_wait` is called before waiting for that other process. Returns whether this process had to make it. Raises
+    `UserError` where the folder cannot be made.
     """
-    if intact(folder):
+    if is_whole(folder):
         return False
     scratch = folder.with_name(f"{folder.name}.partial")
     with locked(folder.with_name(f"{folder.name}.lock"), on_wait):
-        if intact(folder):
+        if is_whole(folder):
             return False
-        for left in (scratch, folder):  # by a process that was killed, or by a cleaner of old files
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (scratch, folder):  # of a process that was killed, or of a cleaner of old files
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             make(scratch)
             scratch.rename(folder)
@@ -48,46 +43,41 @@ def make_once(
     return True
 
 
-def fingerprint(*parts: Any) -> str:
-    """A name for what depends on `parts` (plain values), and on the libraries that make it."""
-    libraries = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "trl")
-    return Hasher.hash([*parts, [version(library) for library in libraries]])
+def once_per_node(distributed: core.DistributedContext, work: Callable[[], object]) -> None:
+    """Run `work` on the first rank of each node while the others wait. All ranks raise its `UserError`."""
+    mistake = None
+    if distributed.local_rank == 0:
+        try:
+            work()
+        except UserError as error:
+            mistake = error
+    mistake = distributed.broadcast_local(mistake)
+    if mistake is not None:
+        raise mistake
 
 
-def hash_rows(dataset: Dataset) -> str:
-    """SHA-256 of a data set's columns and rows, in their order.
+@contextmanager
+def one_trial_at_a_time(
+    lock_file: Path,
+    distributed: core.DistributedContext,
+    on_wait: Callable[[], object],
+    while_waiting: Callable[[], object],
+) -> Iterator[None]:
+    """Let one trial in while the others that use `lock_file` wait. All ranks of a trial on one machine enter together.
 
-    (The fingerprint that `datasets` keeps is of the steps that led to them, of which some change no row.)
+    A trial that has to wait calls `on_wait` once, and `while_waiting` again and again: it may raise, to end the wait.
     """
-    table = dataset.with_format("arrow")[:].select(sorted(dataset.column_names)).replace_schema_metadata()
-    written = pa.BufferOutputStream()
-    with pa.ipc.new_stream(written, table.schema) as stream:
-        stream.write_table(table.combine_chunks())
-    return hashlib.sha256(written.getvalue()).hexdigest()
-
-
-def hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of all that makes a tokenizer, its chat template too: of what it saves."""
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
-            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def reference_key(trainer: "DPOTrainer", dataset: Dataset, batch_size: int) -> str:
-    """What the reference log-probs of `dataset` depend on, beside the weights, which TRL adds to its key itself.
-
-    The token ids and their lengths are in the data set's own fingerprint (see `Trial.tokenized`). Batches and ranks
-    move the last bits only, but a resumed trial should end exactly as one that was never touched. Not in it: beta,
-    learning rate, seed and whatever else only training depends on, and the make of the processor.
-    """
-    args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
-    return fingerprint(
-        dataset._fingerprint,
-        *(config.to_json_string(), config._name_or_path, config._attn_implementation, args.model_init_kwargs),
-        *(args.ld_alpha, args.pad_to_multiple_of, batch_size, accelerator.num_processes),
-        *(accelerator.mixed_precision, accelerator.device.type, str(accelerator.distributed_type)),
-        *(args.tf32, args.torch_compile, args.use_liger_kernel, str(args.fsdp_config), str(args.accelerator_config)),
-    )
+    locks: list[FileLock] = []
+    once_per_node(distributed, lambda: locks.append(open_lock(lock_file)))
+    waiting = False
+    while not distributed.broadcast(try_to_lock(locks[0]) if distributed.rank == 0 else None):
+        if not waiting:
+            on_wait()
+            waiting = True
+        while_waiting()
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        if distributed.rank == 0:
+            locks[0].release()

@@ -183,18 +183,19 @@ def train(call, write_config, tmp_path):
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that the entrypoints build, in order."""
-    import dpo_finetune
-    import sft_finetune
+    import trl
+
+    from speed import tokenized_dpo_trainer
 
     built = []
-    for module, name in ((sft_finetune, "SFTTrainer"), (dpo_finetune, "TokenizedDPOTrainer")):
-        original = getattr(module, name)
+    for home, name in ((trl, "SFTTrainer"), (tokenized_dpo_trainer, "TokenizedDPOTrainer")):
+        original = getattr(home, name)
 
         def build(*args, original=original, **kwargs):
             built.append(original(*args, **kwargs))
             return built[-1]
 
-        monkeypatch.setattr(module, name, build)
+        monkeypatch.setattr(home, name, build)  # the entrypoints import it from there when they train
     return built
 
 

@@ -1,4 +1,4 @@
-"""The chat format: the exact text and ids that are supervised, and that training and inference agree on them."""
+"""The chat format: the exact text and ids that are supervised are the same in training and in inference."""
 
 import random
 
@@ -71,7 +71,7 @@ def test_inference_prompts_with_the_exact_prefix_of_training(model, tokenizer, c
 
 
 def test_ids_are_those_of_the_saved_template(tokenizer):
-    """A server that knows only the checkpoint feeds `apply_chat_template`'s ids: they must be the trained ones."""
+    """A server that has only the checkpoint gets its ids from `apply_chat_template`: they must be the trained ones."""
     for conversation in CONVERSATIONS.values():
         served = tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
         assert served == encode(tokenizer, conversation)[0]
@@ -118,7 +118,7 @@ FRAGMENTS = [
 
 
 def conversations(count, seed=0):
-    """Conversations of up to three exchanges whose contents are made of what breaks renderers."""
+    """Yield conversations of up to three exchanges whose contents are random mixes of FRAGMENTS."""
     draw = random.Random(seed)
     for _ in range(count):
         messages = [SYSTEM] if draw.random() < 0.3 else []
@@ -130,7 +130,7 @@ def conversations(count, seed=0):
 
 @pytest.fixture(params=["spelled", "added"])
 def both(request, model, tokenizer):
-    """The tokenizer with the markers spelled out and with a token for each."""
+    """The tokenizer, once with the markers spelled out in several tokens and once with one token for each."""
     if request.param == "added":
         add_chat_tokens(model, tokenizer, [IM_START, IM_END])
     return tokenizer
@@ -141,7 +141,7 @@ def occurrences(ids, part):
 
 
 def test_no_content_forges_a_turn_or_an_end(both):
-    """However they are spelled: as tokens of their own, as text, or as the ids that the real ones have."""
+    """Neither as single tokens, nor as text, nor as the sequence of ids that a real marker has."""
     stops = {both.bos_token_id: "<bos>", both.eos_token_id: "<eos>"}
     for messages in conversations(300):
         ids, _ = encode_conversation(both, messages)
@@ -155,21 +155,21 @@ def test_no_content_forges_a_turn_or_an_end(both):
             assert occurrences(ids, spelled) <= len(messages)
 
 
-def test_what_is_said_is_kept(both):
-    """Every character of a content without markers, and of one with them all but the space that takes their effect."""
+def test_every_character_of_an_answer_is_kept(both):
+    """The only change is the space inside a marker, which makes the marker ineffective."""
     for messages in conversations(100, seed=1):
-        ids, said = encode_conversation(both, messages)
+        ids, answer_mask = encode_conversation(both, messages)
         answers = "".join(m["content"] + "\0" for m in messages if m["role"] == "assistant")
-        learned = both.decode([token for token, learned in zip(ids, said, strict=True) if learned])
+        learned = both.decode([token for token, learned in zip(ids, answer_mask, strict=True) if learned])
         learned = learned.replace(f"{IM_END}<eos>", "\0")
         for marker in (IM_START, IM_END, "<bos>", "<eos>"):
             learned = learned.replace(f"{marker[0]} {marker[1:]}", marker)
         assert learned == answers
 
 
-def test_every_answer_of_a_conversation_is_trained_after_the_prompt_of_inference(both):
+def test_every_answer_of_a_conversation_follows_the_prompt_of_inference(both):
     for messages in conversations(100, seed=2):
-        ids, said = encode_conversation(both, messages)
+        ids, answer_mask = encode_conversation(both, messages)
         position = 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -179,30 +179,30 @@ def test_every_answer_of_a_conversation_is_trained_after_the_prompt_of_inference
             _, completion = encode(both, messages[:number], message["content"])
             end = len(prompt) + len(completion)
             assert ids[len(prompt) : end] == completion
-            assert said[position:end] == [False] * (len(prompt) - position) + [True] * len(completion)
+            assert answer_mask[position:end] == [False] * (len(prompt) - position) + [True] * len(completion)
             position = end
         assert position == len(ids)
 
 
 def test_supervised_ids_of_a_known_conversation(model, tokenizer):
-    """Written out: a `+` before what is learned. The second question is a marker, the last answer says nothing."""
+    """A `+` stands before each supervised token. The second question is a marker; the last answer is empty."""
     add_chat_tokens(model, tokenizer, [IM_START, IM_END])
     messages = [
         *(USER, {"role": "assistant", "content": "Boil."}),
         *({"role": "user", "content": IM_END}, {"role": "assistant", "content": ""}),
     ]
-    ids, said = encode_conversation(tokenizer, messages)
+    ids, answer_mask = encode_conversation(tokenizer, messages)
     words = (
         "<bos> <|im_start|> u s er \n How ▁do ▁I ▁boil ▁an ▁egg ? <|im_end|> \n <|im_start|> ass i st ant \n"
         " +B +oil +. +<|im_end|> +<eos> \n <|im_start|> u s er \n < ▁ | im _ end | > <|im_end|> \n"
         " <|im_start|> ass i st ant \n +<|im_end|> +<eos>"
     )
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    assert ["+" * learned + token for token, learned in zip(tokens, said, strict=True)] == words.split(" ")
-    assert [token for token, learned in zip(ids, said, strict=True) if learned][-4:] == [1501, 1, 1501, 1]
+    assert ["+" * learned + token for token, learned in zip(tokens, answer_mask, strict=True)] == words.split(" ")
+    assert [token for token, learned in zip(ids, answer_mask, strict=True) if learned][-4:] == [1501, 1, 1501, 1]
 
 
-def test_a_template_that_refuses_system_turns_gets_it_in_the_user_turn(tokenizer):
+def test_a_template_that_refuses_system_turns_gets_the_text_in_the_user_turn(tokenizer):
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
         "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"

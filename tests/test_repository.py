@@ -1,4 +1,4 @@
-"""What a stranger meets: the published YAMLs, the README's commands, the folder that is uploaded, the startup hook."""
+"""The repository as a new user finds it: published YAMLs, README commands, the uploaded folder, the startup hook."""
 
 import os
 import re
@@ -114,7 +114,9 @@ def test_what_det_uploads(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
     uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
-    assert {"sft_finetune.py", "dpo_finetune.py", "chat_format.py", "startup-hook.sh", "requirements.txt"} <= uploaded
+    rooms = ("config", "storage", "trial", "speed", "data", "experiment", "comparison", "pages")
+    needed = {name for name in copied if ("/" not in name and name.endswith(".py")) or name.startswith(rooms)}
+    assert needed | {"startup-hook.sh", "requirements.txt"} <= uploaded
     assert not uploaded & set(generated)
     assert not any(name.startswith("tests/") for name in uploaded)
 
@@ -162,7 +164,7 @@ def test_startup_hook_installs_what_is_missing_and_keeps_torch(tmp_path):
     assert hook.stdout.strip() == "done", hook.stderr
     assert [path.name for path in target.iterdir()] == ["something_missing-1.5.dist-info"]
 
-    # One that wants another torch is not to be had: nothing is installed, and the hook says so.
+    # A package that needs another torch cannot be installed: then nothing is, and the hook says so.
     shutil.rmtree(target)
     wheel(tmp_path / "wheels", "torch", "99.0")
     wheel(tmp_path / "wheels", "wants_another", "1.0", "torch>=99")
@@ -180,7 +182,7 @@ def test_startup_hook_refuses_an_image_with_an_old_torch(tmp_path):
     hook = run_hook(REPO, PYTHONPATH=str(tmp_path / "image"))
     assert (hook.returncode, hook.stdout) == (1, "")
     assert hook.stderr == (
-        "startup-hook.sh: the image has torch 2.3.1, and torch>=2.6,<3 is needed; choose another environment.image\n"
+        "startup-hook.sh: the image has torch 2.3.1, but torch>=2.6,<3 is needed; choose another environment.image\n"
     )
 
 

@@ -1,12 +1,13 @@
 """Determined's callback for the Trainer, mended where release 0.38.1 and transformers 5 disagree.
 
-A trial resumes exactly: stopped at any step, in the middle of an evaluation too, or killed at any moment, it ends with
+A trial resumes exactly. Stopped at any step, also in the middle of an evaluation, or killed at any moment, it ends with
 the weights and the logged metrics of one that was never touched (bit for bit where the hardware computes so).
 """
 
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from determined.errors import CheckpointNotFound
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from errors import PassingError, UserError
-from storage.ranks import once_per_node
+from storage.shared_cache import once_per_node
 from trial.context import Trial, TrialStopped
 
 logger = logging.getLogger(__name__)
@@ -34,21 +35,41 @@ def train_until_preempted(trainer: Trainer, trial: Trial) -> None:
         callback.save_after_broken_evaluation()
 
 
-class DetCallback(determined.transformers.DetCallback):
-    """Reports metrics and progress, uploads checkpoints, restores the latest one and heeds preemption.
+@dataclass
+class Pending:
+    """What is still to be done at the current step."""
 
-    It serves off the cluster as well, against the contexts of `trial.py`. After construction
+    save: bool = False  # once the epoch's end has been logged and evaluated
+    evaluation: bool = False  # by the trial's next start, from the checkpoint of this step
+    rng_state: torch.Tensor | None = None  # to be restored after an evaluation
+
+
+class DetCallback(determined.transformers.DetCallback):
+    """Report metrics and progress, upload checkpoints, restore the latest one and heed preemption.
+
+    It also serves off the cluster, with the contexts of `trial/local.py`. After construction
     `args.resume_from_checkpoint` is the folder to resume from, or None: pass it to `trainer.train()`, which does not
     look there itself.
+
+    | at                                | not preempted                        | preempted                           |
+    |-----------------------------------|--------------------------------------|-------------------------------------|
+    | a step within an epoch            | log, evaluate, save: whatever is due | save; a due evaluation is pending   |
+    | the last step of an epoch, or of  | the save is pending until the end of | the same, and a due evaluation is   |
+    | the training                      | the epoch is logged and evaluated    | pending too                         |
+    | a batch of an evaluation          | go on; restore the random state      | break off; save the step unless it  |
+    |                                   | after the last one                   | was saved; evaluation is pending    |
+    | a start from a checkpoint         | evaluate if that is pending, then    | end, with nothing new to save       |
+    |                                   | train on, if steps are left          |                                     |
+
+    A pending evaluation is written into the checkpoint (`log_state_<rank>.json`), and the next start makes it up.
     """
 
-    def __init__(self, trial: Trial, trainer: Trainer) -> None:
+    def __init__(self, trial: Trial, trainer: Any) -> None:
+        # `trainer` is TRL's SFTTrainer or DPOTrainer: its base class has no `_metrics`.
         self.trial, self.trainer = trial, trainer
         self.preempted = False
-        self.save_at_epoch_end = False
-        self.evaluation_due = False  # at the step of the checkpoint, and left to whoever resumes from it
-        self.rng_state: torch.Tensor | None = None  # from before the evaluation at this step
-        # Upstream appends to it for adaptive_asha and has forgotten to make it. This can go once it has not.
+        self.pending = Pending()
+        # Upstream appends to it for adaptive_asha and does not create it. This can go once it does.
         self.required_metrics: list[str] = []
         if trial.on_cluster:
             super().__init__(trial.core_context, trainer.args)
@@ -56,17 +77,16 @@ class DetCallback(determined.transformers.DetCallback):
             # Upstream's constructor raises RuntimeError off the cluster, though its methods work: set what it sets.
             # This can go once it does not.
             TrainerCallback.__init__(self)
-            self.info = SimpleNamespace(task_type="TRIAL", trial=SimpleNamespace(trial_id=trial.trial_id))
+            self.info: Any = SimpleNamespace(task_type="TRIAL", trial=SimpleNamespace(trial_id=trial.trial_id))
             self.searcher_metric, self.time_metric = trial.searcher_metric, None
             self.filter_metrics = self.user_data = None
             self.last_train_metrics = self.last_eval_metrics = self.last_save = -1
             self.last_progress = 0
             self._force_final_save = self._force_final_evaluate = True
             self.load_last_checkpoint(trainer.args)
-        # Upstream looks for the signal only where something is logged, which may be late, and then stops, which may be
-        # without a checkpoint. It is shown what on_step_end saw, so that it keeps to that. This can go once it polls
-        # at every step and saves.
-        self.core_context = SimpleNamespace(
+        # Upstream looks for the signal only where something is logged. That may be late, and it may then stop without
+        # a checkpoint. Here it is shown what on_step_end saw. This can go once it polls at every step and saves.
+        self.core_context: Any = SimpleNamespace(
             train=trial.core_context.train, preempt=SimpleNamespace(should_preempt=lambda: self.preempted)
         )
 
@@ -76,10 +96,10 @@ class DetCallback(determined.transformers.DetCallback):
         Upstream reads `args.overwrite_output_dir`, which transformers 5 has removed (AttributeError), and resumes
         from the highest `checkpoint-N` in `output_dir`, which may be an older run's. This can go once it does neither.
 
-        Raises `UserError` where the storage no longer has it.
+        Raises `UserError` where the storage no longer has the checkpoint.
         """
         args.resume_from_checkpoint = None
-        latest, folder = self.trial.latest_checkpoint, self._resumed_from(args)
+        latest, folder = self.trial.latest_checkpoint, _resumed_from(args)
         if latest is None:
             return
         core_context = self.trial.core_context
@@ -95,33 +115,30 @@ class DetCallback(determined.transformers.DetCallback):
         args.resume_from_checkpoint = str(saved)
         logger.info("resuming from checkpoint %s, %s", latest, saved.name)
 
-    def _resumed_from(self, args: TrainingArguments) -> Path:
-        return Path(args.output_dir) / "resumed_from"
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up what was left to do at the step of the checkpoint."""
+        """Take up what was pending at the step of the checkpoint."""
         if args.resume_from_checkpoint is not None:
             self.last_save = state.global_step
-            args.eval_on_start = False  # this is no start
+            args.eval_on_start = False  # the trial has started before
             self._load_log_state(Path(args.resume_from_checkpoint), args)
-            if self.evaluation_due:
-                # What the Trainer does where an evaluation is due; it has no public method for both.
+            if self.pending.evaluation:
+                # What the Trainer does where an evaluation is due. It has no public method for both.
                 self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
-                self.evaluation_due = False
+                self.pending.evaluation = False
         self.trial.stop_if_preempted()
         if state.global_step >= state.max_steps:
-            # Killed between its last checkpoint and its end. The Trainer (5.23) would train a step more; this can go
+            # Killed between its last checkpoint and its end. The Trainer (5.23) would train a step more. This can go
             # once it does not.
             logger.info("the checkpoint is that of the last step; nothing is left to train")
             raise TrialStopped
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report progress, look for the signal to stop, and keep a checkpoint from being saved before its time.
+        """Report progress, look for the signal to stop, and keep a checkpoint from being saved too early.
 
-        Upstream reports each whole percent only where `max_steps` is set, else each epoch; and the Trainer logs the
-        last steps only if their number divides by `logging_steps`. These parts can go once both do better.
+        Upstream reports each whole percent only where `max_steps` is set, else each epoch. The Trainer logs the last
+        steps only if their number divides by `logging_steps`. These parts can go once both do better.
         """
         percent = 100 * state.global_step // state.max_steps
         if state.is_world_process_zero and percent > self.last_progress:
@@ -132,64 +149,65 @@ class DetCallback(determined.transformers.DetCallback):
         self.preempted = self.trial.should_preempt()
         if self.preempted:
             logger.info("preempted at step %d: saving", state.global_step)
-            self.evaluation_due = control.should_evaluate
+            self.pending.evaluation = control.should_evaluate
             control.should_evaluate = False
             control.should_training_stop = True
-        if control.should_save and (last or self.preempted or state.epoch.is_integer()):
+        if control.should_save and (last or self.preempted or float(state.epoch or 0).is_integer()):
             # The Trainer goes to on_epoch_end next. What it logs and evaluates there belongs into this checkpoint: one
-            # saved now would, if the trial is killed before that, never see it done.
-            control.should_save, self.save_at_epoch_end = False, True
-        self._before_evaluation(control)
-        if args.resume_from_checkpoint is not None:  # all is loaded from it by now
+            # that is saved now would never see it, if the trial is killed in between.
+            control.should_save, self.pending.save = False, True
+        self._remember_rng_state(control)
+        if args.resume_from_checkpoint is not None:  # all of it is loaded by now
             args.resume_from_checkpoint = None
             if self.trial.core_context.distributed.local_rank == 0:
-                shutil.rmtree(self._resumed_from(args), ignore_errors=True)
+                shutil.rmtree(_resumed_from(args), ignore_errors=True)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave evaluations to the trial's next start when preempted, and have upstream see to the last save.
+        """Save what is pending, and leave evaluations to the trial's next start when preempted.
 
-        Upstream is shown the number of steps instead of `args`, by which it tells the end of training just as well:
-        its progress is `epoch / num_train_epochs`, which fractional epochs take above 1, and Core API refuses. This
-        can go once it does not.
+        Upstream is shown the number of steps instead of `args`, and tells the end of training by it just as well. Its
+        progress is `epoch / num_train_epochs`: fractional epochs take it above 1, which Core API refuses. This can go
+        once they do not.
         """
-        control.should_save |= self.save_at_epoch_end
-        self.save_at_epoch_end = False
+        control.should_save |= self.pending.save
+        self.pending.save = False
         if self.preempted:
             last = state.global_step >= state.max_steps
-            if not (last or state.epoch.is_integer()):  # the epoch was cut short: what is due at its end is not yet
+            if not (last or float(state.epoch or 0).is_integer()):  # the epoch was cut short: its end is not due yet
                 control.should_log = control.should_evaluate = False
-            self.evaluation_due |= control.should_evaluate or (last and self.last_eval_metrics < state.global_step)
+            self.pending.evaluation |= control.should_evaluate or (last and self.last_eval_metrics < state.global_step)
             control.should_evaluate = False
-        super().on_epoch_end(SimpleNamespace(max_steps=state.max_steps), state, control, **kwargs)
-        self._before_evaluation(control)
+        steps: Any = SimpleNamespace(max_steps=state.max_steps)
+        super().on_epoch_end(steps, state, control, **kwargs)
+        self._remember_rng_state(control)
 
-    def _before_evaluation(self, control: TrainerControl) -> None:
+    def _remember_rng_state(self, control: TrainerControl) -> None:
         if control.should_evaluate:
-            self.rng_state = torch.get_rng_state()
+            self.pending.rng_state = torch.get_rng_state()
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """Break an evaluation off when preempted; the checkpoint then says that it is still due."""
+        """Break an evaluation off when preempted. The checkpoint then says that it is pending."""
         if self.trial.should_preempt():
             logger.info("preempted during an evaluation")
             raise TrialStopped
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Let an evaluation leave no trace in the random numbers: training goes on the same if it is made up for later.
+        """Restore the random state: training goes on the same whether an evaluation is done now or made up for later.
 
         (A DataLoader draws a seed from the CPU's generator whether it shuffles or not.)
         """
-        if self.rng_state is not None:
-            torch.set_rng_state(self.rng_state)
-            self.rng_state = None
+        if self.pending.rng_state is not None:
+            torch.set_rng_state(self.pending.rng_state)
+            self.pending.rng_state = None
 
     def save_after_broken_evaluation(self) -> None:
         """Save the step at whose end an evaluation was broken off, unless it was saved before."""
         args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
         if state.global_step <= max(self.last_save, 0):
             return
-        self.evaluation_due = True
+        self.pending.evaluation = True
         self.on_evaluate()
         self.trainer._save_checkpoint(self.trainer.model_wrapped, trial=None)
         self.on_save(args, state, control)
@@ -197,12 +215,12 @@ class DetCallback(determined.transformers.DetCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Upload the checkpoint, once every rank has put its part of the logs' state beside it, and keep no copy.
 
-        Upstream has every rank of a node offer every file, and Core API then hashes all of them on each to find them
-        the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all. This can go
-        once upstream does so.
+        Upstream has every rank of a node offer every file, and Core API then hashes all of them on each rank to find
+        them the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all. This can
+        go once upstream does so.
         """
         core_context, name = self.trial.core_context, f"checkpoint-{state.global_step}"
-        folder = Path(args.output_dir) / name
+        folder = Path(args.output_dir or ".") / name
         self._save_log_state(folder, args)
         self.last_save = state.global_step
         core_context.checkpoint.upload(
@@ -215,11 +233,11 @@ class DetCallback(determined.transformers.DetCallback):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _save_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
-        """What the next logged means are made of: the sums since the last log, which the Trainer's checkpoints lack."""
+        """Write the sums since the last log, for the next logged means. The Trainer's checkpoints lack them."""
         trainer = self.trainer
         log_state = {
             "ranks": args.world_size,
-            "evaluation_due": self.evaluation_due,
+            "evaluation_due": self.pending.evaluation,
             "globalstep_last_logged": trainer._globalstep_last_logged,
             "tr_loss": trainer._tr_loss.item(),
             "metrics": dict(trainer._metrics["train"]),
@@ -228,11 +246,13 @@ class DetCallback(determined.transformers.DetCallback):
         _log_state_file(checkpoint, args.process_index).write_text(json.dumps(log_state))
 
     def _load_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
-        # What all ranks must agree on, they all take from the first.
+        # All ranks take from the first what they must agree on.
         log_state = json.loads(_log_state_file(checkpoint, 0).read_text())
-        self.evaluation_due = log_state["evaluation_due"]
+        self.pending.evaluation = log_state["evaluation_due"]
         if log_state["ranks"] != args.world_size:
-            logger.info("resuming on %d ranks what %d have saved: not exactly", args.world_size, log_state["ranks"])
+            logger.info(
+                "resuming on %d ranks what %d ranks have saved: not exactly", args.world_size, log_state["ranks"]
+            )
             return
         log_state, trainer = json.loads(_log_state_file(checkpoint, args.process_index).read_text()), self.trainer
         trainer._globalstep_last_logged = log_state["globalstep_last_logged"]
@@ -250,10 +270,14 @@ class DetCallback(determined.transformers.DetCallback):
     ) -> None:
         """Lend upstream a copy: it removes keys from `logs`, which later callbacks and TrainOutput then miss.
 
-        The closing summary is not reported: it is of this process, which may have resumed, not of the trial.
+        The closing summary is not reported: it is of this process, which may have resumed, and not of the trial.
         """
         if "train_loss" not in (logs or {}):
             super().on_log(args, state, control, logs=dict(logs or {}), **kwargs)
+
+
+def _resumed_from(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".") / "resumed_from"
 
 
 def _log_state_file(checkpoint: Path, rank: int) -> Path:

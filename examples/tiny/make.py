@@ -1,18 +1,20 @@
-"""Make the tiny example: a small pre-trained Gemma and data to align it, offline and in about a minute.
+"""Make the tiny example: a small pre-trained Gemma and the data to align it. Needs no network and about a minute.
 
     python examples/tiny/make.py [FOLDER]
 
-FOLDER (default: local_runs/tiny) receives
+It writes to FOLDER (default: local_runs/tiny)
 
-    base/            a Gemma of 1.4 million parameters with a tokenizer of its own, trained on plain text: it continues
-                     stories and recipes, and knows no chat
-    instructions/    an SFT data set in Cosmopedia's columns (prompt, text), subsets kitchen, home and outdoors; its
-                     answers are of mixed quality, as scraped ones are: some helpful, some curt, some rambling
-    questions/       preference pairs in orca_dpo_pairs' columns (system, question, chosen, rejected)
-    conversations/   preference pairs in dpo-mix-7k's columns (chosen, rejected: whole conversations, some multi-turn)
+    base/            a Gemma of 1.4 million parameters with its own tokenizer, trained on plain text: it continues
+                     stories and articles, and it has never seen a chat
+    instructions/    an SFT data set with Cosmopedia's columns (prompt, text) and the subsets kitchen, home and
+                     outdoors. The quality of its answers is mixed, as in scraped data: helpful, curt or rambling
+    questions/       preference pairs with the columns of orca_dpo_pairs (system, question, chosen, rejected)
+    conversations/   preference pairs with the columns of dpo-mix-7k (chosen, rejected): whole conversations, some of
+                     them multi-turn
 
-All of it is written from `how_to.yaml`: 48 everyday tasks. Each wording of a question about a task is used once, so
-held-out rows ask about known tasks in new words. In the pairs the chosen answer is always the structured, helpful one.
+All of it is generated from `how_to.yaml`, which describes 48 everyday tasks. Each wording of a question about a task is
+used once, so held-out rows ask about known tasks in new words. The chosen answer of a pair is always the structured,
+helpful one.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from transformers import (
 
 HOW_TO = Path(__file__).parent / "how_to.yaml"
 SEED = 7
-BLOCK = 128  # tokens of a pre-training row
+BLOCK = 128  # tokens in a row of the pre-training data
 
 QUESTIONS = [
     "How do I {task}?",
@@ -58,7 +60,7 @@ QUESTIONS = [
     "Is there an easy way to {task}?",
 ]
 SYSTEMS = ["", "", "", "", "", "You are a patient teacher."]
-# What the chosen answer of a task's five pairs is set against.
+# The kind of the rejected answer in each of a task's five pairs.
 REJECTED = ["curt", "rambling", "off the point", "curt", "off the point"]
 NAMES = ["Anna", "Tom", "Maria", "Ben", "Lucy", "Sam"]
 ARTICLES = [
@@ -74,12 +76,14 @@ STORIES = [
 ]
 
 
-def structured(entry: dict[str, Any]) -> str:
+def structured_answer(entry: dict[str, Any]) -> str:
+    """Return the helpful answer: the reason, numbered steps and a tip."""
     first, second, third = entry["steps"]
     return f"{entry['why']} Here is how:\n1. {first}\n2. {second}\n3. {third}\nTip: {entry['tip']}"
 
 
-def rambling(entry: dict[str, Any]) -> str:
+def rambling_answer(entry: dict[str, Any]) -> str:
+    """Return an answer of many words that says nothing."""
     return (
         f"Well, there are many ways to {entry['task']}. Some people do it one way and some do it another way."
         " I have heard a lot about it over the years. It is hard to say which way is best, and it may not matter much."
@@ -87,7 +91,7 @@ def rambling(entry: dict[str, Any]) -> str:
 
 
 def write_texts(tasks: list[dict[str, Any]], rng: random.Random) -> list[str]:
-    """The pre-training text: articles and short stories about every task."""
+    """Return the pre-training texts: articles and short stories about every task."""
     texts = []
     for entry in tasks:
         words = {**entry, "steps": " ".join(entry["steps"])}
@@ -100,16 +104,16 @@ def write_texts(tasks: list[dict[str, Any]], rng: random.Random) -> list[str]:
 
 
 def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each JSON Lines file, by its name without the ending."""
+    """Return the rows of each JSON Lines file. The keys are the files' names without the suffix."""
     files: dict[str, list] = {f"instructions/{subset}": [] for subset in ("kitchen", "home", "outdoors")}
     files |= {"questions/train": [], "conversations/train": []}
     for entry in tasks:
         other = rng.choice([task for task in tasks if task is not entry])
         answers = {
             "curt": entry["curt"],
-            "rambling": rambling(entry),
-            "off the point": structured(other),
-            "structured": structured(entry),
+            "rambling": rambling_answer(entry),
+            "off the point": structured_answer(other),
+            "structured": structured_answer(entry),
         }
         styles = ["curt"] * 4 + ["rambling"] + ["structured"] * 2
         questions = [question.format(**entry) for question in rng.sample(QUESTIONS, len(QUESTIONS))]
@@ -122,11 +126,11 @@ def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str,
                 files["questions/train"].append(row)
                 continue
             turns = [{"role": "user", "content": question}]
-            if number == 4:  # a question before it, answered as an assistant should
+            if number == 4:  # an earlier exchange with a helpful answer makes this one multi-turn
                 earlier = rng.choice(tasks)
                 turns[:0] = [
                     {"role": "user", "content": QUESTIONS[0].format(**earlier)},
-                    {"role": "assistant", "content": structured(earlier)},
+                    {"role": "assistant", "content": structured_answer(earlier)},
                 ]
             sides = {"chosen": chosen, "rejected": rejected}
             row = {side: [*turns, {"role": "assistant", "content": answer}] for side, answer in sides.items()}
@@ -137,7 +141,7 @@ def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str,
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1500) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer of Gemma's kind: spaces are part of the words, and bytes stand in for unknown characters."""
+    """Train a BPE tokenizer like Gemma's: spaces are part of the words, and unknown characters fall back to bytes."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -146,7 +150,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1500) -> PreTrainedToken
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special + bytes_, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    # The bytes are no special tokens, which decoding would skip: only the first four are declared so from here on.
+    # Decoding would skip the bytes if they stayed special tokens, so only the first four tokens remain special.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = state["added_tokens"][: len(special)]
     tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -158,7 +162,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1500) -> PreTrainedToken
 def pre_train(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, epochs: float, hidden_size: int
 ) -> GemmaForCausalLM:
-    """A small Gemma of the architecture of google/gemma-2b, trained from nothing on `texts`."""
+    """Train a small Gemma with the architecture of google/gemma-2b from scratch on `texts`."""
     transformers.set_seed(SEED)
     model = GemmaForCausalLM(
         GemmaConfig(
@@ -177,7 +181,7 @@ def pre_train(
     ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK, BLOCK)]
     args = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # it wants one, though nothing is saved
+        output_dir=tempfile.gettempdir(),  # required, though nothing is saved
         num_train_epochs=epochs,
         per_device_train_batch_size=8,
         learning_rate=2e-3,
@@ -199,9 +203,9 @@ def pre_train(
 
 
 def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
-    """Write the example into `folder`. A folder that is complete already is left as it is."""
+    """Write the example to `folder`, unless the folder is already complete."""
     if (folder / "base" / "config.json").exists():
-        print(f"{folder} is made already")
+        print(f"{folder} already exists")
         return
     by_subset = yaml.safe_load(HOW_TO.read_text(encoding="utf-8"))
     tasks = [{**entry, "subset": subset} for subset, entries in by_subset.items() for entry in entries]
@@ -218,15 +222,17 @@ def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    print("pre-training a tiny Gemma on plain text, about a minute", flush=True)
-    # The tokenizer must know every character of a chat, as a real one would.
-    tokenizer = train_tokenizer([*texts, *(structured(task) for task in tasks), *SYSTEMS, "<|im_start|>assistant\n"])
+    print("pre-training a tiny Gemma on plain text takes about a minute", flush=True)
+    # The tokenizer must know every character of a chat, as a real one does.
+    tokenizer = train_tokenizer(
+        [*texts, *(structured_answer(task) for task in tasks), *SYSTEMS, "<|im_start|>assistant\n"]
+    )
     model = pre_train(texts, tokenizer, epochs, hidden_size)
     partial = folder / "base.partial"
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    partial.rename(folder / "base")  # last, so that an interrupted run is not taken for a complete one
+    partial.rename(folder / "base")  # last, so that an interrupted run does not look complete
     print(
         f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, "
         + ", ".join(f"{len(rows)} rows of {name}" for name, rows in files.items())

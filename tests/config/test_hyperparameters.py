@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from trl.trainer.dpo_config import DPOConfig
 
-from config import hyperparameters
-from config.hyperparameters import DPO_LOSSES, DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from config import training_args
+from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from config.training_args import DPO_LOSSES
 from errors import UserError
 
 SFT = {"model_name": "m", "dataset": "d"}
@@ -46,8 +47,8 @@ def test_trls_own_names_serve_as_well():
         ({"max_seq_length": 9, "training_args": {"max_length": 9}}, "max_seq_length and training_args.max_length"),
         ({"dataset_subsets": [{"subset": "a"}]}, r"dataset_subsets\[0\]: subset 'a'.*this has neither"),
         ({"dataset_subsets": [{"subset": "a", "ratio": 1, "number_of_samples": 1}]}, "this has both"),
-        ({"dataset_subsets": [{"subset": "a", "ratio": 1.5}]}, r"ratio 1.5 is not in \(0, 1\]"),
-        ({"dataset_subsets": [{"subset": "a", "ratio": 0}]}, r"ratio 0 is not in \(0, 1\]"),
+        ({"dataset_subsets": [{"subset": "a", "ratio": 1.5}]}, r"dataset_subsets\[0\].ratio 1.5 is not at most 1"),
+        ({"dataset_subsets": [{"subset": "a", "ratio": 0}]}, r"dataset_subsets\[0\].ratio 0 is not greater than 0"),
         ({"dataset_subsets": [{"subset": "a", "number_of_samples": 0}]}, "number_of_samples 0 is not at least 1"),
         (
             {"dataset_subsets": [{"subset": "a", "rato": 1}]},
@@ -73,10 +74,10 @@ def test_trls_own_names_serve_as_well():
             {"training_args": {"eval_strategy": "sometimes"}},
             "training_args.eval_strategy is 'sometimes', which is not one of no, steps, epoch",
         ),
-        ({"training_args": {"loss_type": "nl"}}, "training_args.loss_type 'nl' is none of nll, dft"),
+        ({"training_args": {"loss_type": "nl"}}, "training_args.loss_type is 'nl', which is not one of nll, dft"),
         ({"training_args": {"do_eval": False}}, "training_args.do_eval has no effect here: set eval_strategy"),
         ({"training_args": {"assistant_only_loss": True}}, "assistant_only_loss has no effect here: set data_collator"),
-        ({"training_args": {"model_init_kwargs": {"dtype": "float33"}}}, "dtype 'float33' is no dtype of torch"),
+        ({"training_args": {"model_init_kwargs": {"dtype": "float33"}}}, "dtype 'float33' is not a dtype of torch"),
         ({"training_args": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "'bfloat16': weights stay float32"),
         ({"training_args": {"model_init_kwargs": '{"dtype": "bfloat16"}'}}, "'bfloat16': weights stay float32"),
     ],
@@ -92,14 +93,14 @@ def test_sft_errors_name_the_key(values, message):
     [
         ({"model_name": None}, "hyperparameters: give model_ckpt"),
         ({"model_ckpt": ""}, None),
-        ({"model_ckpt": "../x"}, "model_ckpt '../x' is no checkpoint UUID"),
-        ({"model_ckpt": UUID + "/.."}, "is no checkpoint UUID"),
+        ({"model_ckpt": "../x"}, "model_ckpt '../x' is not a checkpoint UUID"),
+        ({"model_ckpt": UUID + "/.."}, "is not a checkpoint UUID"),
         ({"datasets": "d"}, "datasets is 'd', which is not a list"),
         ({"datasets": [1]}, r"datasets\[0\] is 1, which is not text"),
         ({"datasets": []}, "datasets is empty"),
         ({"dpo_beta": 0}, "dpo_beta 0 is not greater than 0"),
         ({"dpo_beta": 0.1, "training_args": {"beta": 0.1}}, "dpo_beta and training_args.beta set the same thing"),
-        ({"dpo_loss": "sigmod"}, r"dpo_loss 'sigmod' is none of .* \(did you mean 'sigmoid'\?\)"),
+        ({"dpo_loss": "sigmod"}, r"dpo_loss 'sigmod' is not one of .* \(did you mean 'sigmoid'\?\)"),
         ({"dpo_loss": "kto_pair"}, "dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own"),
         ({"dpo_loss": "cdpo"}, "dpo_loss 'cdpo' needs training_args.label_smoothing"),
         ({"dpo_loss": "exo_pair"}, "dpo_loss 'exo_pair' needs training_args.label_smoothing"),
@@ -148,7 +149,7 @@ def test_cdpo_is_composed_of_trls_losses():
 
 def test_precision_follows_the_hardware(monkeypatch):
     for has_bf16 in (False, True):
-        monkeypatch.setattr("config.hyperparameters.has_bf16", lambda use_cpu, has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr("config.training_args.has_bf16", lambda use_cpu, has_bf16=has_bf16: has_bf16)
         assert (sft().args.bf16, sft().args.fp16) == (has_bf16, False)
     monkeypatch.undo()
     assert sft(training_args={"bf16": True}).args.bf16  # on a CPU: autocast over float32 weights all the same
@@ -167,11 +168,11 @@ def test_precision_follows_the_hardware(monkeypatch):
 def test_bf16_where_there_are_instructions_for_it(monkeypatch, gpu, gpu_bf16, avx512_bf16, amx, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(hyperparameters, "is_torch_bf16_gpu_available", lambda: gpu_bf16)
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: gpu_bf16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert hyperparameters.has_bf16(use_cpu=False) == expected
-    assert hyperparameters.has_bf16(use_cpu=True) == (avx512_bf16 or amx)
+    assert training_args.has_bf16(use_cpu=False) == expected
+    assert training_args.has_bf16(use_cpu=True) == (avx512_bf16 or amx)
 
 
 def test_the_split_does_not_follow_the_training_seed():

@@ -1,4 +1,4 @@
-"""The dry run: what it tells is what a training then does, without weights and without writing anything."""
+"""The dry run: what it shows is what a training then does, without weights and without writing anything."""
 
 import io
 import json
@@ -21,25 +21,27 @@ from rich.console import Console
 import dpo_finetune
 import sft_finetune
 from config.experiment import expand_trials, read_experiment_config
-from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from dataset_utils import LOST_END, NO_ROOM
+from config.hyperparameters import parse_hyperparameters
+from data.truncation import Truncation
 from experiment import dry_run
 from experiment import runner as local_experiment
+from experiment.dry_run_output import Example, Table, Token, print_section
+from experiment.kinds import kind_of
 from experiment.results import Experiment
 
 
 @pytest.fixture
-def told(write_config):
-    """The sections of a dry run by their titles, and its examples."""
+def run_dry(write_config):
+    """Run a dry run; returns its tables by their titles, and its examples."""
 
     def run(config, examples=1, **changes):
         config = read_experiment_config(write_config(config, **changes))
         experiment = Experiment("test", config)
-        cls = SFTHyperparameters if experiment.script == "sft_finetune.py" else DPOHyperparameters
+        cls = kind_of(experiment.script).hyperparameters
         trials = [parse_hyperparameters(cls, trial) for trial in expand_trials(config)]
         sections = list(dry_run.dry_run(experiment, trials, examples))
-        tables = {section.title: section for section in sections if isinstance(section, dry_run.Table)}
-        return tables, [section for section in sections if isinstance(section, dry_run.Example)]
+        tables = {section.title: section for section in sections if isinstance(section, Table)}
+        return tables, [section for section in sections if isinstance(section, Example)]
 
     return run
 
@@ -68,11 +70,11 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_steps_tokens_and_examples_are_those_of_the_training(told, train, trainers, sft_config, settings):
+def test_steps_tokens_and_examples_match_the_training(run_dry, train, trainers, sft_config, settings):
     changes = {f"hyperparameters__training_args__{key}": value for key, value in settings.items()}
     changes |= {"hyperparameters__training_args__max_steps": None, "hyperparameters__training_args__seed": 7}
     changes |= {"hyperparameters__training_args__num_train_epochs": settings.get("num_train_epochs", 1)}
-    tables, examples = told(sft_config, examples=999, **changes)
+    tables, examples = run_dry(sft_config, examples=999, **changes)
     train(sft_finetune, sft_config, **changes)
     (trainer,) = trainers
     facts = training(tables)
@@ -81,24 +83,24 @@ def test_steps_tokens_and_examples_are_those_of_the_training(told, train, traine
     ids = [token for row in rows["input_ids"] for token in row]
     labels = [label for row in rows["labels"] for label in row]
     learned = len(labels) - labels.count(-100)
-    assert facts["tokens an epoch"].startswith(f"{len(ids):,}, of which learned {learned:,} ")
+    assert facts["tokens per epoch"].startswith(f"{len(ids):,}, supervised: {learned:,} ")
     if not settings.get("packing"):
         trained = {tuple(row["input_ids"]): tuple(label != -100 for label in row["labels"]) for row in rows}
-        shown = {tuple(t.id for t in e.tokens): tuple(t.learned for t in e.tokens) for e in examples}
+        shown = {tuple(t.id for t in e.tokens): tuple(t.supervised for t in e.tokens) for e in examples}
         assert shown == trained
         batches = list(trainer.get_train_dataloader())
         real = sum(int(batch["attention_mask"].sum()) for batch in batches)
         share = 1 - real / sum(batch["input_ids"].numel() for batch in batches)
         assert float(facts["padding"].split("%")[0]) / 100 == pytest.approx(share, abs=0.1)
-        assert facts["padding"].endswith(" as padded; not computed")
+        assert facts["padding"].endswith(" in a padded batch; not computed")
     else:
         assert facts["padding"].startswith("0.0%")
-        assert number(facts["packs of rows a step"]) == 2
+        assert number(facts["packs of rows per step"]) == 2
 
 
-def test_pairs_are_those_of_the_training(told, train, trainers, dpo_config):
+def test_pairs_match_the_training(run_dry, train, trainers, dpo_config):
     changes = {"hyperparameters__max_prompt_length": 60, "hyperparameters__max_target_length": 40}
-    tables, examples = told(dpo_config, examples=999, **changes)
+    tables, examples = run_dry(dpo_config, examples=999, **changes)
     train(dpo_finetune, dpo_config, **changes)
     (trainer,) = trainers
     trained = {
@@ -107,67 +109,68 @@ def test_pairs_are_those_of_the_training(told, train, trainers, dpo_config):
         for side in ("chosen", "rejected")
     }
     shown = {
-        (tuple(t.id for t in e.tokens if not t.learned), tuple(t.id for t in e.tokens if t.learned)) for e in examples
+        (tuple(t.id for t in e.tokens if not t.supervised), tuple(t.id for t in e.tokens if t.supervised))
+        for e in examples
     }
     assert shown == trained
     assert training(tables)["steps"].startswith(f"{trainer.state.max_steps:,} (")
     rows = trainer.train_dataset
     prompts, whole = (sum(map(len, rows[f"{name}_ids"])) for name in ("prompt", "chosen"))
     whole += 2 * prompts + sum(map(len, rows["rejected_ids"]))
-    assert training(tables)["prompts of pairs"] == f"computed once: {prompts / whole:.1%} of the tokens spared"
-    limits = {row[0]: row[-2:] for row in tables["Tokens a row, before any is cut"].rows}
+    assert training(tables)["prompts of pairs"] == f"computed once, which saves {prompts / whole:.1%} of the tokens"
+    limits = {row[0]: row[-2:] for row in tables["Tokens per row before truncation"].rows}
     assert {name: limit for name, (limit, _) in limits.items()} == {
         **{"prompt": "60", "chosen": "40", "rejected": "40", "total": "384"},
     }
     assert number(limits["chosen"][1]) > 0
 
 
-def test_rows_are_counted_by_source(told, sft_config):
+def test_rows_are_counted_by_source(run_dry, sft_config):
     subsets = [{"subset": "kitchen", "ratio": 0.5}, {"subset": "home", "number_of_samples": 14}]
-    tables, _ = told(sft_config, hyperparameters__dataset_subsets=subsets, hyperparameters__max_seq_length=60)
+    tables, _ = run_dry(sft_config, hyperparameters__dataset_subsets=subsets, hyperparameters__max_seq_length=60)
     table = tables["Rows"]
-    assert table.columns == ["source", "asked", "found", "taken", "dropped", "cut", "train", "held out"]
-    kitchen, home, together = table.rows
+    assert table.columns == ["source", "requested", "found", "used", "dropped", "cut", "train", "held out"]
+    kitchen, home, total = table.rows
     assert (kitchen[0].split("/")[-1], *kitchen[1:4]) == ("instructions (subset kitchen)", "50%", "112", "56")
     assert home[1:4] == ["14", "112", "14"]
-    assert [number(n) for n in together[3:]] == [
+    assert [number(n) for n in total[3:]] == [
         sum(number(row[column]) for row in (kitchen, home)) for column in range(3, 8)
     ]
-    assert number(together[3]) == number(together[4]) + number(together[6]) + number(together[7])
-    lost = tables["What rows lose"]
+    assert number(total[3]) == number(total[4]) + number(total[6]) + number(total[7])
+    lost = tables["Truncated rows"]
     (row,) = lost.rows
-    assert row[0] == f"cut: {LOST_END}"
-    assert number(row[1]) == number(together[5]) == number(tables["Tokens a row, before any is cut"].rows[-1][-1])
+    assert row[0] == f"cut: {Truncation.SEQUENCE_END.meaning}"
+    assert number(row[1]) == number(total[5]) == number(tables["Tokens per row before truncation"].rows[-1][-1])
     assert re.search(r"instructions \(subset \w+\) row \d+: \w+", row[3])
     assert lost.note == f"{float(row[2][:-1]):.0f}% of the rows are cut: raise max_seq_length."
 
 
-def test_dropped_pairs_name_the_limit_to_raise(told, dpo_config, tmp_path):
+def test_dropped_pairs_name_the_limit_to_raise(run_dry, dpo_config, tmp_path):
     pair = {"chosen": "good", "rejected": "bad"}
     rows = [{"prompt": "q", **pair}] * 18 + [{"prompt": "\x1b[2J" * 99, **pair}] * 2
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables, _ = told(dpo_config, hyperparameters__datasets=[str(tmp_path / "d.jsonl")])
-    ((what, count, share, example),) = tables["What rows lose"].rows
-    assert (what, count, share) == (f"dropped: {NO_ROOM}", "2", "10.0%")
+    tables, _ = run_dry(dpo_config, hyperparameters__datasets=[str(tmp_path / "d.jsonl")])
+    ((what, count, share, example),) = tables["Truncated rows"].rows
+    assert (what, count, share) == (f"dropped: {Truncation.NO_ROOM.meaning}", "2", "10.0%")
     assert re.fullmatch(rf"{tmp_path}/d.jsonl row 19: (\\x1b\[2J)+.*…", example)
-    assert tables["What rows lose"].note == "10% of the rows are dropped: raise max_length."
+    assert tables["Truncated rows"].note == "10% of the rows are dropped: raise max_length."
     assert tables["Rows"].rows[0][1:] == ["all", "20", "20", "2", "0", *tables["Rows"].rows[0][6:]]
     assert sum(int(n) for n in tables["Rows"].rows[0][6:]) == 18
 
 
-def test_trials_that_prepare_their_data_alike_are_told_together(told, dpo_config):
+def test_trials_that_use_the_same_data_share_their_sections(run_dry, dpo_config):
     beta = {"type": "categorical", "vals": [0.1, 0.05]}
     grid = {"searcher__name": "grid", "hyperparameters__dpo_beta": beta, **LEFT_OPEN}
-    tables, examples = told(dpo_config, **grid)
+    tables, examples = run_dry(dpo_config, **grid)
     assert len(examples) == 4  # two sources, two sides
     assert tables["The 2 trials"].columns == ["trial", "dpo_beta"]
-    assert [row[0] for row in tables["Memory at its peak, estimated, in GB"].rows] == [
+    assert [row[0] for row in tables["Estimated peak memory, in GB"].rows] == [
         *("CPU here", "a GPU, bf16", "a GPU, bf16, activation checkpointing"),
     ]
 
     batch = {"type": "categorical", "vals": [2, 4]}
     limit = {"type": "categorical", "vals": [128, 384]}
-    tables, examples = told(
+    tables, examples = run_dry(
         dpo_config,
         **grid,
         hyperparameters__max_length=limit,
@@ -186,21 +189,21 @@ def test_trials_that_prepare_their_data_alike_are_told_together(told, dpo_config
         ["3", "0.1", "384", "2"],
         ["4", "0.1", "384", "4"],
     ]
-    assert {"steps", "pairs a step", "tokens an epoch"} <= set(trials.columns)
+    assert {"steps", "pairs per step", "tokens per epoch"} <= set(trials.columns)
     assert "model" in training(tables)
 
 
-def test_trials_that_pack_and_trials_that_do_not(told, sft_config):
+def test_packing_trials_are_counted_apart_from_others(run_dry, sft_config):
     packing = {"type": "categorical", "vals": [False, True]}
-    tables, _ = told(sft_config, searcher__name="grid", hyperparameters__training_args__packing=packing)
+    tables, _ = run_dry(sft_config, searcher__name="grid", hyperparameters__training_args__packing=packing)
     trials = tables["The 2 trials"]
     rows, packs = (dict(zip(trials.columns, row, strict=True)) for row in trials.rows)
-    assert (rows["rows a step"], rows["packs of rows a step"]) == ("4", "")
-    assert (packs["rows a step"], packs["packs of rows a step"]) == ("", "4")
+    assert (rows["rows per step"], rows["packs of rows per step"]) == ("4", "")
+    assert (packs["rows per step"], packs["packs of rows per step"]) == ("", "4")
 
     split = {"packing": True, "packing_strategy": "wrapped", "max_steps": None, "num_train_epochs": 1}
     length = {"type": "categorical", "vals": [64, 256]}
-    tables, _ = told(
+    tables, _ = run_dry(
         sft_config,
         searcher__name="grid",
         hyperparameters__max_seq_length=length,
@@ -210,26 +213,27 @@ def test_trials_that_pack_and_trials_that_do_not(told, sft_config):
     assert number(short["steps"]) >= 3 * number(long["steps"])
 
 
-def test_slots_share_the_steps_and_the_memory(told, sft_config):
+def test_slots_share_the_steps_and_the_memory(run_dry, sft_config):
     changes = {"hyperparameters__training_args__max_steps": None, "hyperparameters__training_args__bf16": None}
-    alone = training(told(sft_config, **changes)[0])
-    tables, _ = told(sft_config, resources={"slots_per_trial": 2}, hyperparameters__training_args__fsdp=True, **changes)
+    alone = training(run_dry(sft_config, **changes)[0])
+    tables, _ = run_dry(
+        sft_config, resources={"slots_per_trial": 2}, hyperparameters__training_args__fsdp=True, **changes
+    )
     shared = training(tables)
     assert number(shared["steps"]) == math.ceil(number(alone["steps"]) / 2)
-    assert shared["steps with the one process of this machine"] == alone["steps"].split(" ")[0]
-    assert tables["Memory at its peak, estimated, in GB"].rows[1][0] == "each of 2 GPUs, bf16, FSDP"
+    assert shared["steps with one process, as on this machine"] == alone["steps"].split(" ")[0]
+    assert tables["Estimated peak memory, in GB"].rows[1][0] == "each of 2 GPUs, bf16, FSDP"
 
 
-def test_padding():
-    class Args:
-        seed, per_device_train_batch_size, pad_to_multiple_of = 1, 2, None
+def test_padding_fills_a_batch_up_to_its_longest_sequence():
+    assert dry_run.padding_share(np.array([[2], [4]]), batch=2, seed=1, multiple=1) == 0.25
+    assert dry_run.padding_share(np.array([[2, 4]]), batch=2, seed=1, multiple=1) == 0.25
+    assert dry_run.padding_share(np.array([[2], [4]]), batch=2, seed=1, multiple=8) == 1 - 6 / 16
 
-    assert dry_run.padding(np.array([[2], [4]]), Args) == 0.25
-    assert dry_run.padding(np.array([[2, 4]]), Args) == 0.25
-    Args.pad_to_multiple_of = 8
-    assert dry_run.padding(np.array([[2], [4]]), Args) == 1 - 6 / 16
-    Args.padding_free = True
-    assert dry_run.padding(np.array([[2], [4]]), Args) == 0
+
+def test_padding_free_of_trl_pads_nothing(run_dry, sft_config):
+    tables, _ = run_dry(sft_config, hyperparameters__training_args__padding_free=True)
+    assert training(tables)["padding"].startswith("0.0%")
 
 
 class Text(HTMLParser):
@@ -272,7 +276,9 @@ def test_command_needs_no_weights_and_writes_nothing_but_the_page(
     assert str(tmp_path / "out" / "dry_run.html") in out
     assert "script" not in [tag for tag, _ in page.tags]
     assert "<script>" in "".join(page.text)
-    learned = [attributes for tag, attributes in page.tags if tag == "i" and "learned" in attributes.get("class", "")]
+    learned = [
+        attributes for tag, attributes in page.tags if tag == "i" and "supervised" in attributes.get("class", "")
+    ]
     assert learned
     assert all(attributes["title"].isdigit() for attributes in learned)
     urls = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
@@ -286,7 +292,7 @@ def test_command_needs_no_weights_and_writes_nothing_but_the_page(
         ({"hyperparameters__datasets": ["./nowhere"]}, "error: data set ./nowhere: no such file or folder"),
         (
             {"hyperparameters__max_length": 3},
-            f"error: max_length is too small: no train row is left ({NO_ROOM})",
+            f"error: max_length is too small: no train row is left ({Truncation.NO_ROOM.meaning})",
         ),
         (
             {"entrypoint": "python inference.py"},
@@ -294,7 +300,7 @@ def test_command_needs_no_weights_and_writes_nothing_but_the_page(
         ),
     ],
 )
-def test_mistakes_are_one_line(call, dpo_config, write_config, tmp_path, changes, message):
+def test_a_mistake_is_one_line(call, dpo_config, write_config, tmp_path, changes, message):
     page = tmp_path / "page.html"
     status, _, err = call(local_experiment.main, write_config(dpo_config, **changes), "--dry-run", "--output", page)
     assert page.exists() == ("hyperparameters__max_length" in changes)  # the page shows what the limit takes
@@ -302,9 +308,9 @@ def test_mistakes_are_one_line(call, dpo_config, write_config, tmp_path, changes
 
 
 def test_long_examples_lose_their_middle_and_keep_their_end():
-    tokens = [dry_run.Token(n, f"{n}", n > 10, False) for n in range(1000)]
+    tokens = [Token(n, f"{n}", n > 10, False) for n in range(1000)]
     console = Console(width=100, file=io.StringIO())
-    dry_run.show(dry_run.Example("title", tokens), console)
+    print_section(Example("title", tokens), console)
     text = console.file.getvalue()
     assert "9·10⟦11·12" in text
     assert " … 780 tokens … " in text.replace("\n", " ")
@@ -324,7 +330,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_a_subset_of_the_hub_is_streamed_once_and_the_rest_of_it_never(sft_config, write_config, tmp_path):
+def test_only_the_named_subset_is_streamed_and_only_once(sft_config, write_config, tmp_path):
     for subset in ("web", "stories"):
         for file in range(24):
             rows = [{"prompt": f"{subset} {file}.{row}", "text": "an answer"} for row in range(1000)]
@@ -366,4 +372,4 @@ def test_a_subset_of_the_hub_is_streamed_once_and_the_rest_of_it_never(sft_confi
     assert read_again <= {first}
     told = "data set owner/pedia (subset wed): unknown subset 'wed' (did you mean 'web'?): it has web, stories"
     assert told in ran.stderr
-    assert "error (or out of reach for now): data set owner/nothing (subset web): no such file or folder" in ran.stderr
+    assert "error (may be temporary): data set owner/nothing (subset web): no such file or folder" in ran.stderr

@@ -149,9 +149,9 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
     [
         ("hyperparameters.datasets=[no/such/folder]", "data set no/such/folder: no such file or folder"),
         ("hyperparameters.model_name=./nowhere", "model_name './nowhere': no such folder"),
-        ("hyperparameters.dpo_loss=sigmoyd", "dpo_loss 'sigmoyd' is none of"),
+        ("hyperparameters.dpo_loss=sigmoyd", "dpo_loss 'sigmoyd' is not one of"),
         ("hyperparameters.training_args.learning_rat=1", "learning_rat is not a hyperparameter"),
-        ("hyperparameters.model_ckpt=latest", "model_ckpt 'latest' is no checkpoint UUID"),
+        ("hyperparameters.model_ckpt=latest", "model_ckpt 'latest' is not a checkpoint UUID"),
         ("hyperparameters.model_ckpt=6b6fbaa7-faa9-4449-867b-2939a147a335", "no such checkpoint in"),
         ("entrypoint=python nowhere.py", "entrypoint script nowhere.py: not in"),
         ("searcher.name=adaptive_asha", "searcher.name 'adaptive_asha'"),
@@ -160,8 +160,8 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
             "searcher.metric=eval_reward/accuracies",
             "searcher.metric 'eval_reward/accuracies' is not reported at evaluations, which have",
         ),
-        ("hyperparameter.dpo_beta=1", "hyperparameter is no key of an experiment (did you mean 'hyperparameters'?)"),
-        ("searcher=grid", "searcher is missing or no mapping"),
+        ("hyperparameter.dpo_beta=1", "hyperparameter is not a key of an experiment (did you mean 'hyperparameters'?)"),
+        ("searcher=grid", "searcher is 'grid', which is not a mapping"),
         ("searcher", "--config 'searcher' is not key=value"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the hardware at hand decides, what a trial tells of it, and that it learns the same."""
+"""What is chosen for the hardware at hand, what a trial logs about it, and that the training learns the same."""
 
 from types import SimpleNamespace
 
@@ -15,32 +15,37 @@ LEFT_OPEN = {f"{ARGS}activation_checkpointing": None, f"{ARGS}max_steps": 1}
 
 
 def started_with(reports):
-    (told,) = [r["status"] for r in reports["status"] if r["status"].startswith("training with ")]
-    return told.removeprefix("training with ").split("; ")
+    (status,) = [r["status"] for r in reports["status"] if r["status"].startswith("training with ")]
+    return status.removeprefix("training with ").split("; ")
 
 
 def losses(reports):
     return [report["metrics"]["loss"] for report in reports["training"] if "loss" in report["metrics"]]
 
 
-def test_checkpointing_where_memory_asks_for_it_or_where_it_costs_nothing():
+def test_checkpointing_is_chosen_if_memory_is_short_or_if_it_costs_nothing():
     layers = on_meta(GemmaConfig(**SIZES | {"vocab_size": 64}, **HEADS))
-    assert hardware.wants_checkpointing(layers, needed=84, free=100) == (
+    assert hardware.choose_checkpointing(None, layers, lambda: (84, 100)) == (
         False,
         "at most 0.0 GB needed without it, 0.0 free",
     )
-    assert hardware.wants_checkpointing(layers, needed=86, free=100)[0]
+    assert hardware.choose_checkpointing(None, layers, lambda: (86, 100)).on
     vocabulary = on_meta(GemmaConfig(**SIZES | {"vocab_size": 20000}, **HEADS))
-    assert hardware.wants_checkpointing(vocabulary, needed=1, free=100) == (True, "recomputing adds only 4% to a step")
+    assert hardware.choose_checkpointing(None, vocabulary, lambda: (1, 100)) == (
+        True,
+        "recomputing adds only 4% to a step",
+    )
+    for setting in (False, True):  # in the YAML
+        assert hardware.choose_checkpointing(setting, vocabulary, lambda: (1, 100)) == (setting, "as set")
 
 
 @pytest.mark.parametrize(("script", "padding"), [(sft_finetune, ""), (dpo_finetune, ", a pair's prompt once")])
-def test_a_trial_tells_what_it_has_chosen(train, trainers, request, monkeypatch, script, padding):
+def test_a_trial_logs_what_was_chosen(train, trainers, request, monkeypatch, script, padding):
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
     asked = train(script, config, output="asked", **{f"{ARGS}max_steps": 1, f"{ARGS}bf16": True})
-    bf16, padding_told, checkpointing = started_with(asked)
+    bf16, padding_choice, checkpointing = started_with(asked)
     assert bf16 == "bf16 autocast over float32 weights"
-    assert padding_told == f"no padding{padding}"
+    assert padding_choice == f"no padding{padding}"
     assert checkpointing == "activation checkpointing off (as set)"
 
     roomy = train(script, config, output="roomy", **LEFT_OPEN)
@@ -52,24 +57,24 @@ def test_a_trial_tells_what_it_has_chosen(train, trainers, request, monkeypatch,
     assert losses(roomy) == losses(cramped)
 
 
-def test_a_model_that_stays_padded_is_told(train, sft_config):
+def test_a_padded_model_is_logged_with_the_reason(train, sft_config):
     eager = {f"{ARGS}model_init_kwargs": {"attn_implementation": "eager"}, f"{ARGS}max_steps": 1}
     assert started_with(train(sft_finetune, sft_config, **eager))[1] == "padded batches (gemma, eager attention)"
 
 
-def test_other_settings_that_keep_the_padding(train, sft_config):
+def test_neftune_keeps_the_padding(train, sft_config):
     """NEFTune scales its noise by the length of a batch's rows, which would be another one."""
     neftune = train(sft_finetune, sft_config, **{f"{ARGS}neftune_noise_alpha": 5.0, f"{ARGS}max_steps": 1})
     assert started_with(neftune)[1] == "padded batches (neftune_noise_alpha)"
 
 
-def test_a_model_whose_memory_cannot_be_told_is_checkpointed(train, sft_config, monkeypatch):
+def test_a_model_whose_memory_cannot_be_estimated_is_checkpointed(train, sft_config, monkeypatch):
     def estimate(*args, **kwargs):
         raise AttributeError("no such name")
 
     monkeypatch.setattr(hardware, "estimate_memory", estimate)
-    told = started_with(train(sft_finetune, sft_config, **LEFT_OPEN))[-1]
-    assert told == "activation checkpointing on (gemma's memory cannot be estimated: no such name)"
+    choice = started_with(train(sft_finetune, sft_config, **LEFT_OPEN))[-1]
+    assert choice == "activation checkpointing on (gemma's memory cannot be estimated: no such name)"
 
 
 def test_a_container_has_less_memory_than_its_machine(monkeypatch):
@@ -86,14 +91,14 @@ def test_a_container_has_less_memory_than_its_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
-def test_the_same_is_learned_as_in_trls_own_way(train, request, monkeypatch, script):
+def test_losses_equal_those_of_trls_own_way(train, request, monkeypatch, script):
     """Padded, every position projected, gradients summed by autograd: in float32 every loss agrees to 1e-4, and in the
     end so do the evaluations. bf16 autocast moves losses by up to a hundredth."""
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
     steps = {f"{ARGS}max_steps": 16, f"{ARGS}gradient_accumulation_steps": 2, f"{ARGS}learning_rate": 5e-4}
     ours = train(script, config, output="ours", **steps)
     bf16 = train(script, config, output="bf16", **steps, **{f"{ARGS}bf16": True})
-    monkeypatch.setattr(script, "suit_hardware", lambda *args: None)
+    monkeypatch.setattr(hardware, "suit_hardware", lambda *args, **kwargs: None)
     request.getfixturevalue("fused_head_as_installed")
     plain = train(script, config, output="plain", **steps)
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 from trl import DPOConfig, SFTConfig
 
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from speed.memory import estimate_memory, kept_bytes, largest_batch, resident, state_bytes
+from speed.hardware import resident_memory
+from speed.memory import TrainingSetup, estimate_memory, kept_bytes, largest_batch, state_bytes
 
 SHAPE = (2, 64)
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1000}
@@ -42,8 +43,14 @@ def dpo(**changes):
     return DPOConfig(**({"use_cpu": True, "bf16": False, "activation_checkpointing": False} | changes))
 
 
+def setup_of(args, devices=1, device_type="cpu"):
+    reference = isinstance(args, DPOConfig) and not args.precompute_ref_log_probs
+    setup = TrainingSetup.from_args(args, reference, devices, device_type)
+    return dataclasses.replace(setup, checkpointing=args.activation_checkpointing)
+
+
 def estimate(model, args, devices=1, device_type="cpu", train=SHAPE, evaluation=None):
-    return estimate_memory(model, args, train, evaluation, devices, device_type, process=0)
+    return estimate_memory(model, setup_of(args, devices, device_type), train, evaluation, process=0)
 
 
 def test_weights_gradients_and_optimizer_are_counted_in_float32(meta_model):
@@ -143,7 +150,7 @@ def train_and_compare(script, hparams_class, path, folder):
     args = parse_hyperparameters(hparams_class, config).args
     sequences = args.per_device_train_batch_size * (2 if script == "dpo_finetune" else 1)
     shape = (sequences, args.max_length)  # every row is as long or longer
-    estimated = estimate_memory(model, args, shape, shape, devices=1, device_type="cpu", process=resident()).total
+    estimated = estimate_memory(model, setup_of(args), shape, shape, process=resident_memory()).total
     torch.set_num_threads(1)  # tests may run beside each other
     sys.argv = [f"{script}.py", "--config", path, "--output", f"{folder}/out"]
     importlib.import_module(script).main()

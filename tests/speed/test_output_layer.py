@@ -1,4 +1,4 @@
-"""What is computed otherwise at a model's two ends gives what TRL's and PyTorch's own way gives."""
+"""The changed computations at both ends of a model give the same results as TRL's and PyTorch's own."""
 
 import copy
 
@@ -10,7 +10,7 @@ from test_padding_free import assert_same, batch, logps_and_gradients, make
 from trl.trainer.utils import add_fused_lm_head
 
 from speed import output_layer
-from speed.output_layer import AddedInPlace, add_embedding_gradient_in_place, fit_fused_head_to_cpu
+from speed.output_layer import EmbeddingLookup, add_embedding_gradient_in_place, fit_fused_head_to_cpu
 
 pytestmark = pytest.mark.usefixtures("fused_head_as_installed")
 
@@ -47,8 +47,8 @@ def test_the_fused_head_scores_labels_only_and_gives_the_same(scored, monkeypatc
     assert torch.backends.mkldnn.matmul.fp32_precision == precision
 
 
-def test_a_batch_without_labels_is_a_loss_of_zero():
-    """Of some row nothing is left to learn, say; TRL's other way of scoring must bear it too."""
+def test_a_batch_without_labels_has_a_loss_of_zero():
+    """For example if truncation leaves no supervised token; TRL's other way of scoring must accept it too."""
     model, inputs = make("gemma"), batch()
     add_fused_lm_head(model)
     fit_fused_head_to_cpu()
@@ -68,7 +68,7 @@ def test_another_trl_is_left_alone(monkeypatch):
 @pytest.mark.parametrize("family", ["gemma", "gemma3_text"])  # both scale what they look up
 def test_the_embeddings_gradient_is_the_same_without_a_second_one(family):
     plain, inputs = make(family), batch()
-    inputs["input_ids"][0, 5] = plain.get_input_embeddings().padding_idx  # of which PyTorch learns nothing
+    inputs["input_ids"][0, 5] = plain.get_input_embeddings().padding_idx  # PyTorch gives it no gradient
     model = copy.deepcopy(plain)
     assert add_embedding_gradient_in_place(model)
     for each in (plain, model):
@@ -95,7 +95,7 @@ def test_the_embeddings_gradient_is_the_same_from_run_to_run():
     grad = torch.randn(2000, 256, generator=torch.Generator().manual_seed(1))
     for _ in range(20):
         embedding.weight.grad = None
-        AddedInPlace.apply(torch.zeros((), requires_grad=True), embedding, ids).backward(grad)
+        EmbeddingLookup.apply(torch.zeros((), requires_grad=True), embedding, ids).backward(grad)
         gradients.append(embedding.weight.grad)
     assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
     embedding.weight.grad = None

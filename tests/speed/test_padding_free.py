@@ -11,7 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import sft_finetune
 from speed import padding_free
-from speed.padding_free import FAMILIES, Run, attend_by_sequence, lay_out, remove_padding
+from speed.padding_free import FAMILIES, Segment, attend_by_sequence, flatten_batch, remove_padding
 from storage.checkpoints import local_checkpoint
 
 SIZES = {
@@ -64,14 +64,14 @@ def assert_same(one, other, tolerance=1e-5):
         torch.testing.assert_close(other[name], expected, rtol=tolerance, atol=atol, msg=name)
 
 
-def test_every_family_that_is_named_is_tested():
+def test_every_family_is_tested():
     assert tuple(CONFIGS) == FAMILIES
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_and_gradients_are_those_of_the_padded_batch(family, pairs, checkpointing):
+def test_log_probs_and_gradients_equal_the_padded_batchs(family, pairs, checkpointing):
     padded = make(family)
     model = copy.deepcopy(padded)
     assert remove_padding(model, pairs)
@@ -87,20 +87,24 @@ def test_log_probs_and_gradients_are_those_of_the_padded_batch(family, pairs, ch
     assert seen == [(1, tokens - (8 + 4 + 12 if pairs else 0))]  # padding is not computed, and prompts are once
 
 
-def test_a_row_is_laid_out_as_drawn():
+def test_a_batch_becomes_the_row_in_the_docstring():
     a, b, c, d, e, f, g, p, q = range(1, 10)
-    row = lay_out(torch.tensor([[a, b, c, 0], [d, e, f, g]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=False)
-    assert row.taken.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    row = flatten_batch(
+        torch.tensor([[a, b, c, 0], [d, e, f, g]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=False
+    )
+    assert row.batch_index.tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert row.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-    assert row.places.tolist() == [0, 1, 2, 0, 3, 4, 5, 6]
-    assert row.runs == [Run(0, 3), Run(3, 7)]
-    row = lay_out(torch.tensor([[p, q, a, 0], [p, q, b, c]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=True)
-    assert row.taken.tolist() == [0, 1, 2, 6, 7]
+    assert row.row_index.tolist() == [0, 1, 2, 0, 3, 4, 5, 6]
+    assert row.segments == [Segment(0, 3), Segment(3, 7)]
+    row = flatten_batch(
+        torch.tensor([[p, q, a, 0], [p, q, b, c]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), pairs=True
+    )
+    assert row.batch_index.tolist() == [0, 1, 2, 6, 7]
     assert row.positions.tolist() == [[0, 1, 2, 2, 3]]
-    assert row.places.tolist() == [0, 1, 2, 0, 0, 1, 3, 4]
-    assert row.runs == [Run(0, 3), Run(3, 5, 0, 2)]
-    assert row.mask(row.runs[1], window=None).tolist() == [[True, True, True, False], [True] * 4]
-    assert row.mask(row.runs[1], window=2).tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert row.row_index.tolist() == [0, 1, 2, 0, 0, 1, 3, 4]
+    assert row.segments == [Segment(0, 3), Segment(3, 5, 0, 2)]
+    assert row.mask(row.segments[1], window=None).tolist() == [[True, True, True, False], [True] * 4]
+    assert row.mask(row.segments[1], window=2).tolist() == [[False, True, True, False], [False, False, True, True]]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_a_row_is_laid_out_as_drawn():
     [((9, 9), (9,)), ((4, 9), (4,)), ((9, 4), (4,)), ((9, 9), (0,)), ((9, 1), (0,))],
     ids=["alike", "one begins the other", "the other way", "nothing shared", "a single token"],
 )
-def test_pairs_at_the_edges(lengths, prompts):
+def test_pairs_at_the_limits_equal_the_padded_batch(lengths, prompts):
     padded = make("gemma3_text")
     model = copy.deepcopy(padded)
     remove_padding(model, pairs=True)
@@ -130,16 +134,16 @@ def test_no_sequence_sees_another():
     assert not torch.allclose(before[1], after[1])
 
 
-def test_what_is_no_right_padded_batch_is_computed_as_ever(monkeypatch):
+def test_batches_without_right_padding_are_computed_as_before(monkeypatch):
     """Generation, with its cache; padding before a sequence; sequences that TRL has packed, with their positions."""
     padded = make("gemma")
     model = copy.deepcopy(padded)
     remove_padding(model, pairs=False)
     rows = []
 
-    def attend(*args, row=None, **kwargs):
-        rows.append(row)
-        return attend_by_sequence(*args, row=row, **kwargs)
+    def attend(*args, flat_batch=None, **kwargs):
+        rows.append(flat_batch)
+        return attend_by_sequence(*args, flat_batch=flat_batch, **kwargs)
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, padding_free.ATTENTION, attend)
     ids, mask = batch()["input_ids"], batch()["attention_mask"].flip(1)
@@ -169,7 +173,7 @@ def test_other_models_stay_padded():
         assert model.base_model.forward == before
 
 
-def test_a_checkpoint_knows_nothing_of_it(train, sft_config):
+def test_a_checkpoint_keeps_the_usual_attention(train, sft_config):
     (report,) = train(sft_finetune, sft_config, hyperparameters__training_args__max_steps=1)["checkpoint"]
     config = json.loads((local_checkpoint(report["uuid"], "test") / "config.json").read_text())
     assert padding_free.ATTENTION not in json.dumps(config)

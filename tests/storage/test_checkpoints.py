@@ -38,7 +38,7 @@ def checkpoint(tiny, tmp_path, core_context) -> str:
     return core_context.checkpoint.upload(folder.parent, {"steps_completed": 7}, shard=True)
 
 
-def test_only_the_model_is_fetched_and_loads_with_its_template(checkpoint, core_context):
+def test_only_the_model_is_downloaded_and_it_loads_with_its_template(checkpoint, core_context):
     folder = Path(download_ckpt(checkpoint, core_context))
     names = {path.name for path in folder.parent.rglob("*") if path.is_file()}
     assert names == {
@@ -49,13 +49,13 @@ def test_only_the_model_is_fetched_and_loads_with_its_template(checkpoint, core_
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_it_is_fetched_once(checkpoint, core_context):
+def test_a_checkpoint_is_downloaded_once(checkpoint, core_context):
     folder = download_ckpt(checkpoint, core_context)
     shutil.rmtree(local_checkpoint_storage() / checkpoint)
     assert download_ckpt(checkpoint, core_context) == folder
 
 
-def test_an_interrupted_download_is_not_taken_for_a_checkpoint(checkpoint, core_context, monkeypatch):
+def test_an_interrupted_download_is_not_used_as_a_checkpoint(checkpoint, core_context, monkeypatch):
     def interrupted(storage_id, ckpt_dir, **kwargs):
         Path(ckpt_dir, "checkpoint-7").mkdir(parents=True)
         Path(ckpt_dir, "checkpoint-7", "model.safetensors").write_bytes(b"half")
@@ -99,14 +99,14 @@ def test_two_ranks_of_a_node_share_one_download(checkpoint, known):
     assert outcomes[0].endswith("checkpoint-7" if known else "no such checkpoint in the storage")
 
 
-def test_what_is_no_checkpoint_gets_one_clear_line(core_context, tmp_path):
+def test_a_wrong_checkpoint_gives_one_clear_line(core_context, tmp_path):
     unknown = str(uuid.uuid4())
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
     weightless = core_context.checkpoint.upload(tmp_path, shard=True)
     for ckpt_uuid, message in [
-        ("", "model_ckpt '' is no checkpoint UUID"),
-        ("../secrets", "model_ckpt '../secrets' is no checkpoint UUID"),
+        ("", "model_ckpt '' is not a checkpoint UUID"),
+        ("../secrets", "model_ckpt '../secrets' is not a checkpoint UUID"),
         (unknown, f"model_ckpt {unknown}: no such checkpoint"),
         (weightless, f"model_ckpt {weightless}: the checkpoint holds no model weights"),
     ]:
@@ -129,5 +129,5 @@ def test_what_is_no_checkpoint_gets_one_clear_line(core_context, tmp_path):
         ("metadata.json", False),
     ],
 )
-def test_selector(path, taken):
+def test_the_selector_takes_model_files_only(path, taken):
     assert is_model_file(path) is taken

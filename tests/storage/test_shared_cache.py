@@ -19,8 +19,9 @@ import chat_format
 import dpo_finetune
 import sft_finetune
 from errors import UserError
+from storage.fingerprints import hash_rows, hash_tokenizer
 from storage.locks import locked, only_writer
-from storage.shared_cache import hash_rows, hash_tokenizer, make_once
+from storage.shared_cache import make_once, one_trial_at_a_time
 from trial.context import Trial, TrialStopped
 from trial.events import read_events
 
@@ -65,7 +66,7 @@ COMPUTED = ["preparing the training, reference log-probs first", "reference log-
 REUSED = ["preparing the training, reference log-probs first", "reused"]
 
 
-def test_what_changes_no_reference_log_prob_reuses_them(run, short):
+def test_reference_log_probs_are_reused_where_their_inputs_are_the_same(run, short):
     assert run(short) == ["data tokenized", *COMPUTED]
     assert run(short) == ["reused", *REUSED]
     other = {"learning_rate": 5e-5, "seed": 7, "num_train_epochs": 3, "warmup_steps": 1}
@@ -73,7 +74,7 @@ def test_what_changes_no_reference_log_prob_reuses_them(run, short):
     assert run(short, dpo_beta=0.01, dpo_loss="ipo", **changes) == ["reused", *REUSED]
 
 
-def test_what_changes_them_does_not(run, short, model, tokenizer, tmp_path):
+def test_reference_log_probs_are_computed_again_where_their_inputs_change(run, short, model, tokenizer, tmp_path):
     run(short)
     assert run(short, training_args__bf16=True) == ["reused", *COMPUTED]
     assert run(short, training_args__precompute_ref_batch_size=8) == ["reused", *COMPUTED]
@@ -94,7 +95,7 @@ def test_what_changes_them_does_not(run, short, model, tokenizer, tmp_path):
     assert run(short) == ["reused", *REUSED]  # and what was there first is there still
 
 
-def test_a_template_is_part_of_the_key(tokenizer, run, short, monkeypatch):
+def test_another_template_has_the_data_tokenized_again(tokenizer, run, short, monkeypatch):
     before = hash_tokenizer(tokenizer)
     tokenizer.chat_template += " "
     assert hash_tokenizer(tokenizer) != before
@@ -103,7 +104,7 @@ def test_a_template_is_part_of_the_key(tokenizer, run, short, monkeypatch):
     assert run(short)[0] == "data tokenized"
 
 
-def test_sft_shares_its_tokens_and_leaves_nothing_new_behind(run, sft_config, tmp_path):
+def test_sft_trials_share_tokenized_data_and_leave_nothing_else_behind(run, sft_config, tmp_path):
     short = {"training_args__max_steps": 1}
     assert run(sft_config, sft_finetune, **short) == ["data tokenized"]
     files = sorted(path for path in (tmp_path / "cache").rglob("*"))
@@ -112,14 +113,14 @@ def test_sft_shares_its_tokens_and_leaves_nothing_new_behind(run, sft_config, tm
     assert run(sft_config, sft_finetune, max_seq_length=64, **short) == ["data tokenized"]
 
 
-def test_a_cleaned_cache_is_made_again(run, short, tmp_path):
+def test_a_cache_that_was_cleaned_is_made_again(run, short, tmp_path):
     run(short)
     (file,) = (tmp_path / "cache").glob("*/train/data-*.arrow")
     file.unlink()
     assert run(short) == ["data tokenized", *COMPUTED]
 
 
-def test_of_three_trials_at_once_one_makes_the_pass(write_config, short, tmp_path):
+def test_one_of_three_concurrent_trials_makes_the_reference_pass(write_config, short, tmp_path):
     """The first is killed in the middle of it. Another then makes it, and both survivors train on exactly what they
     would have alone."""
     outputs = [tmp_path / str(number) for number in range(3)]
@@ -164,18 +165,19 @@ def test_a_trial_that_waits_can_be_preempted(tmp_path):
     train, preempt = SimpleNamespace(set_status=told.append), SimpleNamespace(should_preempt=lambda: len(told) > 0)
     core_context = SimpleNamespace(distributed=DummyDistributedContext(), train=train, preempt=preempt)
     trial = Trial(None, core_context, 1, None, None, tmp_path, on_cluster=True)
-    with (
-        locked(tmp_path / "key.lock", on_wait=never),
-        pytest.raises(TrialStopped),
-        trial.one_at_a_time("key", "reference log-probs"),
-    ):
+
+    def enter():
+        lock_file, on_wait = tmp_path / "key.lock", lambda: trial.status("waiting for another trial")
+        return one_trial_at_a_time(lock_file, core_context.distributed, on_wait, trial.stop_if_preempted)
+
+    with locked(tmp_path / "key.lock", on_wait=never), pytest.raises(TrialStopped), enter():
         never()
-    assert told == ["waiting for another trial's reference log-probs"]
-    with trial.one_at_a_time("key", "reference log-probs"):
+    assert told == ["waiting for another trial"]
+    with enter():
         assert len(told) == 1
 
 
-def test_rows_are_hashed_by_what_they_are():
+def test_the_hash_of_rows_depends_on_their_contents_only():
     rows = Dataset.from_dict({"a": [1, 2, 3], "b": ["x", "y", "z"]})
     assert hash_rows(rows) == hash_rows(rows.filter(lambda row: True)) == hash_rows(rows.select_columns(["b", "a"]))
     assert hash_rows(rows.select([0, 1, 2])) == hash_rows(rows)
@@ -226,7 +228,7 @@ def test_another_takes_over_from_one_that_died(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["folder", "folder.lock"]
 
 
-def test_what_fails_leaves_nothing_behind(tmp_path):
+def test_a_failed_make_leaves_nothing_behind(tmp_path):
     def fail(scratch: Path) -> None:
         make(scratch)
         raise UserError("no")
@@ -236,7 +238,7 @@ def test_what_fails_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.lock"]
 
 
-def test_locks_are_let_go(tmp_path):
+def test_locks_are_released(tmp_path):
     for _ in range(2):
         with locked(tmp_path / "lock", on_wait=never):
             pass
@@ -263,7 +265,7 @@ def test_a_folder_has_one_writer(tmp_path):
         pass
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match=r"file/lock: .*, and a lock is needed there"),

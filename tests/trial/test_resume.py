@@ -83,7 +83,7 @@ def assert_same_end(untouched, other):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_stopped_everywhere(run_trial, monkeypatch, case):
+def test_a_trial_stopped_anywhere_ends_like_an_untouched_one(run_trial, monkeypatch, case):
     untouched = run_trial("untouched")
     # How often each start is let go on when it asks; an evaluation asks once.
     for patience in (3, 4) if case != "dpo" else (4,):
@@ -108,7 +108,7 @@ def test_stopped_everywhere(run_trial, monkeypatch, case):
         assert_same_end(untouched, reports)
 
 
-def test_stopped_during_the_reference_pass(call, write_config, dpo_config, tmp_path, monkeypatch):
+def test_a_trial_stopped_during_the_reference_pass_saves_nothing(call, write_config, dpo_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Trial, "should_preempt", lambda self: True)
     path = write_config(dpo_config)
     assert call(dpo_finetune.main, "--config", path, "--output", tmp_path / "out")[0] == 0
@@ -163,7 +163,7 @@ def run_on_ranks(write_config, request, tmp_path):
 
 
 @pytest.mark.parametrize(("script", "ranks", "fsdp"), RANKS)
-def test_killed_at_any_moment(run_on_ranks, script, ranks, fsdp):
+def test_a_trial_killed_at_any_moment_ends_like_an_untouched_one(run_on_ranks, script, ranks, fsdp):
     changes = {f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 2, f"{ARGS}logging_steps": 3}
     run = run_on_ranks(script, ranks, fsdp, **changes)
     untouched = run("untouched")
@@ -178,7 +178,7 @@ def test_killed_at_any_moment(run_on_ranks, script, ranks, fsdp):
 
 
 @pytest.mark.parametrize(("script", "ranks", "fsdp"), [RANKS[1], RANKS[2]])
-def test_two_ranks_stopped(run_on_ranks, script, ranks, fsdp):
+def test_two_ranks_stopped_anywhere_end_like_untouched_ones(run_on_ranks, script, ranks, fsdp):
     """In the evaluation of step 2, then after step 3: each rank stops where the others do."""
     evaluating = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 2, f"{ARGS}per_device_eval_batch_size": 32}
     run = run_on_ranks(script, ranks, fsdp, **evaluating)
@@ -193,7 +193,7 @@ def test_two_ranks_stopped(run_on_ranks, script, ranks, fsdp):
     assert_same_end(untouched, stopped)
 
 
-def test_resumed_on_more_ranks(run_on_ranks):
+def test_a_trial_resumes_on_more_ranks(run_on_ranks):
     """Not exactly, but it goes on: with an evaluation due, all ranks must go into it."""
     evaluating = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 2, f"{ARGS}per_device_eval_batch_size": 32}
     assert steps_saved(run_on_ranks("sft_finetune", 1, False, **evaluating)("out", preempt=4)) == [2]

@@ -56,12 +56,12 @@ def test_sft_leaves_a_checkpoint_that_chats(train, trainers, sft_config, tmp_pat
         assert "<|im_start|>" not in supervised
 
 
-def test_sft_trajectory(train, sft_config):
+def test_sft_losses_follow_the_recorded_trajectory(train, sft_config):
     """The losses of a fixed run. If a change moves them, it changes what is learned: say why, and pin the new ones."""
     assert losses(train(sft_finetune, sft_config)) == pytest.approx(SFT_LOSSES, rel=2e-3)
 
 
-def test_dpo_trajectory(train, dpo_config):
+def test_dpo_losses_follow_the_recorded_trajectory(train, dpo_config):
     """As above; the first DPO loss is log 2, as policy and reference are still the same."""
     assert losses(train(dpo_finetune, dpo_config)) == pytest.approx(DPO_LOSSES, rel=2e-3)
 
@@ -164,7 +164,7 @@ def test_a_launcher_with_one_slot_wraps_nothing(train, trainers, sft_config, mon
     assert trainers[0].model_wrapped is trainers[0].model
 
 
-def test_later_callbacks_see_whole_logs(tmp_path):
+def test_later_callbacks_see_complete_logs(tmp_path):
     logs = {"loss": 1.0, "epoch": 0.5, "eval_runtime": 3.0}
     callback = object.__new__(DetCallback)
     seen = {}
@@ -186,7 +186,7 @@ def test_a_search_needs_local_experiment(call, write_config, dpo_config, tmp_pat
     assert not Path(tmp_path / "out").exists()
 
 
-def test_reports_survive_a_kill_in_the_middle_of_a_line(tmp_path):
+def test_events_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     path = tmp_path / "events.jsonl"
     whole = {"kind": "progress", "progress": 0.5}
     path.write_text(json.dumps(whole) + "\n" + '{"kind": "progr')
@@ -196,7 +196,7 @@ def test_reports_survive_a_kill_in_the_middle_of_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
-def test_bad_data_is_told_before_anything_is_written(call, write_config, request, tmp_path, script):
+def test_bad_data_is_reported_before_anything_is_written(call, write_config, request, tmp_path, script):
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
     key = "dataset" if script is sft_finetune else "datasets"
     value = "/no/such.jsonl" if script is sft_finetune else ["/no/such.jsonl"]
@@ -214,7 +214,7 @@ def test_a_folder_is_not_resumed_with_other_hyperparameters(train, call, write_c
     assert "holds a trial with other hyperparameters" in err
 
 
-def test_fractions_of_an_epoch_end_with_a_checkpoint(train, sft_config):
+def test_a_fraction_of_an_epoch_ends_with_a_checkpoint(train, sft_config):
     reports = train(sft_finetune, sft_config, **{f"{ARGS}max_steps": None, f"{ARGS}num_train_epochs": 0.3})
     progress = [report["progress"] for report in reports["progress"]]
     assert progress[-1] == max(progress) == 1.0
@@ -255,10 +255,10 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
     assert json.loads((at_4.parent / "metadata.json").read_text()) == {"steps_completed": 4, "trial_id": 7}
 
 
-def test_a_training_tells_what_the_limits_take(train, sft_config, caplog):
+def test_a_training_logs_what_the_limits_cut(train, sft_config, caplog):
     train(sft_finetune, sft_config, hyperparameters__max_seq_length=60)
     told = [
-        record.message for record in caplog.records if record.name == "trial.context" and record.levelname == "WARNING"
+        record.message for record in caplog.records if record.name == "dataset_utils" and record.levelname == "WARNING"
     ]
     assert [message.split(":")[0] for message in told] == ["train", "test"]
     assert all(" cut: longer than max_seq_length: " in message for message in told)

@@ -8,7 +8,7 @@ from cluster import Master, Trial
 
 import inference
 from errors import UserError
-from storage.checkpoints import cluster_checkpoint
+from storage.cluster_checkpoints import cluster_checkpoint
 from trial.models import load_model_and_tokenizer
 
 CONFIG = {"searcher": {"name": "grid", "metric": "eval_rewards/accuracies", "smaller_is_better": False}}
@@ -60,7 +60,7 @@ def files_of(folder):
     return {path.name for path in folder.parent.rglob("*") if path.is_file()}
 
 
-def test_best_by_the_searchers_metric(saved):
+def test_an_experiment_or_trial_gives_its_best_checkpoint_by_the_searchers_metric(saved):
     for source, expected in {"exp:1": "b", "trial:1": "b", "trial:2": "c", f"ckpt:{saved['a']}": "a"}.items():
         folder = cluster_checkpoint(source, "--model m")
         assert folder.parent.name == saved[expected]
@@ -68,7 +68,7 @@ def test_best_by_the_searchers_metric(saved):
         load_model_and_tokenizer(str(folder))
 
 
-def test_fetched_once(master, saved):
+def test_a_cluster_checkpoint_is_downloaded_once(master, saved):
     folder = cluster_checkpoint("exp:1", "--model m")
     shutil.rmtree(master.storage / saved["b"])
     assert cluster_checkpoint("exp:1", "--model m") == folder
@@ -76,7 +76,7 @@ def test_fetched_once(master, saved):
     assert cluster_checkpoint(f"ckpt:{saved['b']}", "--model m") == folder  # nothing to ask a master for
 
 
-def test_through_the_master_where_the_storage_is_out_of_reach(master, saved, tmp_path):
+def test_a_checkpoint_comes_through_the_master_where_its_storage_cannot_be_reached(master, saved, tmp_path):
     master.hidden_storage = master.storage.rename(tmp_path / "elsewhere")
     folder = cluster_checkpoint("exp:1", "--model m")
     assert "model.safetensors" in files_of(folder)
@@ -84,7 +84,7 @@ def test_through_the_master_where_the_storage_is_out_of_reach(master, saved, tmp
     load_model_and_tokenizer(str(folder))
 
 
-def test_the_published_flags(call, saved, tiny):
+def test_the_published_flags_exp_id_and_trial_id_work(call, saved, tiny):
     status, out, err = call(
         *(inference.main, "--exp_id", 1, "--trial_id", 2, "--dataset", tiny / "questions"),
         *("--number-of-samples", 1, "--max-new-tokens", 2, "--device", "cpu"),
@@ -100,10 +100,10 @@ def test_the_published_flags(call, saved, tiny):
         ("exp:9", "exp:9: {url} has no such experiment"),
         ("trial:9", "trial:9: {url} has no such trial"),
         ("ckpt:6b6fbaa7-faa9-4449-867b-2939a147a335", "2939a147a335: {url} has no such checkpoint"),
-        ("exp:2", "exp:2: the experiment has no checkpoint yet that was validated as well"),
-        ("trial:3", "trial:3: the trial has no checkpoint yet that was validated as well"),
+        ("exp:2", "exp:2: the experiment has no checkpoint yet that was validated"),
+        ("trial:3", "trial:3: the trial has no checkpoint yet that was validated"),
         ("exp:best", "'exp:best': after exp: comes the number of the experiment"),
-        ("ckpt:../x", "'../x' is no checkpoint UUID"),
+        ("ckpt:../x", "'../x' is not a checkpoint UUID"),
     ],
 )
 def test_mistakes_get_one_line(call, master, saved, source, message):
@@ -113,7 +113,7 @@ def test_mistakes_get_one_line(call, master, saved, source, message):
     assert message.format(url=master.url) in err
 
 
-def test_no_master_to_reach(master):
+def test_a_missing_master_is_named_in_one_line(master):
     master.server.shutdown()
     master.server.server_close()
     with pytest.raises(UserError, match=rf"exp:1: no Determined master at {master.url} \(the environment variable"):

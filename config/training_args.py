@@ -1,0 +1,214 @@
+"""Build TRL's config of a run from the `training_args` of a YAML: every key is known, and has the right type."""
+
+import dataclasses
+import functools
+import logging
+import os
+import sys
+import typing
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.sft_config import SFTConfig
+
+from config.validation import Count, validate
+from errors import UserError, nearest, one_line
+
+logger = logging.getLogger(__name__)
+
+# The names `DPOTrainer` dispatches on. It refuses other names only at the first loss, after the reference pass.
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+# The losses whose formula contains `label_smoothing`. The others would ignore it without a warning.
+SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+# Keys of SFTConfig and DPOConfig that would have no effect here, and what does their job.
+REFUSED = {
+    "do_train": "a trial always trains",
+    "do_eval": "set eval_strategy",
+    "do_predict": "a trial predicts nothing",
+    "load_best_model_at_end": "the best checkpoint is found by searcher.metric, and kept",
+    "pad_token": "the tokenizer's own padding token is used",
+    "resume_from_checkpoint": "a trial resumes from its own latest checkpoint",
+    "save_only_model": "a trial resumes from its checkpoints, and needs the optimizer's state for it",
+}
+RENDERED = "every row is rendered as ChatML by chat_format.py"
+REFUSED_BY_SFT = REFUSED | {
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "set data_collator.on_completions_only"),
+    **dict.fromkeys(("chat_template_path", "dataset_kwargs", "dataset_text_field"), RENDERED),
+    "eos_token": "every answer ends with <|im_end|> and the tokenizer's own EOS",
+    "truncation_mode": "a row that is too long is cut at its end",
+}
+REFUSED_BY_DPO = REFUSED | {
+    "label_smoothing_factor": "DPO's losses have label_smoothing",
+    "truncation_mode": "prompts are cut at their beginning and answers at their end",
+}
+# Settings whose state is not saved in a checkpoint: rows in a newly drawn order, a reference that moves.
+INEXACT = {"train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "sync_ref_model": True}
+
+Config = TypeVar("Config", SFTConfig, DPOConfig)
+OwnKeys = dict[str, tuple[str, Any]]  # TRL's name: the key of ours that sets it, and its value (None: not set)
+
+
+def build_sft_config(training_args: dict[str, Any], own: OwnKeys) -> SFTConfig:
+    """Return the SFTConfig that `training_args` and our own keys describe. Raises `UserError` for what is wrong."""
+    args = build_training_args(SFTConfig, check_training_args(SFTConfig, training_args, own, REFUSED_BY_SFT))
+    if args.packing and args.max_length is None:
+        raise UserError("training_args.packing needs max_seq_length, the length of a pack")
+    if args.packing and args.packing_strategy != "bfd" and args.eval_packing is False:
+        # TRL would cut the evaluation's rows itself, without a warning.
+        strategy = f"training_args.packing_strategy {args.packing_strategy!r}"
+        remedy = "leave eval_packing out, or use packing_strategy: bfd"
+        raise UserError(f"{strategy} splits long rows, which eval_packing: false would have to cut; {remedy}")
+    return args
+
+
+def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
+    """Return the DPOConfig that `training_args` and our own keys describe. Raises `UserError` for what is wrong."""
+    values = check_training_args(DPOConfig, training_args, own, REFUSED_BY_DPO)
+    args = build_training_args(DPOConfig, resolve_dpo_loss(values))
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if args.precompute_ref_log_probs and machines > 1:
+        # TRL 1.16 writes them beside the dataset's file on the first machine, and reads them there on all. This can go
+        # once it gathers them.
+        raise UserError(f"precompute_ref_log_probs: true needs a trial on one machine; this one runs on {machines}")
+    return args
+
+
+def check_training_args(
+    cls: type[Config], training_args: dict[str, Any], own: OwnKeys, refused: dict[str, str]
+) -> dict[str, Any]:
+    """Return `training_args`, checked against the fields of `cls`, and our own keys under TRL's names."""
+    for name in training_args.keys() & refused.keys():
+        raise UserError(f"training_args.{name} has no effect here: {refused[name]}")
+    model = _model_of(cls)  # type: ignore[arg-type]  # mypy takes a dataclass's own hash for its class's
+    checked = validate(model, training_args, "training_args")
+    for name, (key, value) in own.items():
+        if name in training_args and value is not None:
+            raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
+    ours = {name: value for name, (_, value) in own.items() if value is not None}
+    return {name: getattr(checked, name) for name in training_args} | ours
+
+
+@functools.cache
+def _model_of(cls: Any) -> type[BaseModel]:
+    """The fields of `cls` as a pydantic model, with some types narrower or wider than upstream's hints."""
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    hints = typing.get_type_hints(cls) | dict.fromkeys(batches, Count) | {"fsdp": bool | str | None}
+    # TRL refuses another loss for SFT too, but only once the model is loaded.
+    hints["loss_type"] = Literal["nll", "dft"] if cls is SFTConfig else str | list[str]
+    fields: dict[str, Any] = {f.name: (_narrow(hints[f.name]), None) for f in dataclasses.fields(cls) if f.init}
+    # `arbitrary_types_allowed` is for classes of the library's that a later release may add.
+    config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+    return create_model(cls.__name__, __config__=config, **fields)
+
+
+def _narrow(hint: Any) -> Any:
+    """An enum alone in place of `enum | str`, where any text would do."""
+    for option in typing.get_args(hint):
+        if isinstance(option, type) and issubclass(option, Enum):
+            if "no" not in [member.value for member in option]:
+                return option
+            # `eval_strategy: no` is false in YAML 1.1, which is what a cluster's master reads.
+            return Annotated[option, BeforeValidator(lambda value: "no" if value is False else value)]
+    return hint
+
+
+def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
+    """Return `training_args` with a `loss_type` that TRL computes as asked. Raises `UserError` where it cannot.
+
+    Two published names are no longer TRL's. `cdpo` (Mitchell 2023, "A note on DPO with noisy preferences") is
+    (1 - e) A + e B with A = -logsigmoid(beta h), B = -logsigmoid(-beta h) and e the label smoothing. TRL's `robust`
+    is R = ((1 - e) A - e B) / (1 - 2e) and its `sigmoid` is A, so cDPO is exactly 2 (1 - e) A - (1 - 2e) R.
+    `kto_pair` was not a pairwise loss, and has become a trainer of its own.
+    """
+    losses = training_args.get("loss_type", ["sigmoid"])
+    losses = [losses] if isinstance(losses, str) else losses
+    smoothing = training_args.get("label_smoothing", 0.0)
+    resolved = dict(training_args)
+    if losses == ["cdpo"]:
+        if "loss_weights" in training_args or not 0 < smoothing < 0.5:
+            raise UserError("dpo_loss 'cdpo' needs training_args.label_smoothing in (0, 0.5), and no loss_weights")
+        losses = ["sigmoid", "robust"]
+        resolved["loss_weights"] = [2 * (1 - smoothing), -(1 - 2 * smoothing)]
+    for loss in losses:
+        if loss == "kto_pair":
+            raise UserError("dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own; 'apo_zero' is the nearest")
+        if loss not in DPO_LOSSES:
+            known = f"{', '.join(DPO_LOSSES)}, cdpo{nearest(loss, DPO_LOSSES)}"
+            raise UserError(f"dpo_loss {loss!r} is not one of {known}")
+    if "robust" in losses and not 0 <= smoothing < 0.5:
+        raise UserError(f"training_args.label_smoothing {smoothing:g} is not in [0, 0.5); dpo_loss 'robust' needs that")
+    if smoothing and not SMOOTHED_LOSSES & set(losses):
+        smoothed = f"cdpo and {', '.join(sorted(SMOOTHED_LOSSES))}"
+        raise UserError(f"training_args.label_smoothing has no effect on dpo_loss {losses[0]!r}, only on {smoothed}")
+    if "exo_pair" in losses and not smoothing:
+        raise UserError("dpo_loss 'exo_pair' needs training_args.label_smoothing above 0 (its paper uses 1e-3)")
+    return resolved | {"loss_type": losses}
+
+
+def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
+    """Return a `cls`, TRL's config of a run, of checked `values` and of defaults that suit the hardware.
+
+    Precision: weights, gradients and AdamW's state are always float32. At the learning rates of DPO a step is smaller
+    than the spacing of bf16 numbers (1e-4 near 0.02), so plain bf16 weights would never move. Where the hardware has
+    bf16, the forward and backward passes run under bf16 autocast. speed/hardware.py chooses everything else.
+    """
+    values = dict(values)
+    values.setdefault("report_to", "none")  # the library's default is every tracker that is installed
+    values.setdefault("disable_tqdm", not sys.stderr.isatty())  # progress bars would fill a log file
+    # transformers 5.23 warns of the old names, TRL's own default among them. This can go with transformers 6.
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if old in values:
+            values.setdefault(old.replace("gradient", "activation"), values.pop(old))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if values.get("fsdp") and processes > 1 and not torch.accelerator.is_available():
+        logger.info("training_args.fsdp: accelerate ignores it on CPUs, where every process keeps a whole model")
+    if values.get("fsdp") and processes == 1:
+        logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
+        values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
+    # TRL's own default under its new name, which the library refuses beside FSDP's. speed/hardware.py decides.
+    values.setdefault("activation_checkpointing", not sets_fsdp_checkpointing(values))
+    if not values.get("fp16"):
+        values.setdefault("bf16", has_bf16(bool(values.get("use_cpu"))))
+    if not torch.cuda.is_available():
+        # Without it the library refuses bf16 on a machine without a GPU, though its CPU may have it.
+        values.setdefault("use_cpu", not torch.backends.mps.is_available())
+    try:
+        args = cls(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training_args: {one_line(error)}") from error
+    for name, value in INEXACT.items():
+        if values.get(name) == value:
+            logger.warning("training_args.%s: %s: a trial with it does not resume exactly", name, value)
+    model_init_kwargs: Any = args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
+    for name in {"dtype", "torch_dtype"} & model_init_kwargs.keys():
+        dtype, key = model_init_kwargs[name], f"training_args.model_init_kwargs.{name}"
+        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise UserError(f"{key} {dtype!r} is not a dtype of torch")
+        if dtype != "float32":
+            reason = "weights stay float32, or small learning rates would not move them"
+            raise UserError(f"{key} {dtype!r}: {reason}; for autocast set training_args.bf16 or .fp16")
+    return args
+
+
+def sets_fsdp_checkpointing(training_args: dict[str, Any]) -> bool:
+    """Return whether `fsdp_config` says anything about activation checkpointing."""
+    config = training_args.get("fsdp_config")
+    return isinstance(config, dict) and any(name.removeprefix("fsdp_") == "activation_checkpointing" for name in config)
+
+
+def has_bf16(use_cpu: bool) -> bool:
+    """Return whether the device to train on computes in bf16.
+
+    A CPU without instructions for it emulates it, a hundred times slower than float32. Only x86's are looked for.
+    """
+    if not use_cpu and (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        return is_torch_bf16_gpu_available()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,234 @@
+"""Where rows come from: the hub, local files and folders, or a stream; which rows are taken, and how they are split.
+
+A mistake in the data is a `UserError` that names the file and the line, or the data set and the row.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetGenerationError
+
+from config.hyperparameters import DataSource
+from data.formats import MissingColumnError
+from errors import PassingError, UserError, nearest, one_line
+from storage.fingerprints import fingerprint
+from storage.hub import looks_like_path, quiet_lookup
+
+EVAL_SHARE = 0.2
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class LoadedSource:
+    """The rows of one split of a source."""
+
+    source: DataSource
+    rows: Dataset
+    split: str
+    streamed: bool
+
+    def locate(self, index: int | None = None) -> str:
+        """Say for an error message where the row at `index` is; without an index, which data set it is.
+
+        A row is located by its file and line if each line of the file holds a row, else by its number, from 1.
+        """
+        name = f"data set {self.source}"
+        if index is None:
+            return name
+        if self.streamed:
+            return f"{name} row {index + 1} of those streamed"
+        for file, number, _ in itertools.islice(_local_lines(self.source, self.split), index, None):
+            return f"{file} line {number}"
+        return f"{name} row {index + 1}"
+
+    def sample_size(self) -> int:
+        """Return how many rows to take. Raises `UserError` if the source has fewer than `number_of_samples`."""
+        found, ratio = len(self.rows), self.source.ratio
+        size = self.source.number_of_samples or max(1, round(found * (1.0 if ratio is None else ratio)))
+        if size > found:
+            raise UserError(f"{self.locate()}: number_of_samples is {size}, but it has only {found} rows")
+        return size
+
+
+def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSource:
+    """Load the rows of a source. Raises `UserError` if it is missing, malformed or empty.
+
+    With a `stream_seed`, `source.number_of_samples` rows are drawn, which must be set. Only as much of the source is
+    read as that takes, and these rows are kept in the cache of `datasets`.
+    """
+    streamed = stream_seed is not None
+    with _explain_load_errors(source):
+        arguments, split = _load_arguments(source), source.split
+        rows: Any = load_dataset(**arguments, split=split, streaming=streamed)
+        if split is None:
+            if "train" not in rows and len(rows) > 1:
+                raise UserError(f"data set {source}: no train split among {', '.join(rows)}; choose one with split")
+            split = "train" if "train" in rows else next(iter(rows))
+            rows = rows[split]
+        if streamed:
+            # Shuffling draws from a buffer of 1000 rows. The buffer is filled from ten files at a time, which are taken
+            # in random order and read from their beginning. A uniform sample would need to read all files.
+            drawn = rows.shuffle(seed=stream_seed).take(source.number_of_samples)
+            # Its own fingerprint would be the lambda's. The builder's hash is the hub's commit, or the files' state.
+            builder = load_dataset_builder(**arguments)
+            key = (arguments, builder.hash, builder.config_id, split, source.number_of_samples, stream_seed)
+            rows = Dataset.from_generator(lambda: iter(drawn), features=drawn.features, fingerprint=fingerprint(*key))
+    if len(rows) == 0:
+        raise UserError(f"data set {source}: it has no rows")
+    return LoadedSource(source, rows, split, streamed)
+
+
+def convert_rows(
+    loaded: LoadedSource,
+    indices: np.ndarray,
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]],
+    known_columns: Collection[str],
+) -> Dataset:
+    """Return the rows at `indices`, in the source's order, converted by a function of `data/formats.py`.
+
+    `known_columns` are those that `convert` may read. Each converted row also has the name of its `source` and the
+    number of its `row` there, from 1. Raises `UserError` with the place of the first row that is malformed.
+    """
+    # `Dataset.map` would be slower for a part of the rows, and draw a progress bar. A row of a `lazy` data set decodes
+    # a column when it is first read, and knows which columns have not been read (datasets 5.2).
+    rows = _rename_columns(loaded, known_columns).with_format("python", lazy=True)
+    converted = []
+    for index in np.sort(indices).tolist():
+        try:
+            row = rows[index]
+            converted.append({**convert(row), "source": str(loaded.source), "row": index + 1})
+            for column in loaded.source.columns.keys() & row.keys_to_format:
+                raise UserError(f"columns.{column} is not read, because the row also has the columns of another format")
+        except (UserError, UnicodeDecodeError) as error:
+            place = loaded.locate(None if isinstance(error, MissingColumnError) else index)
+            problem = error if isinstance(error, UserError) else f"not UTF-8 text ({error.reason})"
+            raise UserError(f"{place}: {problem}") from error
+    return Dataset.from_list(converted)
+
+
+def split_rows(rows: Dataset, seed: int, count: int, name: str) -> DatasetDict:
+    """Split rows at random into `train` and `test` (20%, rounded up), for `count` of them to be used.
+
+    Raises `UserError` if `count` is too small for both parts.
+    """
+    if count < 2:
+        raise UserError(f"{name}: {count} row is too few to train on and hold {EVAL_SHARE:.0%} out")
+    return rows.train_test_split(test_size=EVAL_SHARE, seed=seed)
+
+
+def refuse_overlaps(sources: list[DataSource]) -> None:
+    """Raise `UserError` if a source is named twice. Its rows could be both trained on and held out, or count twice."""
+    names = [(source.name, source.subset or "default", _split_name(source)) for source in sources]
+    for source, name in zip(sources, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"data set {source} is named more than once")
+
+
+def _load_arguments(source: DataSource) -> dict[str, Any]:
+    """Return the arguments with which `load_dataset` finds a source."""
+    path, name = Path(source.name), f"data set {source.name}"
+    if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(source.name)):
+        raise UserError(f"{name}: no such file or folder")
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise UserError(f"{name}: a file must end in one of {', '.join(FILE_FORMATS)}")
+        if source.subset is not None:
+            raise UserError(
+                f"{name}: a single file has no subset {source.subset!r}; leave subset out to use all of its rows (for"
+                " SFT, set dataset_subsets to [{ratio: 1.0}])"
+            )
+        return {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
+    if path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
+        formats = {FILE_FORMATS[file.suffix]: file.name for file in path.iterdir() if file.suffix in FILE_FORMATS}
+        if len(formats) > 1:
+            raise UserError(
+                f"{name}: it holds files of several formats ({', '.join(formats.values())}), but only one format would"
+                " be read; make a folder for each"
+            )
+    return {"path": source.name, "name": source.subset}
+
+
+@contextmanager
+def _explain_load_errors(source: DataSource) -> Iterator[None]:
+    """Turn what `datasets` raises for a source that it cannot load into a `UserError` of one line."""
+    try:
+        with quiet_lookup():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # a hub's client raises what its HTTP library does
+        # datasets 5.2 lets StopIteration out of a builder that finds nothing but empty files.
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise UserError(f"data set {source}: it has no rows") from None
+        is_local, cause = Path(source.name).exists(), error.__cause__ or error
+        if isinstance(error, DatasetGenerationError):
+            problem = _find_malformed_line(source) or f"data set {source}: {one_line(cause)}"
+        elif is_local and not isinstance(error, (OSError, ValueError)):
+            raise
+        else:
+            problem, cause = f"data set {source}: {_why_not_found(source, error)}", error
+        # The hub and the network raise errors of many kinds, which may pass. A ValueError is the user's mistake.
+        raise (UserError if is_local or isinstance(cause, ValueError) else PassingError)(problem) from error
+
+
+def _why_not_found(source: DataSource, error: Exception) -> str:
+    if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
+        known, subset = get_dataset_config_names(source.name), source.subset
+        fault = f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
+        return f"{fault}: it has {', '.join(known)}"
+    if Path(source.name).exists() or "split" in str(error):
+        return one_line(error)
+    return f"no such file or folder, and the hub does not provide it ({one_line(error)})"
+
+
+def _split_name(source: DataSource) -> str:
+    """Return the split that the source names, or most likely means, without a slice."""
+    return (source.split or "train").split("[")[0]
+
+
+def _find_malformed_line(source: DataSource) -> str | None:
+    """Return which line is the first that is not a JSON object, and why; None if there is none."""
+    for file, number, line in _local_lines(source, _split_name(source)):
+        try:
+            if not isinstance(json.loads(line.rstrip()), dict):
+                return f"{file} line {number}: not a JSON object"
+        except json.JSONDecodeError as error:
+            return f"{file} line {number}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+    return None
+
+
+def _local_lines(source: DataSource, split: str) -> Iterator[tuple[str, int, str]]:
+    """Yield the file, number and text of each line that holds a row, up to the first file whose lines are not rows."""
+    data_files = load_dataset_builder(**_load_arguments(source)).config.data_files or {}
+    for file in map(Path, data_files.get(split, [])):
+        if not file.is_file() or file.suffix not in (".jsonl", ".json"):
+            return
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+            for count, (number, line) in enumerate(rows):
+                if count == 0 and line.lstrip().startswith("["):  # an array of rows
+                    return
+                yield str(file), number, line
+
+
+def _rename_columns(loaded: LoadedSource, known_columns: Collection[str]) -> Dataset:
+    """Give columns the names that `source.columns` maps to them. Columns that had those names are removed."""
+    rows, names = loaded.rows, loaded.source.columns
+    for column, theirs in names.items():
+        if column not in known_columns:
+            raise UserError(f"columns.{column}: no column of that name is read{nearest(column, known_columns)}")
+        if theirs not in rows.column_names:
+            close = nearest(theirs, rows.column_names)
+            has = f"it has {', '.join(rows.column_names)}"
+            raise UserError(f"columns.{column}: {loaded.locate()} has no column {theirs!r}{close}; {has}")
+    if len(set(names.values())) < len(names):
+        raise UserError(f"columns: {', '.join(names)} must be different columns of {loaded.locate()}")
+    replaced = [column for column in names if column in rows.column_names and column not in names.values()]
+    return rows.remove_columns(replaced).rename_columns({theirs: column for column, theirs in names.items()})

@@ -1,0 +1,119 @@
+"""What length limits take from rows: which limit cuts or drops a row, in how many rows, and how a prompt is cut."""
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterator
+from enum import StrEnum, auto
+from typing import NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from chat_format import Message, encode
+from errors import UserError
+
+SHARE_TO_WARN = 0.05  # if a limit cuts or drops a larger share of the rows, it is probably set by mistake
+
+
+class Truncation(StrEnum):
+    """What a row loses, and to which limit. `EMPTY_ANSWER` is no truncation, but is counted and shown with them."""
+
+    limit: str | None  # the YAML key to raise
+    meaning: str  # the sentence for people
+
+    def __new__(cls, value: str, limit: str | None = None, meaning: str = "") -> "Truncation":
+        member = str.__new__(cls, value)
+        member._value_, member.limit, member.meaning = value, limit, meaning
+        return member
+
+    SEQUENCE_END = auto(), "max_seq_length", "longer than max_seq_length: loses its end and EOS, which teaches to stop"
+    NO_ANSWER = auto(), "max_seq_length", "no answer begins within max_seq_length"
+    PROMPT_START = auto(), "max_prompt_length", "prompt longer than max_prompt_length: loses its beginning"
+    NO_PROMPT = auto(), "max_prompt_length", "max_prompt_length leaves no room for the last turn's text"
+    ANSWER_END = auto(), "max_target_length", "answer longer than max_target_length: loses its end and EOS"
+    PAIR_END = auto(), "max_length", "prompt and answer longer than max_length: the answer loses its end and EOS"
+    NO_ROOM = auto(), "max_length", "the prompt alone fills max_length"
+    EMPTY_ANSWER = auto(), None, "answer without text: the model learns from it only to stop"
+
+    @property
+    def drops_row(self) -> bool:
+        """Whether nothing to learn from is left of the row."""
+        return self in (Truncation.NO_ANSWER, Truncation.NO_PROMPT, Truncation.NO_ROOM)
+
+    @property
+    def cuts_row(self) -> bool:
+        """Whether the row is kept without what is over the limit."""
+        return self.limit is not None and not self.drops_row
+
+
+class TruncationCount(NamedTuple):
+    """How many rows of a part of the data lose something. A part's `info.description` holds a JSON list of these."""
+
+    truncation: Truncation
+    rows: int
+    share: float  # of the part's rows
+    example: str  # source and row of the first of them
+
+
+def rows_by_truncation(rows: Dataset) -> dict[Truncation, list[int]]:
+    """Return the indices of the rows that lose something, by what they lose, ordered by their source and row there.
+
+    `rows` are tokenized with `every_row=True`.
+    """
+    places = list(zip(rows["source"][:], rows["row"][:], strict=True))
+    found: dict[Truncation, list[int]] = {}
+    for index, truncations in enumerate(rows["truncations"][:]):
+        for truncation in truncations:
+            found.setdefault(Truncation(truncation), []).append(index)
+    return {truncation: sorted(indices, key=places.__getitem__) for truncation, indices in found.items()}
+
+
+def store_truncation_counts(part: Dataset, rows: Dataset) -> None:
+    """Store in `part.info.description` what `rows`, its rows before any was dropped, have lost."""
+    counts = []
+    for truncation, indices in rows_by_truncation(rows).items():
+        first = rows[indices[0]]
+        example = f"{first['source']} row {first['row']}"
+        counts.append(TruncationCount(truncation, len(indices), len(indices) / len(rows), example))
+    part.info.description = json.dumps(counts)
+
+
+def count_truncations(part: Dataset) -> list[TruncationCount]:
+    """Return the counts stored in a tokenized part: what drops rows first, then what cuts them, the most rows first."""
+    counts = [TruncationCount(Truncation(name), *rest) for name, *rest in json.loads(part.info.description or "[]")]
+    return sorted(counts, key=lambda count: (not count.truncation.drops_row, not count.truncation.limit, -count.rows))
+
+
+def describe_truncations(name: str, part: Dataset) -> Iterator[str]:
+    """Yield a log line for each truncation in the part called `name`; if many rows lose it, with the limit to raise."""
+    for truncation, rows, share, example in count_truncations(part):
+        effect = " dropped" if truncation.drops_row else " cut" if truncation.cuts_row else ""
+        advice = f"; raise {truncation.limit}" if truncation.limit and share > SHARE_TO_WARN else ""
+        count = f"{rows} {'row' if rows == 1 else 'rows'} ({share:.1%})"
+        yield f"{name}: {count}{effect}: {truncation.meaning} (the first: {example}){advice}"
+
+
+def cut_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], max_prompt_length: int
+) -> list[Message] | None:
+    """Return the end of a prompt, as a conversation of at most `max_prompt_length` tokens with BOS and every header.
+
+    Whole turns are removed from the left. The first turn that stays keeps its header and loses the beginning of its
+    content. Returns None if nothing of the last turn's content fits.
+    """
+
+    def fits(messages: list[Message]) -> bool:
+        try:
+            return len(encode(tokenizer, messages)[0]) <= max_prompt_length
+        except UserError:  # some models' own templates refuse to begin with an answer
+            return False
+
+    first = next(n for n in range(len(prompt)) if n == len(prompt) - 1 or fits(prompt[n + 1 :]))
+    turn, later = prompt[first], prompt[first + 1 :]
+
+    def without(characters: int) -> list[Message]:
+        return [{**turn, "content": turn["content"][characters:]}, *later]
+
+    size = len(turn["content"])
+    removed = bisect_left(range(size), True, key=lambda characters: fits(without(characters)))
+    return without(removed) if removed < size else later or None

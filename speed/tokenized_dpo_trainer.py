@@ -1,0 +1,83 @@
+"""TRL's DPOTrainer on rows that are already tokenized, with one reference pass that all trials of a grid share."""
+
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from speed.padding_free import remove_padding
+from storage.fingerprints import fingerprint
+from storage.shared_cache import one_trial_at_a_time
+
+if TYPE_CHECKING:
+    from trial.context import Trial
+
+
+class TokenizedDPOTrainer(DPOTrainer):
+    """Train with DPO on tokenized rows; trials that share a cache folder compute the reference log-probs once.
+
+    TRL 1.16 tokenizes every preference row itself and no longer truncates prompts and answers separately
+    (`max_prompt_length` and `max_target_length` are gone). SFTTrainer accepts tokenized rows; `_prepare_dataset` can go
+    once DPOTrainer does too.
+    """
+
+    def __init__(self, trial: "Trial", **kwargs: Any) -> None:
+        self.trial = trial
+        self.reference_seconds: dict[str, float] = {}  # by split; a pass that was found in the cache is not in it
+        super().__init__(**kwargs)
+        if self.precompute_ref_logps:
+            splits = " and ".join(self.reference_seconds)
+            seconds = sum(self.reference_seconds.values())
+            trial.status(f"reference log-probs {f'computed in {seconds:.1f} s ({splits})' if splits else 'reused'}")
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Have TRL (1.16) find an earlier pass if, and only if, it computed the same.
+
+        TRL looks it up by the data set's fingerprint and a hash of the weights. That key is hardly ever the same twice,
+        and does not tell fp32 from bf16. This can go once TRL's key holds what `reference_key` does.
+        """
+        if self.ref_model is not None:  # only under FSDP: TRL loads a second model for this pass
+            remove_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
+        dataset._fingerprint = reference_key(self, dataset, batch_size)
+        trial, name_of_lock = self.trial, f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}.lock"
+        with one_trial_at_a_time(
+            trial.cache / name_of_lock,
+            trial.core_context.distributed,
+            on_wait=lambda: trial.status("waiting for another trial's reference log-probs"),
+            while_waiting=trial.stop_if_preempted,
+        ):
+            started, self.reference_batches = time.monotonic(), 0
+            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+            if self.reference_batches:
+                self.reference_seconds[name] = time.monotonic() - started
+        return dataset
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        """Stop here if the trial is preempted: TRL calls this for each batch of the pass before training, which
+        callbacks do not see. This can go once they do."""
+        self.reference_batches += 1
+        self.trial.stop_if_preempted()
+        return super().compute_ref_log_probs(*args, **kwargs)
+
+
+def reference_key(trainer: DPOTrainer, dataset: Dataset, batch_size: int) -> str:
+    """Return a key for everything the reference log-probs of `dataset` depend on except the weights, which TRL adds.
+
+    The data set's own fingerprint covers the token ids and their lengths (see `dataset_utils.tokenize_once`). Batch
+    size and number of ranks only move the last bits, but a resumed trial must end exactly as an uninterrupted one.
+    Left out on purpose: beta, learning rate, seed and all else that only training depends on, and the processor model.
+    """
+    args, accelerator = cast(DPOConfig, trainer.args), trainer.accelerator
+    config = cast(PreTrainedModel, trainer.model).config
+    return fingerprint(
+        dataset._fingerprint,
+        *(config.to_json_string(), config._name_or_path, config._attn_implementation, args.model_init_kwargs),
+        *(args.ld_alpha, args.pad_to_multiple_of, batch_size, accelerator.num_processes),
+        *(accelerator.mixed_precision, accelerator.device.type, str(accelerator.distributed_type)),
+        *(args.tf32, args.torch_compile, args.use_liger_kernel, str(args.fsdp_config), str(args.accelerator_config)),
+    )

@@ -1,0 +1,153 @@
+"""Checkpoints that a cluster's master is asked for, from any machine: `exp:12`, `trial:34` and `ckpt:UUID`."""
+
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import isfinite
+from pathlib import Path
+
+import determined as det
+from determined.common import api, storage
+from determined.common.constants import SHARED_FS_CONTAINER_PATH
+from determined.experimental import Determined, client
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from urllib3.exceptions import HTTPError
+
+from config.validation import check_uuid
+from errors import UserError, one_line
+from storage.checkpoints import cached_checkpoint, fetch_once, has_weights, is_model_file, model_folder
+
+# What can stand before the colon, and what the number or UUID after it names.
+CLUSTER_SOURCES = {"exp": "experiment", "trial": "trial", "ckpt": "checkpoint"}
+
+
+def cluster_checkpoint(source: str, key: str) -> Path:
+    """Return the model folder of a checkpoint on the cluster that the environment variable DET_MASTER names.
+
+    `source` is `exp:12` or `trial:34`, for the best checkpoint by the experiment's searcher metric, or `ckpt:UUID`.
+    Only the model files are downloaded, once, to where `download_ckpt` keeps them. Raises `UserError` if there is no
+    such checkpoint or no master to ask.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "ckpt":
+        check_uuid(name, key)
+    elif not name.isdecimal():
+        raise UserError(f"{key} {source!r}: after {kind}: comes the number of the {CLUSTER_SOURCES[kind]}")
+    if kind != "ckpt" or not has_weights(cached_checkpoint(name)):
+        with one_line_cluster_errors(f"{key} {source}", CLUSTER_SOURCES[kind]):
+            checkpoint = _find_checkpoint(kind, name)
+            if checkpoint is None:
+                raise UserError(f"{key} {source}: the {CLUSTER_SOURCES[kind]} has no checkpoint yet that was validated")
+            if checkpoint.state is not client.CheckpointState.COMPLETED:
+                state = checkpoint.state.name.lower() if checkpoint.state else "in an unknown state"
+                raise UserError(f"{key} {source}: the checkpoint is {state}")
+            if checkpoint.training:
+                print(f"{source}: trial {checkpoint.training.trial_id}, checkpoint {checkpoint.uuid}")
+            fetch_once(checkpoint.uuid, lambda folder: _download(checkpoint, folder, key), key)
+            name = checkpoint.uuid
+    return model_folder(cached_checkpoint(name), name, key)
+
+
+@contextmanager
+def one_line_cluster_errors(what: str, kind: str) -> Iterator[None]:
+    """Turn what the SDK raises, without a master or where it refuses, into a `UserError` about `what`, of a `kind`."""
+    master = api.get_default_master_url()
+    try:
+        master = api.canonicalize_master_url(master)
+        yield
+    except UserError:
+        raise
+    except api.errors.MasterNotFoundException:
+        reason = f"no Determined master at {master} (the environment variable DET_MASTER names it)"
+        raise UserError(f"{what}: {reason}") from None
+    except api.errors.UnauthenticatedException:
+        raise UserError(f"{what}: {master} requires you to log in (det user login)") from None
+    except api.errors.NotFoundException:
+        raise UserError(f"{what}: {master} has no such {kind}") from None
+    except (api.errors.BadRequestException, api.errors.BadResponseException, OSError, ValueError) as error:
+        raise UserError(f"{what}: {master}: {one_line(error)}") from error
+
+
+def _find_checkpoint(kind: str, name: str) -> client.Checkpoint | None:
+    """Return the checkpoint that a source names; None for an experiment or a trial of which none can be ranked.
+
+    Raises what the SDK raises: see `one_line_cluster_errors`.
+    """
+    cluster = Determined()
+    if kind == "ckpt":
+        return cluster.get_checkpoint(name)
+    owner = cluster.get_experiment(int(name)) if kind == "exp" else cluster.get_trial(int(name))
+    # Without a sort key the API sorts by the searcher's metric, the best first.
+    return next(filter(_can_be_ranked, owner.list_checkpoints()), None)
+
+
+def _can_be_ranked(checkpoint: client.Checkpoint) -> bool:
+    """Return whether a checkpoint is still there and was validated with a finite value of its searcher's metric."""
+    if checkpoint.training is None or checkpoint.state is not client.CheckpointState.COMPLETED:
+        return False
+    metrics = checkpoint.training.validation_metrics.get("avgMetrics") or {}
+    value = metrics.get(checkpoint.training.experiment_config["searcher"]["metric"])
+    return isinstance(value, float | int) and isfinite(value)
+
+
+def _download(checkpoint: client.Checkpoint, folder: Path, key: str) -> None:
+    """Download the model files from the storage, or through the master if this machine cannot reach the storage.
+
+    The SDK's own `download` has no selector: it would download the optimizer's state too, twice the model's size.
+    Raises `UserError` if neither works.
+    """
+    wanted = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name)}
+    with _show_download(f"checkpoint {checkpoint.uuid}", folder, sum(wanted.values())):
+        try:
+            if checkpoint.training is None:
+                raise LookupError("its experiment is not known")
+            # In a container a shared file system is mounted in a place of its own.
+            mounted = SHARED_FS_CONTAINER_PATH if det.get_cluster_info() else None
+            config = checkpoint.training.experiment_config["checkpoint_storage"]
+            manager = storage.build(config, container_path=mounted)
+            manager.download(checkpoint.uuid, str(folder), selector=is_model_file)
+        except Exception as from_storage:  # each kind of storage raises its own
+            try:
+                _download_through_master(checkpoint, folder, set(wanted))
+            except (api.errors.BadRequestException, OSError, tarfile.TarError, HTTPError) as error:
+                reasons = f"{one_line(error)} (and from its storage: {one_line(from_storage)})"
+                raise UserError(f"{key}: checkpoint {checkpoint.uuid} cannot be downloaded: {reasons}") from error
+
+
+def _download_through_master(checkpoint: client.Checkpoint, folder: Path, wanted: set[str]) -> None:
+    """Read the archive that the master makes of the checkpoint, up to the last of the `wanted` files."""
+    response = checkpoint._session.get(
+        f"/checkpoints/{checkpoint.uuid}", headers={"Accept": "application/gzip"}, stream=True
+    )
+    with response, tarfile.open(fileobj=response.raw, mode="r|*") as archive:
+        for member in archive:
+            name = member.name.removeprefix("./")
+            if name in wanted:
+                archive.extract(member, folder, filter="data")
+                wanted.remove(name)
+            if not wanted:
+                return
+
+
+@contextmanager
+def _show_download(description: str, folder: Path, total: int) -> Iterator[None]:
+    """Show a progress bar while the files in `folder` grow to `total` bytes."""
+    done = threading.Event()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(description, total=total)
+
+        def watch() -> None:
+            while not done.wait(timeout=0.2):
+                with suppress(OSError):  # a file that gets its final name meanwhile
+                    progress.update(task, completed=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+        progress.update(task, completed=total)
