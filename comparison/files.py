@@ -1,13 +1,12 @@
-"""Models side by side: their answers to the same questions, what the numbers say of them, and the files that hold both.
+"""Show a comparison: in the terminal, and in the files that the user asks for.
 
-F.html                  a page on which to vote blind, and then to read who was who (`vote.html.jinja`)
-F.csv, F.jsonl, F.md    a row a question, a column a model, the preferred answer last
-F.json                  all of it, the numbers too, for a program
+F.html                  a page to vote on without seeing names, and then to see who was who (`vote.html.jinja`)
+F.csv, F.jsonl, F.md    a row for each question, a column for each model, the preferred answer last
+F.json                  everything with the metrics, for a program
 """
 
 import html
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,78 +27,68 @@ from pages.terminal import visible
 from storage.files import write_atomically
 from storage.fingerprints import fingerprint
 
-RESERVED = ("question", "preferred")  # columns that no model can be called
-
 
 class Metric(NamedTuple):
-    """How a figure of `preference_metrics` is told."""
+    """How a metric of `preference_metrics` is shown; {reference} stands for the reference model's name."""
 
     title: str
-    write: Callable[[float], str]
+    format: Callable[[float], str]
     meaning: str
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+percent = "{:.1%}".format
 
 
 def number(value: float) -> str:
-    """Three significant digits, and no more than two after the point."""
+    """Return a number as text, with three significant digits and at most two decimals."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 METRICS = {
     "preference_accuracy": Metric(
-        "preference accuracy ↑",
-        percent,
-        "how often the answer that people chose is likelier than the one they rejected",
+        "preference accuracy ↑", percent, "how often the answer that people chose is likelier than the rejected one"
     ),
     "preference_accuracy_by_token": Metric(
-        "preference accuracy, by token ↑",
-        percent,
-        "the same of the mean log-prob of a token: a sum favours short answers",
+        "preference accuracy, by token ↑", percent, "the same by mean log-prob per token: sums favour short answers"
     ),
     "reward_accuracy": Metric(
         "reward accuracy against {reference} ↑",
         percent,
-        "how often DPO's reward, by what the model finds an answer likelier than {reference} does, is higher for the"
-        " chosen one",
+        "how often the chosen answer has the higher DPO reward: its log-prob minus its log-prob under {reference}",
     ),
     "reward_margin": Metric(
         "reward margin against {reference} ↑",
         number,
-        "by how much it is higher, times beta; tells something of models that were trained from {reference}",
+        "mean difference of the two rewards, times beta; informative for models trained from {reference}",
     ),
     "perplexity": Metric(
         "perplexity of the chosen answers ↓",
         number,
-        "how many tokens it wavers between, as it were, at each token of a chosen answer",
+        "exp of the mean negative log-prob per token of the chosen answers; lower is better",
     ),
-    "answer_tokens": Metric("length of an answer", number, "in tokens, of its own answers"),
-    "stopped": Metric("stopped by itself ↑", percent, "the share of its answers that ended before the limit"),
+    "answer_tokens": Metric("length of an answer", number, "mean number of tokens of the model's own answers"),
+    "stopped": Metric("stopped by itself ↑", percent, "share of the model's answers that ended before the limit"),
     "distinct_ngrams": Metric(
-        f"distinct {NGRAM}-grams ↑",
-        percent,
-        f"the share of an answer's sequences of {NGRAM} words that are no repetition",
+        f"distinct {NGRAM}-grams ↑", percent, f"share of distinct sequences of {NGRAM} words; 100%: no repetition"
     ),
 }
 
 
 @dataclass
 class Comparison:
-    """What was asked and answered. `answers` and `figures` are by model; `preferred` is known of some questions."""
+    """The questions, and every model's answers and metrics."""
 
-    sources: dict[str, str]  # model: where it is from, as the user named it
+    sources: dict[str, str]  # by model: where it is from, as the user wrote it
     questions: list[list[Message]]
-    preferred: list[str | None]
-    answers: dict[str, list[Answer]]
-    figures: dict[str, dict[str, Estimate | None]]
+    preferred: list[str | None]  # the answer to each question that people preferred, if known
+    answers: dict[str, list[Answer]]  # by model
+    figures: dict[str, dict[str, Estimate | None]]  # by model: its metrics
     reference: str
-    settings: str  # in words: how the answers were made, what the figures are of
+    settings: str  # in sentences: how the answers and metrics were made
 
     def table(self) -> pd.DataFrame:
-        """A row a question, a column a model, the preferred answer last (where one is known)."""
-        table = pd.DataFrame({"question": [asked(question) for question in self.questions]})
+        """Return a row for each question, a column for each model, the preferred answer last if any is known."""
+        table = pd.DataFrame({"question": [question_text(question) for question in self.questions]})
         for name, answers in self.answers.items():
             table[name] = [answer.text for answer in answers]
         if any(text is not None for text in self.preferred):
@@ -107,51 +96,48 @@ class Comparison:
         return table
 
     def numbers(self) -> list[tuple[str, str, list[tuple[str, str]]]]:
-        """For each figure its title, what it means and, for each model, it and its 95% interval in words."""
+        """Return, for each metric, its title, its meaning, and each model's value and 95% interval as text."""
         rows = []
         for key, metric in METRICS.items():
-            found = [self.figures[name].get(key) for name in self.sources]
-            if any(found):
-                cells = [told(value, metric.write) if value else ("-", "") for value in found]
+            estimates = [self.figures[name].get(key) for name in self.sources]
+            if any(estimates):
+                cells = [format_estimate(value, metric.format) if value else ("-", "") for value in estimates]
                 title, meaning = (text.format(reference=self.reference) for text in (metric.title, metric.meaning))
                 rows.append((title, meaning, cells))
         return rows
 
     def metrics(self) -> dict[str, float]:
-        """All figures by `model/figure`, and the number of questions."""
-        figures = {
-            f"{name}/{key}": value.value
-            for name, of in self.figures.items()
-            for key, value in of.items()
-            if value is not None
+        """Return the number of questions, and all metrics as `model/metric`."""
+        values = {
+            f"{name}/{key}": value.value for name, of in self.figures.items() for key, value in of.items() if value
         }
-        return {"questions": len(self.questions)} | figures
+        return {"questions": len(self.questions), **values}
 
 
-def told(value: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
-    """A figure and its interval in words. Where all rows agree a bootstrap knows no doubt, however few they are."""
-    sure = f"all {value.count} alike" if value.count > 1 else "of one"
-    return write(value.value), sure if value.low == value.high else f"{write(value.low)} to {write(value.high)}"
+def format_estimate(estimate: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
+    """Return a value and its interval as text. If all rows are equal, the bootstrap interval has no width."""
+    equal = f"all {estimate.count} alike" if estimate.count > 1 else "of one"
+    interval = f"{write(estimate.low)} to {write(estimate.high)}"
+    return write(estimate.value), equal if estimate.low == estimate.high else interval
 
 
-def asked(question: list[Message]) -> str:
-    """A question as text; one of several turns with who says what."""
+def question_text(question: list[Message]) -> str:
+    """Return a question as text; if it has several turns, with their roles."""
     if len(question) == 1:
         return question[0]["content"]
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in question)
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Each question with the answers in columns below it, then the numbers."""
+    """Print each question with the answers in columns below it, then the metrics."""
     for position, row in enumerate(comparison.table().to_dict("records"), start=1):
         console.print(f"\n[bold]{position}. {escape(visible(row.pop('question')))}[/bold]")
         answers = Table(box=box.SIMPLE, expand=True)
         for name in row:
-            answers.add_column(escape(name), ratio=1, style="dim" if name == "preferred" else None)
+            answers.add_column(escape(str(name)), ratio=1, style="dim" if name == "preferred" else None)
         answers.add_row(*(escape(visible(text)) for text in row.values()))
         console.print(answers)
-    numbers = Table(box=box.SIMPLE, caption=escape(comparison.settings), caption_justify="left")
-    numbers.add_column("")
+    numbers = Table("", box=box.SIMPLE, caption=escape(comparison.settings), caption_justify="left")
     for name in comparison.sources:
         numbers.add_column(escape(name), justify="right")
     for title, _, cells in comparison.numbers():
@@ -159,78 +145,66 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     console.print(numbers)
 
 
-def write_csv(comparison: Comparison) -> str:
-    return comparison.table().to_csv(index=False)
+def _jsonl(comparison: Comparison) -> str:
+    """By json, as pandas escapes every slash."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.table().to_dict("records"))
 
 
-def write_jsonl(comparison: Comparison) -> str:
-    rows = comparison.table().to_dict("records")
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_json(comparison: Comparison) -> str:
-    """All of it for a program: figures with their intervals, too."""
+def _json(comparison: Comparison) -> str:
     figures = {
         name: {key: value and value._asdict() for key, value in of.items()} for name, of in comparison.figures.items()
     }
     rows = comparison.table().to_dict("records")
-    whole = {"models": comparison.sources, "settings": comparison.settings, "figures": figures, "questions": rows}
-    return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"
+    everything = {"models": comparison.sources, "settings": comparison.settings, "figures": figures, "questions": rows}
+    return json.dumps(everything, ensure_ascii=False, indent=2) + "\n"
 
 
-def write_markdown(comparison: Comparison) -> str:
-    """The table of answers, then the numbers and what they mean."""
+def _markdown(comparison: Comparison) -> str:
+    """Two tables, then what the metrics mean. (pandas' own Markdown needs `tabulate`, and escapes nothing.)"""
     table, numbers = comparison.table(), comparison.numbers()
-    figures = [[title, *(f"{value} ({range_})" if range_ else value for value, range_ in cells)]
-               for title, _, cells in numbers]  # fmt: skip
-    answers = markdown_table(list(table.columns), table.values.tolist())
+    cells = [[title, *(f"{v} ({interval})" if interval else v for v, interval in row)] for title, _, row in numbers]
     meanings = "".join(f"- {markdown_cell(title)}: {markdown_cell(meaning)}\n" for title, meaning, _ in numbers)
-    figures = markdown_table(["", *comparison.sources], figures)
-    return f"{answers}\n{figures}\n{meanings}\n{markdown_cell(comparison.settings)}\n"
+    tables = markdown_table([*table.columns], table.values.tolist()), markdown_table(["", *comparison.sources], cells)
+    return "\n".join((*tables, meanings, markdown_cell(comparison.settings) + "\n"))
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(markdown_cell, line))} |\n" for line in lines)
+    """Return a Markdown table of plain text."""
+    lines = [" | ".join(map(markdown_cell, row)) for row in (header, *rows)]
+    lines.insert(1, " | ".join(["---"] * len(header)))
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def markdown_cell(text: str) -> str:
-    """`text` as a cell shows it: nothing in it is markup, and a line break is one."""
+    """Return text for a Markdown cell that shows it as it is: markup is escaped, and line breaks are kept."""
     for marker in "\\`*_[]~#|":
         text = text.replace(marker, f"\\{marker}")
     return "<br>".join(html.escape(text, quote=False).splitlines())
 
 
-def write_html(comparison: Comparison) -> str:
+def _html(comparison: Comparison) -> str:
     table = comparison.table()
-    return render_page(
-        Path(__file__).with_name("vote.html.jinja"),
-        "Which answer is best?",
-        comparison=comparison,
-        numbers=comparison.numbers(),
-        about={
-            "id": fingerprint(table.to_csv(), list(comparison.sources)),  # its votes are another page's no more
-            "models": list(comparison.sources.items()),  # a list: tojson sorts the keys of a mapping
-            "settings": comparison.settings,
-            "questions": table["question"].tolist(),
-        },
-    )
+    about = {
+        "id": fingerprint(table.to_csv(), list(comparison.sources)),  # the page's votes are stored under it
+        "models": list(comparison.sources.items()),  # a list: tojson sorts the keys of a mapping
+        "settings": comparison.settings,
+        "questions": table["question"].tolist(),
+    }
+    context = {"comparison": comparison, "numbers": comparison.numbers(), "about": about}
+    return render_page(Path(__file__).with_name("vote.html.jinja"), "Which answer is best?", **context)
 
 
-WRITERS = {".html": write_html, ".csv": write_csv, ".jsonl": write_jsonl, ".md": write_markdown, ".json": write_json}
-
-
-def check_output(path: str) -> None:
-    if Path(path).suffix not in WRITERS:
-        raise UserError(f"--output_file {path}: its name must end in one of {', '.join(WRITERS)}")
-    if Path(path).is_dir():
-        raise UserError(f"--output_file {path}: it is a folder")
-    there = next(folder for folder in Path(path).absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--output_file {path}: {there} is no folder to write to")
+WRITERS: dict[str, Callable[[Comparison], str]] = {
+    ".html": _html,
+    ".csv": lambda comparison: comparison.table().to_csv(index=False),
+    ".jsonl": _jsonl,
+    ".md": _markdown,
+    ".json": _json,
+}
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write a comparison in the format of the file's ending. Raises `UserError` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, WRITERS[path.suffix](comparison))

@@ -1,10 +1,19 @@
-"""Answers: greedy and drawn, alone and in batches, and where they end."""
+"""Answers: greedy and sampled, alone and in batches, and where they end."""
 
 import pytest
 import torch
 
 from chat_format import encode, read_answer, set_chat_format
-from comparison.generation import Answer, Sampling, answer_batch, batch_seed, batches, context_length, fitted, in_halves
+from comparison.generation import (
+    Answer,
+    answer_batch,
+    batch_by_length,
+    batch_seed,
+    context_length,
+    fit_prompt,
+    run_in_halves,
+)
+from comparison.options import Sampling
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset
 from errors import UserError
@@ -27,7 +36,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, tokenizer, prompts):
     assert together[0].text == tokenizer.decode(alone, skip_special_tokens=True).strip()
 
 
-def test_a_models_own_generation_config_changes_nothing(model, tokenizer, prompts):
+def test_a_models_own_generation_config_has_no_effect(model, tokenizer, prompts):
     """Or models would be compared under different rules."""
     expected = answer_batch(model, tokenizer, prompts, GREEDY)
     torch.manual_seed(0)
@@ -39,7 +48,7 @@ def test_a_models_own_generation_config_changes_nothing(model, tokenizer, prompt
     assert answer_batch(model, tokenizer, prompts, DRAWN) == drawn
 
 
-def test_what_is_drawn_is_drawn_again_with_the_same_seed(model, tokenizer, prompts):
+def test_sampling_repeats_with_the_same_seed(model, tokenizer, prompts):
     def draw(seed):
         torch.manual_seed(batch_seed(seed, 0))
         return answer_batch(model, tokenizer, prompts, DRAWN)
@@ -70,7 +79,7 @@ def test_an_answer_ends_at_a_stop_or_at_the_limit(model, tokenizer, prompts):
 
 
 @pytest.mark.parametrize("added", [True, False])
-def test_stops_are_told_from_limits_however_they_are_spelled(model, tokenizer, added):
+def test_stops_and_limits_are_distinguished_however_stops_are_tokenized(model, tokenizer, added):
     set_chat_format(model, tokenizer, ["<|im_start|>", "<|im_end|>"] if added else None)
     _, completion = encode(tokenizer, [{"role": "user", "content": "Hi"}], "Hello there.")
     text = len(tokenizer("Hello there.", add_special_tokens=False)["input_ids"])
@@ -82,33 +91,33 @@ def test_stops_are_told_from_limits_however_they_are_spelled(model, tokenizer, a
     assert not read_answer(tokenizer, completion[:-2], stops)[2]
 
 
-def test_what_does_not_fit_the_context_loses_its_beginning(model, tokenizer):
+def test_a_prompt_too_long_for_the_context_loses_its_beginning(model, tokenizer):
     long = [{"role": "user", "content": "first " * 900}, {"role": "assistant", "content": "Yes."}]
     long += [{"role": "user", "content": "second " * 90}]
     whole = encode(tokenizer, long)[0]
     assert context_length(model) == 1024 < len(whole) + 100
-    ids, cut = fitted(model, tokenizer, long, 100)
+    ids, cut = fit_prompt(model, tokenizer, long, 100)
     assert cut
     assert len(ids) <= 924
     assert tokenizer.decode(ids).endswith(tokenizer.decode(whole[-300:]))
-    assert fitted(model, tokenizer, long[2:], 100) == (encode(tokenizer, long[2:])[0], False)
+    assert fit_prompt(model, tokenizer, long[2:], 100) == (encode(tokenizer, long[2:])[0], False)
     with pytest.raises(UserError, match="--max-new-tokens 1024 leaves a prompt no room in a context of 1024 tokens"):
-        fitted(model, tokenizer, long, 1024)
+        fit_prompt(model, tokenizer, long, 1024)
     answer_batch(model, tokenizer, [ids], GREEDY)
 
 
-def test_tokens_are_told_as_they_come(model, tokenizer, prompts):
+def test_each_step_reports_its_new_tokens(model, tokenizer, prompts):
     steps = []
     answer_batch(model, tokenizer, prompts, GREEDY, steps.append)
     assert [len(step) for step in steps] == [len(prompts)] * 12
 
 
-def test_longest_first():
-    found = batches([[0] * length for length in (3, 9, 1, 9, 5)], 2)
+def test_batches_begin_with_the_longest():
+    found = batch_by_length((3, 9, 1, 9, 5), 2)
     assert found == [[1, 3], [4, 0], [2]]
 
 
-def test_a_batch_that_does_not_fit_is_halved():
+def test_a_batch_that_does_not_fit_in_memory_is_halved():
     tried = []
 
     def run(items):
@@ -117,17 +126,17 @@ def test_a_batch_that_does_not_fit_is_halved():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return [Answer(str(item), 1, True) for item in items]
 
-    assert [answer.text for answer in in_halves(run, [1, 2, 3, 4, 5])] == ["1", "2", "3", "4", "5"]
+    assert [answer.text for answer in run_in_halves(run, [1, 2, 3, 4, 5])] == ["1", "2", "3", "4", "5"]
     assert tried == [5, 2, 3, 1, 2]
 
 
-def test_one_that_does_not_fit_alone_is_a_mistake_and_other_errors_are_not():
+def test_only_running_out_of_memory_alone_is_a_user_error():
     def fail(items):
         raise RuntimeError(message)
 
     message = "CUDA out of memory.\nTried to allocate 2 GiB"
-    with pytest.raises(UserError, match="out of memory, with a batch of one; a lower --max-length or"):
-        in_halves(fail, [1, 2])
+    with pytest.raises(UserError, match="out of memory with a batch of one: lower --max-length or"):
+        run_in_halves(fail, [1, 2])
     message = "sizes do not match"
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        in_halves(fail, [1, 2])
+        run_in_halves(fail, [1, 2])

@@ -1,4 +1,4 @@
-"""The comparison of models: what is asked, what is written, and what an interruption leaves."""
+"""The comparison of models: its questions, its files, and how it continues after an interruption."""
 
 import json
 import shutil
@@ -8,15 +8,21 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import REPO, run_script
+from pydantic import ValidationError
 
 import inference
 from chat_format import encode, set_chat_format
-from comparison import compared_model as comparison
-from comparison.compared_model import Kept, model_identity
-from comparison.files import METRICS, Comparison, asked, print_comparison
+from comparison import compare as comparison
+from comparison import generation, preference_metrics
+from comparison.compare import model_identity
+from comparison.files import METRICS, WRITERS, Comparison, print_comparison, question_text
 from comparison.generation import Answer
+from comparison.options import DEFAULT_DATASETS, OUTPUT_SUFFIXES, ComparisonOptions, parse_hyperparameters
+from comparison.questions import BLOG
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset
+from errors import UserError
 from trial.models import load_model_and_tokenizer
 
 USER = {"role": "user", "content": "How do I boil an egg?"}
@@ -42,7 +48,7 @@ def held_out(tiny):
     return load_dpo_dataset([DataSource(str(tiny / "conversations"))], 42)["test"].shuffle(seed=42)
 
 
-def test_a_base_model_gets_plain_text_and_a_tuned_one_its_template(tokenizer):
+def test_a_base_model_gets_plain_text_and_a_tuned_model_its_template(tokenizer):
     tuned = encode(tokenizer, [SYSTEM, USER])[0]
     assert tokenizer.decode(tuned).startswith("<bos><|im_start|>system\nBe brief.")
     tokenizer.chat_template = None
@@ -57,10 +63,11 @@ def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, he
     outputs = [word for name in names for word in ("--output_file", name)]
     status, out, err = compare(*("--number-of-samples", 999, "--max-new-tokens", 16, *outputs), models=("[one]", "two"))
     assert status == 0, err
+    assert set(WRITERS) == set(OUTPUT_SUFFIXES)
     csv, jsonl, md, _, whole = map(Path, names)
     table = pd.read_csv(csv, keep_default_na=False)
     assert list(table.columns) == ["question", "[one]", "two", "preferred"]
-    assert table["question"].tolist() == [asked(prompt) for prompt in held_out["prompt"][:]]
+    assert table["question"].tolist() == [question_text(prompt) for prompt in held_out["prompt"][:]]
     assert table["preferred"].tolist() == held_out["chosen"][:]
     assert table["[one]"].tolist() == table["two"].tolist()
     rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
@@ -82,7 +89,7 @@ def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, he
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(name.split("/")[-1] for name in names)
 
 
-def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
+def test_own_questions_come_from_options_and_files(compare, tmp_path, monkeypatch, tiny):
     def questions(*arguments, data=False):
         output = tmp_path / "out.jsonl"
         status, out, err = compare("--output_file", output, models=("one",), data=data, own=arguments)
@@ -110,9 +117,9 @@ def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
     # With a data set beside them, its pairs are scored.
     assert "preference accuracy" in questions("--prompt", "Who?", data=True)[1]
 
-    blog = DataSource(str(tiny / "questions"), split=inference.BLOG.split)
-    assert inference.BLOG.name == "Intel/orca_dpo_pairs"
-    monkeypatch.setattr(inference, "BLOG", blog)
+    blog = DataSource(str(tiny / "questions"), split=BLOG.split)
+    assert BLOG.name == "Intel/orca_dpo_pairs"
+    monkeypatch.setattr("comparison.questions.BLOG", blog)
     with (tiny / "questions" / "train.jsonl").open() as file:
         published = [json.loads(line) for line in file][1:5]
     assert questions("--prompts", "blog")[0] == [
@@ -121,14 +128,14 @@ def test_questions_of_ones_own(compare, tmp_path, monkeypatch, tiny):
     ]
 
 
-def test_a_reference_has_no_rewards_and_equal_models_no_margin(compare, tmp_path):
+def test_the_reference_has_no_rewards_and_equal_models_have_no_margin(compare, tmp_path):
     output = tmp_path / "t.md"
     assert compare("--reference", "two", "--output_file", output)[0] == 0
     assert "| reward accuracy against two \N{UPWARDS ARROW} | 0.0% (all 4 alike) | - |" in output.read_text()
     assert "| reward margin against two \N{UPWARDS ARROW} | 0.00 (all 4 alike) | - |" in output.read_text()
 
 
-def test_pairs_that_one_model_has_no_room_for_are_left_out_for_all(call, tiny, tmp_path):
+def test_pairs_that_do_not_fit_one_model_are_left_out_for_all(call, tiny, tmp_path):
     """A template's markers take room that plain text does not need."""
     model, tokenizer = load_model_and_tokenizer(str(tiny / "base"))
     set_chat_format(model, tokenizer)
@@ -146,13 +153,13 @@ def test_pairs_that_one_model_has_no_room_for_are_left_out_for_all(call, tiny, t
 
 
 @pytest.mark.parametrize("drawn", [(), ("--temperature", 1.2, "--top-p", 0.9, "--seed", 3)], ids=["greedy", "drawn"])
-def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, monkeypatch, drawn):
+def test_an_interrupted_comparison_continues_to_the_same_result(compare, tmp_path, monkeypatch, drawn):
     """Interrupted after each of its batches in turn, with a line of the file torn: in the end nothing is different."""
     arguments = ("--batch-size", 2, *drawn, "--output_file")
     untouched, output = tmp_path / "untouched.json", tmp_path / "out.json"  # answers and numbers
     assert compare(*arguments, untouched)[0] == 0
     unfinished = tmp_path / "out.json.unfinished"
-    run, scored = comparison.answer_batch, comparison.score_batch
+    run, scored = generation.answer_batch, preference_metrics.score_batch
     counted = {"batches": 0, "until": 1}
 
     def once(original):
@@ -164,15 +171,15 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
 
         return batch
 
-    monkeypatch.setattr(comparison, "answer_batch", once(run))
-    monkeypatch.setattr(comparison, "score_batch", once(scored))
+    monkeypatch.setattr(generation, "answer_batch", once(run))
+    monkeypatch.setattr(preference_metrics, "score_batch", once(scored))
     lines = 0
     while True:
         counted["batches"] = 0
         status, out, err = compare(*arguments, output)
         if status != 130:
             break
-        assert f"{unfinished} holds what was done: the same command goes on from it" in out
+        assert f"{unfinished} holds the results so far: the same command continues from it" in out
         assert not output.exists()
         assert len(unfinished.read_text().splitlines()) > lines
         lines = len(unfinished.read_text().splitlines())
@@ -184,11 +191,11 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(compare, tmp_path, mo
     assert not unfinished.exists()
 
 
-def test_kept_results_are_of_the_same_model_and_conditions_only(compare, tmp_path, monkeypatch, tiny):
+def test_stored_results_are_reused_for_the_same_model_and_options_only(compare, tmp_path, monkeypatch, tiny):
     """What a result depends on is in its key: another option, or another model under the old name, is done anew."""
-    monkeypatch.setattr(Kept, "remove", lambda self: None)
+    monkeypatch.setattr(Path, "unlink", lambda self, **kwargs: None)  # a finished comparison keeps its results
     asked = []
-    monkeypatch.setattr(comparison, "answer_batch", lambda *a, run=comparison.answer_batch: asked.append(1) or run(*a))
+    monkeypatch.setattr(generation, "answer_batch", lambda *a, run=generation.answer_batch: asked.append(1) or run(*a))
 
     def batches(*arguments, models=("one",)):
         asked.clear()
@@ -209,7 +216,7 @@ def test_kept_results_are_of_the_same_model_and_conditions_only(compare, tmp_pat
     assert batches("--dtype", "bfloat16", "--batch-size", 7) == 1  # there padding moves an answer
 
 
-def test_a_model_is_told_by_what_it_is_and_not_by_where(model, tokenizer, tmp_path):
+def test_a_models_identity_is_its_content_and_not_its_place(model, tokenizer, tmp_path):
     """A checkpoint that was fetched again is the same; one that was trained is another."""
     for saved in (model, tokenizer):
         saved.save_pretrained(tmp_path / "a")
@@ -310,11 +317,14 @@ def test_chat_forgets_what_does_not_fit(talk):
         (["--model", "a={tiny}/base", "--prompts", "no.jsonl"], "data set no.jsonl: no such file"),
         (["--model", "a={tiny}/base", "--prompts", "no.txt"], "no.txt: "),
         (["--model", "a={tiny}/base", "--device", "gpu"], "--device 'gpu': not on this machine"),
-        (["--model", "a={tiny}/base", "--dtype", "float33"], "--dtype 'float33' is none of float32"),
-        (["--model", "a={tiny}/base", "--number-of-samples", "0"], "--number-of-samples 0 is not at least 1"),
-        (["--model", "a={tiny}/base", "--number-of-pairs", "-1"], "--number-of-pairs -1 is not at least 0"),
-        (["--model", "a={tiny}/base", "--temperature", "-1"], "--temperature -1 is no number from 0 on"),
-        (["--model", "a={tiny}/base", "--temperature", "nan"], "--temperature nan is no number from 0 on"),
+        (
+            ["--model", "a={tiny}/base", "--dtype", "float33"],
+            "--dtype float33 must be 'float32', 'bfloat16' or 'float16'",
+        ),
+        (["--model", "a={tiny}/base", "--number-of-samples", "0"], "--number-of-samples 0 must be at least 1"),
+        (["--model", "a={tiny}/base", "--number-of-pairs", "-1"], "--number-of-pairs -1 must be at least 0"),
+        (["--model", "a={tiny}/base", "--temperature", "-1"], "--temperature -1 must be at least 0"),
+        (["--model", "a={tiny}/base", "--temperature", "nan"], "--temperature nan must be a finite number"),
         (["--model", "a={tiny}/base", "--prompt", " "], "--prompt is empty"),
         (["--model", "a={tiny}/base", "--prompts", "{tiny}/empty.jsonl"], "empty.jsonl line 1: the question is empty"),
         (
@@ -326,8 +336,8 @@ def test_chat_forgets_what_does_not_fit(talk):
             "output_file has no effect with --chat",
         ),
         (["--model", "a={tiny}/base", "--nubmer-of-pairs", "3"], "no such option (did you mean '--number-of-pairs'?)"),
-        (["--model", "a={tiny}/base", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["--prompt", "x"], "which models? Give --model NAME=SOURCE"),
+        (["--model", "a={tiny}/base", "--seed", "x"], "--seed x must be a valid integer"),
+        (["--prompt", "x"], "which models? Give --model, --exp_id or --trial_id"),
         (
             ["--model", "a={tiny}/base", "--prompts", "{tiny}/how.md"],
             "how.md: a file of questions ends in one of .txt",
@@ -337,16 +347,16 @@ def test_chat_forgets_what_does_not_fit(talk):
             "none of its columns (body) holds a question: it needs one of prompt",
         ),
         (["--model", "a={tiny}/base", "--prompts", "{tiny}/utf16.txt"], "utf16.txt: not UTF-8 text"),
-        (["--model", "a={tiny}/base", "--output_file", "{tiny}/how.txt/a.csv"], "how.txt is no folder to write to"),
+        (["--model", "a={tiny}/base", "--output_file", "{tiny}/how.txt/a.csv"], "how.txt is not a folder to write to"),
         (["--model", "a={tiny}/base", "--max-new-tokens", "2000"], "--max-new-tokens 2000 leaves a prompt no room"),
         (["--model", "a={tiny}/base", "--top-p", "0.9"], "--top-p 0.9 has no effect without a --temperature above 0"),
-        (["--model", "a={tiny}/base", "--top-p", "2", "--temperature", "1"], "--top-p 2 is not in (0, 1]"),
-        (["--model", "a={tiny}/base", "--beta", "0"], "--beta 0 is no number above 0"),
+        (["--model", "a={tiny}/base", "--top-p", "2", "--temperature", "1"], "--top-p 2 must be at most 1"),
+        (["--model", "a={tiny}/base", "--beta", "0"], "--beta 0 must be above 0"),
         (
             ["--model", "dpo={tiny}/base", "--reference", "dop"],
-            "none of the models: dpo (did you mean 'dpo'?)",
+            "not one of the models: dpo (did you mean 'dpo'?)",
         ),
-        (["--model", "dpo={tiny}/base", "--chat", "sft"], "--chat 'sft' is none of the models: dpo"),
+        (["--model", "dpo={tiny}/base", "--chat", "sft"], "--chat 'sft' is not one of the models: dpo"),
         (["--model", "a={tiny}/base", "--output_file", "a.xlsx"], "its name must end in one of .html, .csv"),
         (["--model", "a={tiny}/base", "--output_file", "{tiny}/base.html"], "base.html: it is a folder"),
     ],
@@ -367,15 +377,48 @@ def test_mistakes_get_one_line(call, tiny, arguments, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ({}, "which models? Give hyperparameters.model, hyperparameters.exp_id or hyperparameters.trial_id"),
+        ({"number_of_question": 3}, "number_of_question: no such option (did you mean 'hyperparameters.number_of_sa"),
+        ({"seed": "5"}, "hyperparameters.seed '5' must be a valid integer"),
+        ({"batch_size": True}, "hyperparameters.batch_size True must be a valid integer"),
+        ({"temperature": -1}, "hyperparameters.temperature -1 must be at least 0"),
+        ({"top_p": 0.5}, "hyperparameters.top_p 0.5 has no effect without a hyperparameters.temperature above 0"),
+        ({"model": {"preferred": "x"}}, "hyperparameters.model {'preferred': 'x'}: the name 'preferred' is taken"),
+        ({"dataset": [3]}, "hyperparameters.dataset 3 must be"),
+        ({"reference": "dpo"}, "hyperparameters.reference 'dpo' is not one of the models: a"),
+    ],
+)
+def test_mistakes_in_a_yaml_name_its_key(hparams, message):
+    with pytest.raises(UserError) as error:
+        parse_hyperparameters({"model": {"a": "b"}, **hparams} if hparams else {})
+    assert message in str(error.value)
+
+
+def test_options_cannot_be_changed():
+    options = parse_hyperparameters({"model": {"a": "b"}})
+    with pytest.raises(ValidationError):
+        options.seed = 1
+
+
+def test_options_are_read_before_heavy_libraries_are_imported():
+    code = "import sys, inference; inference.parse_arguments(); print(*sys.modules)"
+    run = run_script("-c", code, "--model", "a=b")
+    assert run.returncode == 0, run.stderr
+    assert {"torch", "transformers", "datasets", "pandas", "pyarrow"}.isdisjoint(run.stdout.split())
+
+
 def test_pairs_beside_questions_of_ones_own_need_a_data_set(call, tiny):
     status, _, err = call(inference.main, "--model", f"a={tiny / 'base'}", "--prompt", "x", "--number-of-pairs", 3)
     assert (status, err) == (
         2,
-        "error: --number-of-pairs: of which --dataset? With questions of your own there is no default\n",
+        "error: --number-of-pairs needs a --dataset beside your own questions\n",
     )
 
 
-def test_what_models_say_does_not_reach_the_terminal(capsys):
+def test_control_characters_and_markup_do_not_reach_the_terminal(capsys):
     of = Comparison(
         sources={"a": "x"},
         questions=[[{"role": "user", "content": "Why? :fire:"}]],
@@ -392,9 +435,8 @@ def test_what_models_say_does_not_reach_the_terminal(capsys):
     assert "\x1b[31m" not in out
 
 
-def test_the_default_questions_are_of_what_dpo_yaml_trains_on():
-    from conftest import REPO
-
+def test_the_default_questions_are_from_the_data_of_dpo_yaml():
     from config.experiment import read_experiment_config
 
-    assert list(inference.DATASETS) == read_experiment_config(str(REPO / "dpo.yaml"))["hyperparameters"]["datasets"]
+    assert list(DEFAULT_DATASETS) == read_experiment_config(str(REPO / "dpo.yaml"))["hyperparameters"]["datasets"]
+    assert all(name in ComparisonOptions.model_fields["dataset"].description for name in DEFAULT_DATASETS)

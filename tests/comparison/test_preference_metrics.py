@@ -1,4 +1,4 @@
-"""What the numbers are: against TRL's own, and against sums done by hand."""
+"""The metrics: checked against TRL's own, and against sums done by hand."""
 
 import math
 
@@ -16,9 +16,9 @@ from comparison.preference_metrics import (
     BATCH_TOKENS,
     PairScore,
     answer_metrics,
+    batch_pairs,
     distinct_ngrams,
     estimate,
-    pair_batches,
     preference_metrics,
     score_batch,
     tokenize_pairs,
@@ -35,7 +35,7 @@ def score(model, tokenizer, pairs, batch_size=8):
     add_fused_lm_head(model)
     tokenized = tokenize_pairs(pairs, tokenizer, 4096)
     scores = {}
-    for batch in pair_batches(tokenized, batch_size):
+    for batch in batch_pairs(tokenized, batch_size):
         found = score_batch(model.eval(), tokenizer, [tokenized[index] for index in batch])
         scores.update(zip(batch, found, strict=True))
     return [scores[index] for index in range(len(pairs))]
@@ -92,7 +92,7 @@ def test_log_probs_are_those_of_the_logits(model, tokenizer, tiny, template):
         assert scored == pytest.approx(alone, abs=1e-3)
 
 
-def test_stops_are_not_text(model, tokenizer):
+def test_stops_do_not_count_as_text(model, tokenizer):
     """Perplexity is of the answer's words: how the stops are spelled differs between the models compared."""
 
     def spoken(answer):
@@ -123,7 +123,7 @@ PICKY = (  # as gemma-2b-it's: no system turn, no answer to begin with, and noth
 )
 
 
-def test_a_template_of_another_models_own(model, tokenizer):
+def test_another_models_own_chat_template_works(model, tokenizer):
     tokenizer.chat_template = PICKY
     turns = [{"role": "user", "content": "first " * 60}, {"role": "assistant", "content": "Yes. " * 60}, *PROMPT]
     rows = {"prompt": [turns], "chosen": ["Put it in."], "rejected": ["No."], "source": ["s"], "row": [1]}
@@ -136,27 +136,27 @@ def test_a_template_of_another_models_own(model, tokenizer):
         encode(tokenizer, turns[1:])
 
 
-def test_pairs_without_room_are_told(tokenizer, tiny):
+def test_pairs_that_do_not_fit_are_marked(tokenizer, tiny):
     pairs = load_dpo_dataset([DataSource(str(tiny / "conversations"))], 42)["test"]
-    everything, narrow, nothing = (tokenize_pairs(pairs, tokenizer, limit)["kept"][:] for limit in (4096, 80, 10))
+    everything, narrow, nothing = (tokenize_pairs(pairs, tokenizer, limit)["fits"][:] for limit in (4096, 80, 10))
     assert all(everything)
     assert all(narrow)  # cut, and still there
     assert not any(nothing)
-    assert pair_batches(tokenize_pairs(pairs, tokenizer, 10), 8) == []
+    assert batch_pairs(tokenize_pairs(pairs, tokenizer, 10), 8) == []
 
 
 def test_batches_of_pairs_are_bounded_in_pairs_and_tokens(tokenizer, tiny):
     pairs = load_dpo_dataset([DataSource(str(tiny / "questions"))], 42)["test"]
     tokenized = tokenize_pairs(pairs, tokenizer, 4096)
-    found = pair_batches(tokenized, 4)
+    found = batch_pairs(tokenized, 4)
     assert sorted(index for batch in found for index in batch) == list(range(len(pairs)))
     assert {len(batch) for batch in found} <= {4, len(pairs) % 4}
     longest = max(tokenized["total_length"][:])
-    assert all(2 * len(batch) * longest <= BATCH_TOKENS for batch in pair_batches(tokenized, 999))
+    assert all(2 * len(batch) * longest <= BATCH_TOKENS for batch in batch_pairs(tokenized, 999))
     assert tokenized["total_length"][found[0][0]] == longest
 
 
-def test_figures_by_hand():
+def test_preference_metrics_equal_sums_by_hand():
     policy = [PairScore(-10, -12, 5, 4, -8, 4), PairScore(-20, -15, 10, 5, -16, 8), PairScore(-7, -7, 7, 7, -6, 6)]
     reference = [PairScore(-11, -12, 5, 4, -8, 4), PairScore(-24, -16, 10, 5, -16, 8), PairScore(-7, -8, 7, 7, -6, 6)]
     figures = {key: value.value for key, value in preference_metrics(policy, reference, beta=0.5).items()}
@@ -173,7 +173,7 @@ def test_figures_by_hand():
     assert alone["reward_accuracy"] is alone["reward_margin"] is None
 
 
-def test_figures_of_answers():
+def test_answer_metrics_equal_sums_by_hand():
     answers = [Answer("a b c a b c a b c", 9, True), Answer("a b", 2, False), Answer("one two three four", 4, True)]
     figures = {key: value.value for key, value in answer_metrics(answers).items()}
     assert figures == pytest.approx({"answer_tokens": 5, "stopped": 2 / 3, "distinct_ngrams": (3 / 7 + 1) / 2})
@@ -182,7 +182,7 @@ def test_figures_of_answers():
     assert set(figures) | set(preference_metrics([PairScore(-1, -2, 1, 1, -1, 1)], None, 1)) == set(METRICS)
 
 
-def test_intervals():
+def test_bootstrap_intervals_are_close_to_the_normal_ones():
     """Of a share the bootstrap's interval is close to the normal one; of a ratio it is of the ratio."""
     share = estimate([1] * 60 + [0] * 40)
     assert share.value == 0.6

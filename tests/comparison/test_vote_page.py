@@ -105,7 +105,7 @@ def vote_all(page: Page) -> None:
     pick(page, "sft")
 
 
-def test_nobody_is_named_before_the_end(visit):
+def test_names_are_hidden_until_the_end(visit):
     page = visit()
     expect(page.locator("article:visible")).to_have_count(1)
     for number in (1, 2, 3):
@@ -216,7 +216,7 @@ def test_by_keyboard_alone(visit):
     expect(page.locator("article").nth(0).locator(".answer.best .name")).to_have_text(winner)
 
 
-def test_keys_do_only_what_was_meant(visit):
+def test_a_key_held_down_is_one_vote(visit):
     page = visit(comparison(4, [f"model{number}" for number in range(12)]))
     page.keyboard.down("9")
     for _ in range(5):
@@ -230,7 +230,7 @@ def test_keys_do_only_what_was_meant(visit):
     move_on(page, 1)
 
 
-def test_one_model_is_only_read(visit):
+def test_a_single_model_is_shown_without_voting(visit):
     page = visit(comparison(names=["dpo"]))
     expect(page.locator("article:visible")).to_have_count(3)
     expect(page.locator("#again")).to_be_hidden()
@@ -238,14 +238,14 @@ def test_one_model_is_only_read(visit):
 
 
 @pytest.mark.parametrize("stored", ["x", "[]", "1", '{"orders": []}', "null"])
-def test_what_is_stored_and_cannot_be_read_is_left_aside(visit, stored):
+def test_unreadable_stored_votes_are_ignored(visit, stored):
     page = visit()
     page.evaluate("stored => localStorage.setItem(localStorage.key(0), stored)", stored)
     page.reload()
     expect(page.locator("#count")).to_have_text("0 of 3 voted")
 
 
-def test_what_models_write_is_text(visit):
+def test_markup_that_models_write_is_shown_as_text(visit):
     page = visit()
     assert EVIL in shown(page)
     page.locator("#reveal").click()
@@ -254,7 +254,7 @@ def test_what_models_write_is_text(visit):
     assert page.title() == "Which answer is best?"
 
 
-def test_models_that_said_the_same_share_a_column_and_a_vote(visit):
+def test_models_with_the_same_answer_share_a_column_and_a_vote(visit):
     of = comparison()
     of.answers["dpo"][0] = of.answers["sft"][0]
     of.answers["dpo"][1] = of.answers["sft"][1] = of.answers["base"][1]
@@ -273,7 +273,7 @@ def test_models_that_said_the_same_share_a_column_and_a_vote(visit):
     expect(page.locator("#pairs tr", has_text="sft").locator("td").nth(2)).to_contain_text("50%")
 
 
-def test_a_clear_winner_is_told_as_one(visit):
+def test_a_clear_winner_is_reported_without_a_doubt(visit):
     page = visit(comparison(8))
     for number in range(8):
         move_on(page, number + 1)
@@ -282,14 +282,14 @@ def test_a_clear_winner_is_told_as_one(visit):
     expect(page.locator("#verdict")).to_have_text("You liked dpo best: 8 of 8 votes")
 
 
-def test_names_are_not_shown_by_mistake(visit):
+def test_revealing_names_before_all_votes_asks_first(visit):
     page = visit()
     pick(page, "dpo")
     move_on(page, 2)
     said = []
     page.once("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
     page.locator("#reveal").click()
-    assert said == ["Show the names now? 2 questions stay without a vote."]
+    assert said == ["Show the names now? 2 questions have no vote."]
     expect(page.locator("#result")).to_be_hidden()
     expect(page.locator("#count")).to_have_text("1 of 3 voted")
 
@@ -306,7 +306,7 @@ def test_starting_over_asks_first(visit):
     expect(page.locator("#count")).to_have_text("0 of 3 voted")
 
 
-def test_another_comparison_has_votes_of_its_own(visit, write):
+def test_another_comparison_starts_without_votes(visit, write):
     page = visit()
     vote_all(page)
     page.goto(write(comparison(4)))
@@ -315,7 +315,7 @@ def test_another_comparison_has_votes_of_its_own(visit, write):
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_fits_and_can_be_read(visit, width, scheme):
+def test_page_fits_the_screen_and_has_contrast(visit, width, scheme):
     of = comparison(names=[*NAMES, "a-model-with-quite-a-long-name-of-its-own"])
     of.answers["sft"][0] = Answer("word" * 200 + "\n" + "many words " * 100, 3, True)
     page = visit(of, viewport={"width": width, "height": 800}, color_scheme=scheme)

@@ -18,7 +18,7 @@ from processes import run_ranks
 from safetensors.torch import load_file
 
 import inference
-from comparison.cluster_task import as_arguments
+from comparison.options import parse_command_line, parse_hyperparameters
 from trial.events import read_events
 
 needs_containers = pytest.mark.skipif(not containers_work(), reason="this machine lets us make no namespaces")
@@ -237,7 +237,8 @@ def test_a_preempted_comparison_answers_nothing_twice(
 
     # The same options, as a command line on this machine, give the same answers.
     checkpoint = next((master.storage / sft_trial.of_kind("checkpoint")[-1]["uuid"]).glob("checkpoint-*"))
-    words = [*as_arguments(options), "--model", f"base={tiny / 'base'}", "--model", f"sft={checkpoint}"]
+    words = ["--number-of-samples", 4, "--number-of-pairs", 4, "--max-new-tokens", 4, "--batch-size", 2]
+    words += ["--dataset", tiny / "questions", "--model", f"base={tiny / 'base'}", "--model", f"sft={checkpoint}"]
     words += ["--model", f"dpo={tiny / 'base'}", "--output_file", tmp_path / "c.json"]  # a cluster sorts its options
     status, _, err = call(inference.main, *words)
     assert status == 0, err
@@ -248,15 +249,20 @@ def test_a_preempted_comparison_answers_nothing_twice(
     assert here == there
 
 
-def test_options_of_a_yaml_as_a_command_line():
-    options = {"number_of_samples": 5, "model": {"a": "exp:1"}, "dataset": ["x", {"name": "y"}], "seed": None}
-    words = ["--number-of-samples=5", "--model=a=exp:1", "--dataset=x", '--dataset={"name": "y"}']
-    assert as_arguments({**options, "prompt": ["-1?"]}) == [*words, "--prompt=-1?"]
+def test_a_yaml_and_a_command_line_give_the_same_options():
+    options = {"number_of_pairs": 5, "model": {"a": "exp:1"}, "dataset": ["x", {"name": "y"}], "seed": None}
+    options |= {"prompt": ["-1?"], "temperature": 1, "output_file": "a.csv", "trial_id": [2]}
+    words = ["--number-of-pairs=5", "--model=a=exp:1", "--trial_id=2", "--dataset=x", '--dataset={"name": "y"}']
+    words += ["--prompt=-1?", "--temperature=1", "--output-file=a.csv"]
+    from_yaml, from_words = parse_hyperparameters(options), parse_command_line(words, "")
+    assert from_yaml.model_dump() == from_words.model_dump()
+    assert (from_yaml.number_of_pairs, from_yaml.seed, from_yaml.prompt) == (5, 0, ["-1?"])
+    assert from_yaml.model == {"a": "exp:1", "trial:2": "trial:2"}
 
 
 def test_a_mistake_in_the_comparisons_options_is_not_tried_again():
     (policy,) = yaml.safe_load((REPO / "inference.yaml").read_text())["log_policies"]
-    unknown = run_script("inference.py", *as_arguments({"model": {"a": "b"}, "number_of_question": 3}))
+    unknown = run_script("inference.py", "--model=a=b", "--number-of-question=3")
     assert re.search(policy["pattern"], unknown.stderr, flags=re.MULTILINE)
     assert re.search(policy["pattern"], "error: --model sft exp:12: no such experiment")
     assert not re.search(policy["pattern"], "error (may be temporary): a hub")

@@ -1,0 +1,305 @@
+"""Compare models: each one in turn answers the questions and scores the pairs.
+
+Results are appended to a file as they are computed, so that an interrupted comparison continues where it stopped, also
+with other models or questions.
+"""
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head
+
+from chat_format import Message
+from comparison import generation, preference_metrics
+from comparison.cluster_task import Task
+from comparison.files import Comparison
+from comparison.generation import Answer, batch_by_length, batch_seed, context_length, fit_prompt, run_in_halves
+from comparison.options import ComparisonOptions, Sampling
+from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
+from comparison.questions import Questions
+from errors import UserError
+from speed.output_layer import fit_fused_head_to_cpu
+from speed.padding_free import remove_padding
+from storage.checkpoints import is_model_file, local_checkpoint
+from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
+from storage.files import append_json_line, read_json_lines
+from storage.fingerprints import fingerprint
+from storage.locks import only_writer
+from trial.models import check_source, load_model_and_tokenizer
+
+
+def find_model(source: str, key: str) -> str:
+    """Return the folder or hub id that a SOURCE stands for; what a cluster has is downloaded first.
+
+    Raises `UserError` if there is none.
+    """
+    if not Path(source).exists():
+        if source.partition(":")[0] in CLUSTER_SOURCES and ":" in source:
+            return str(cluster_checkpoint(source, key))
+        if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
+            try:
+                return str(local_checkpoint(source, key))
+            except UserError as error:
+                raise UserError(f"{error}; if it is on a cluster, give ckpt:{source}") from None
+    check_source(source, key)
+    return source
+
+
+def choose_device(name: str | None, key: str) -> torch.device:
+    """Return the device called `name`, or the best one if None. Raises `UserError` if this machine has none such."""
+    try:
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error
+    return device
+
+
+def load_model(
+    name: str, source: str, options: ComparisonOptions, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model that is ready to answer, and its tokenizer. Raises `UserError` for one that cannot."""
+    key = options.key("model", name)
+    model, tokenizer = load_model_and_tokenizer(source, key, dtype=getattr(torch, options.dtype))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{key} {source!r}: its tokenizer has no EOS token, so answers would never end")
+    torch.nn.Module.to(model, device)
+    return model.eval(), tokenizer
+
+
+class StoredResult(TypedDict):
+    """A line of a file of results: the fields of an `Answer` or a `PairScore`; None for a pair that does not fit."""
+
+    key: str  # a hash of everything the result depends on
+    value: list[Any] | None
+
+
+class ResultStore(dict[str, Any]):
+    """Results by key, appended to a file as they come. Without a file they are only held in memory."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        for line in read_json_lines(path) if path else []:
+            if isinstance(line, dict) and line.keys() == StoredResult.__required_keys__:
+                self[line["key"]] = line["value"]
+
+    def add(self, key: str, value: Any) -> None:
+        """Add a result. Raises `UserError` if it cannot be written."""
+        self[key] = value
+        try:
+            if self.path:
+                append_json_line(self.path, StoredResult(key=key, value=value))
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from error
+
+
+@contextmanager
+def open_results(path: Path | None, console: Console) -> Iterator[ResultStore]:
+    """Open the results of an unfinished comparison for this process alone, and delete them once it is finished."""
+    with only_writer(path) if path else nullcontext():
+        try:
+            yield ResultStore(path)
+        except KeyboardInterrupt:
+            if path and path.exists():
+                console.print(f"\n{path} holds the results so far: the same command continues from it", soft_wrap=True)
+            raise
+        if path:
+            path.unlink(missing_ok=True)
+
+
+@dataclass
+class ComparedModel:
+    """A model and its part of the comparison. It is loaded when the first result is missing from the store."""
+
+    name: str
+    source: str  # a folder or hub id
+    options: ComparisonOptions
+    device: torch.device
+    store: ResultStore
+    progress: Progress
+    after_batch: Callable[[], None]
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the model and its tokenizer; load them the first time."""
+        if self.loaded is None:
+            self.loaded = load_model(self.name, self.source, self.options, self.device)
+            remove_padding(self.loaded[0], pairs=True)
+            add_fused_lm_head(self.loaded[0])
+            if self.device.type == "cpu":
+                fit_fused_head_to_cpu()
+        return self.loaded
+
+    def unload(self) -> None:
+        """Free the model's memory for the next one."""
+        self.loaded = None
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not used
+
+    def answer(self, questions: list[list[Message]]) -> list[Answer]:
+        """Return the model's answer to each question."""
+        options = self.options
+        keys = [self.key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
+        if not options.greedy:  # a sampled answer depends on its batch, and its place there
+            keys = [self.key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
+        if not self.store.keys() >= set(keys):
+            model, tokenizer = self.load()
+            fitted = [fit_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
+            prompts = [ids for ids, _ in fitted]
+            if cut := sum(was_cut for _, was_cut in fitted):
+                text = f"{cut} questions are cut at their beginning, to fit with an answer into the model's context"
+                self.progress.console.print(f"{escape(self.name)}: {text}")
+
+            def run(batch: list[int], count: Callable[[int], None]) -> list[Answer]:
+                ids = [prompts[index] for index in batch]
+                return generation.answer_batch(model, tokenizer, ids, options, lambda tokens: count(len(tokens)))
+
+            self.run_batches("answers", keys, batch_by_length([len(ids) for ids in prompts], options.batch_size), run)
+        return [Answer(*self.store[key]) for key in keys]
+
+    def score(self, pairs: Dataset) -> list[PairScore | None]:
+        """Return the score of each of `load_dpo_dataset`'s pairs; None for a pair that does not fit."""
+        rows = zip(pairs["prompt"][:], pairs["chosen"][:], pairs["rejected"][:], strict=True)
+        max_length = self.options.max_length
+        keys = [self.key(max_length, *row) for row in rows]
+        if not self.store.keys() >= set(keys):
+            model, tokenizer = self.load()
+            tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
+            for key, fits in zip(keys, tokenized["fits"][:], strict=True):
+                if not fits:
+                    self.store.add(key, None)
+
+            def run(batch: list[int], count: Callable[[int], None]) -> list[PairScore]:
+                scores = preference_metrics.score_batch(model, tokenizer, [tokenized[index] for index in batch])
+                count(sum(score.chosen_tokens + score.rejected_tokens for score in scores))
+                return scores
+
+            self.run_batches("pairs", keys, batch_pairs(tokenized, self.options.batch_size), run)
+        return [score and PairScore(*score) for score in (self.store[key] for key in keys)]
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What a result depends on apart from its own parts."""
+        # In other types than float32, the rest of a batch changes a result.
+        batch_size = None if self.options.dtype == "float32" else self.options.batch_size
+        return [model_identity(self.source), self.options.dtype, self.device.type, batch_size]
+
+    def key(self, *parts: Any) -> str:
+        """Return the key of a result of this model that depends on `parts`."""
+        return fingerprint(json.dumps([self.identity, parts]))
+
+    def run_batches(
+        self, noun: str, keys: list[str], batches: list[list[int]], run: Callable[[list[int], Callable], list]
+    ) -> None:
+        """Store the results of `run`, batch by batch; skip batches whose results are stored already.
+
+        A batch is a list of indices of `keys`. `run` gets it, and a function to count the tokens as they come.
+        """
+        total = sum(map(len, batches))
+        if not self.progress.console.is_terminal:  # a bar would only be printed at its end
+            self.progress.console.print(f"{escape(self.name)}: {total} {noun}")
+        bar = self.progress.add_task(f"{escape(self.name)}: {noun}", total=total, speed="")
+        started, tokens = time.monotonic(), 0
+
+        def count(new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            self.progress.update(bar, speed=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+
+        for number, batch in enumerate(batches):
+            if not all(keys[index] in self.store for index in batch):
+                torch.manual_seed(batch_seed(self.options.seed, number))
+                for index, result in zip(batch, run_in_halves(lambda part: run(part, count), batch), strict=True):
+                    self.store.add(keys[index], result)
+                self.after_batch()
+            self.progress.advance(bar, len(batch))
+
+
+def model_identity(source: str) -> list[Any]:
+    """Return what identifies a model wherever its folder is: the name, size and hash of each file it is loaded from.
+
+    A hub id is assumed never to change.
+    """
+    files = sorted(file for file in Path(source).glob("*") if is_model_file(file.name) or file.suffix == ".bin")
+    return [(file.name, *_size_and_hash(file)) for file in files] or [source]
+
+
+def _size_and_hash(file: Path, length: int = 2**20) -> tuple[int, str]:
+    """Return a file's size and a hash of its beginning, middle and end, which is all of a small file.
+
+    Training changes every weight, and to read all of a large model would take longer than to load it.
+    """
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        for start in (0, (size - length) // 2, size - length):
+            opened.seek(max(0, start))
+            digest.update(opened.read(length))
+    return size, digest.hexdigest()
+
+
+def compare(
+    models: dict[str, str],
+    questions: Questions,
+    options: ComparisonOptions,
+    device: torch.device,
+    store: ResultStore,
+    task: Task,
+    console: Console,
+) -> Comparison:
+    """Let each of `models`, folders or hub ids by name, answer the questions and score the pairs."""
+    prompts, preferred, pairs, data_sets = questions
+    answers: dict[str, list[Answer]] = {}
+    scores: dict[str, list[PairScore | None]] = {}
+    expected = len(models) * (len(prompts) + len(pairs or []))
+
+    def after_batch() -> None:
+        task.report_progress(len(store), expected)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[speed]}"), console=console) as progress:
+        for name, source in models.items():
+            model = ComparedModel(name, source, options, device, store, progress, after_batch)
+            answers[name] = model.answer(prompts)
+            scores[name] = model.score(pairs) if pairs else []
+            model.unload()
+            task.save()
+
+    # Metrics compare only over the same pairs: a pair that does not fit one model is left out for all.
+    rows = [[score for score in row if score] for row in zip(*scores.values(), strict=True)]
+    complete = [row for row in rows if len(row) == len(models)]
+    common = {name: [row[index] for row in complete] for index, name in enumerate(models)}
+    metrics: dict[str, dict[str, Estimate | None]] = {}
+    reference_name = options.reference_name
+    for name in models:
+        reference = common[reference_name] if name != reference_name else None
+        metrics[name] = preference_metrics.preference_metrics(common[name], reference, options.beta)
+        metrics[name] |= preference_metrics.answer_metrics(answers[name])
+
+    sampled = f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
+    settings = [
+        f"{len(prompts)} answer{'s' * (len(prompts) > 1)} of each model, at most {options.max_new_tokens} tokens long, "
+        f"{'greedy' if options.greedy else sampled}; {options.dtype} on {device}"
+    ]
+    if pairs:
+        scored, limit = len(complete), f"{options.key('max_length')} {options.max_length}"
+        settings.append(f"{scored} held-out pairs of {data_sets}; rewards with beta {options.beta:g}")
+        if scored < len(pairs):
+            settings.append(f"{len(pairs) - scored} pairs are left out: {limit} leaves them no room")
+        if cut := sum(any(score.cut for score in row) for row in complete):
+            settings.append(f"{cut} of them cut to {limit} or a model's context")
+    settings.append(f"Intervals: 95%, from {RESAMPLES:,} bootstrap samples.")
+    return Comparison(options.model, prompts, preferred, answers, metrics, reference_name, ". ".join(settings))

@@ -1,0 +1,266 @@
+"""The options of a comparison: one pydantic model, filled from a command line or from a YAML's hyperparameters."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
+
+from errors import UserError, nearest, one_line
+
+DEFAULT_DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")  # dpo.yaml's: their held-out rows are asked
+OUTPUT_SUFFIXES = (".html", ".csv", ".jsonl", ".md", ".json")
+RESERVED_NAMES = ("question", "preferred")  # the other columns of a table of answers
+SHORTHANDS = {"exp_id": "exp", "trial_id": "trial"}  # `exp_id: 12` is short for `model: {"exp:12": "exp:12"}`
+PUBLISHED = ("output_file", *SHORTHANDS)  # options of the published example, which have an underscore there
+GROUPS = {
+    "models": ("model", "device", "dtype", "batch_size"),
+    "questions": ("dataset", "number_of_samples", "data_seed", "prompt", "prompts"),
+    "answers": ("max_new_tokens", "temperature", "top_p", "seed", "chat"),
+    "numbers": ("number_of_pairs", "reference", "beta", "max_length"),
+    "files": ("output_file",),
+}
+METAVARS = {"model": "NAME=SOURCE", "chat": "NAME", "reference": "NAME", "prompts": "FILE", "output_file": "FILE"}
+WORDING = {  # pydantic's, and ours
+    "Input should": "must",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    ", unable to parse string as an integer": "",
+    ", unable to parse string as a number": "",
+}
+
+
+def flag(name: str) -> str:
+    """Return a field's option on the command line."""
+    return f"--{name}" if name in PUBLISHED else f"--{name.replace('_', '-')}"
+
+
+def _as_list(value: Any) -> Any:
+    """Accept a single value where a list is meant."""
+    return value if isinstance(value, list) else [value]
+
+
+def _spell(info: ValidationInfo) -> str:
+    """Return the field that is being validated as the user spells it."""
+    return (info.context or flag)(str(info.field_name))
+
+
+def _read_source(value: Any, info: ValidationInfo) -> Any:
+    """Read the text of a YAML mapping, `{name: x, split: y}`, which a command line has no other form for."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
+    except yaml.YAMLError as error:
+        raise UserError(f"{_spell(info)} {value!r}: {one_line(error)}") from error
+
+
+def _read_models(value: Any, info: ValidationInfo) -> dict[str, Any]:
+    """Read a mapping, or a list of mappings and NAME=SOURCE texts; refuse a name that is taken."""
+    models: dict[str, Any] = {}
+    for part in _as_list(value):
+        argument = f"{_spell(info)} {part!r}"
+        for name, source in part.items() if isinstance(part, dict) else [str(part).partition("=")[::2]]:
+            if not (name and source):
+                raise UserError(f"{argument} is not NAME=SOURCE")
+            if name in models or name in RESERVED_NAMES:
+                raise UserError(f"{argument}: the name {name!r} is taken")
+            models[name] = source
+    return models
+
+
+def _check_output(path: Path, key: str) -> None:
+    """Refuse an output file that could not be written in the end."""
+    if path.suffix not in OUTPUT_SUFFIXES:
+        raise UserError(f"{key} {path}: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}")
+    if path.is_dir():
+        raise UserError(f"{key} {path}: it is a folder")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{key} {path}: {folder} is not a folder to write to")
+
+
+Source = Annotated[str | dict[str, Any], BeforeValidator(_read_source)]  # see config.hyperparameters.DataSource
+Texts = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Sampling(BaseModel):
+    """How an answer is generated, for every model alike."""
+
+    model_config = {"frozen": True, "extra": "forbid", "allow_inf_nan": False, "use_attribute_docstrings": True}
+
+    max_new_tokens: int = Field(256, ge=1)
+    """limit of an answer, in tokens"""
+    temperature: float = Field(0.0, ge=0)
+    """0 always takes the likeliest token; above 0, tokens are sampled"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """sample from the likeliest tokens that have this probability together"""
+    seed: int = 0
+    """seed of the sampling; the same seed and --batch-size give the same answers"""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every token is the likeliest one."""
+        return self.temperature == 0
+
+    @property
+    def generate_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for transformers' `generate`."""
+        sampled = {} if self.greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": not self.greedy, **sampled}
+
+
+class ComparisonOptions(Sampling):
+    """Everything that a user can set. The text below a field is its help."""
+
+    model: Annotated[dict[str, str], BeforeValidator(_read_models)] = {}
+    """a model and a name for it; repeatable"""
+    device: str | None = None
+    """cpu, cuda, cuda:1 or mps (default: the best one of this machine)"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of the weights: float32, bfloat16 or float16. bfloat16 takes half the memory, but is too coarse to hold the
+    small changes that DPO makes to a weight"""
+    batch_size: int = Field(8, ge=1)
+    """questions or pairs at a time; in float32 it changes no greedy answer"""
+
+    dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
+    """preference data set whose held-out 20% gives the questions and the pairs, written as in dpo.yaml: a name or
+    '{name: ..., split: ..., columns: ...}'; repeatable (default: dpo.yaml's argilla/dpo-mix-7k and
+    jondurbin/truthy-dpo-v0.1)"""
+    number_of_samples: int | None = Field(None, ge=1)
+    """how many questions to ask (default: 10)"""
+    data_seed: int | None = None
+    """training_args.data_seed of the DPO run, if it set one: it decides which rows are held out"""
+    prompt: Texts = []
+    """your own question instead; repeatable. Pairs are then scored only if you name a --dataset"""
+    prompts: Source | None = None
+    """a file of your own questions: .txt with one a line, or a data set; 'blog' takes the first four questions of the
+    published example from the hub"""
+
+    chat: str | None = None
+    """talk to this model in the terminal instead of comparing"""
+    number_of_pairs: int | None = Field(None, ge=0)
+    """how many held-out pairs to score; 0 for none (default: 100)"""
+    reference: str | None = None
+    """the model that rewards are measured against; take the SFT model for the rewards that DPO's training reports. A
+    model that is prompted differently, such as a base model without a chat template, is scored on other tokens
+    (default: base, or the first model)"""
+    beta: float = Field(0.1, gt=0)
+    """factor of the rewards, as in DPO"""
+    max_length: int = Field(4096, ge=2)
+    """limit of a pair, in tokens; its prompt and its answers get half of it each and are cut to fit"""
+    output_file: Texts = []
+    """.html for the page to vote on; .csv, .jsonl or .md for a table with a row for each question; .json for a program,
+    with everything; repeatable"""
+
+    _name_key: Callable[[str], str]
+
+    def model_post_init(self, context: Any) -> None:
+        """Remember how the user spells the name of a field."""
+        self._name_key = context or flag
+
+    def key(self, field: str, *names: str) -> str:
+        """Return a field as the user spells it, for a message: `--model sft` or `hyperparameters.model.sft`."""
+        key = self._name_key(field)
+        return (" " if key.startswith("-") else ".").join((key, *names))
+
+    @property
+    def reference_name(self) -> str:
+        """The model that rewards are measured against."""
+        return self.reference or ("base" if "base" in self.model else next(iter(self.model)))
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        key, own = self.key, self.prompt or self.prompts
+        if not self.model:
+            raise UserError(f"which models? Give {key('model')}, {key('exp_id')} or {key('trial_id')}")
+        for field in ("chat", "reference"):
+            if (name := getattr(self, field)) is not None and name not in self.model:
+                models = f"{', '.join(self.model)}{nearest(name, self.model)}"
+                raise UserError(f"{key(field)} {name!r} is not one of the models: {models}")
+        comparing = ("output_file", "dataset", "prompt", "prompts", "number_of_samples", "number_of_pairs", "reference")
+        for field in comparing if self.chat else ():
+            if getattr(self, field):
+                raise UserError(f"{key(field)} has no effect with {key('chat')}")
+        if self.top_p < 1 and self.greedy:
+            raise UserError(f"{key('top_p')} {self.top_p:g} has no effect without a {key('temperature')} above 0")
+        if not all(map(str.strip, self.prompt)):
+            raise UserError(f"{key('prompt')} is empty")
+        if own and self.number_of_samples:
+            raise UserError(f"{key('number_of_samples')} has no effect on your own questions: all are asked")
+        if own and self.number_of_pairs and not self.dataset:
+            raise UserError(f"{key('number_of_pairs')} needs a {key('dataset')} beside your own questions")
+        for path in self.output_file:
+            _check_output(Path(path), key("output_file"))
+        return self
+
+
+def validate_options(values: dict[str, Any], strict: bool, name_key: Callable[[str], str]) -> ComparisonOptions:
+    """Return the options that `values` set. `name_key` spells a field's name as the user did.
+
+    Raises `UserError` for the first mistake. With `strict`, text is not a number.
+    """
+    try:
+        return ComparisonOptions.model_validate(values, strict=strict, context=name_key)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+    if error["type"] == "value_error":  # from a check above
+        raise UserError(error["ctx"]["error"])
+    key, value, message = name_key(str(error["loc"][0])), error["input"], error["msg"]
+    if error["type"] == "extra_forbidden":
+        known = map(name_key, (*ComparisonOptions.model_fields, *SHORTHANDS))
+        raise UserError(f"{key}: no such option{nearest(key, known)}")
+    for theirs, ours in WORDING.items():
+        message = message.replace(theirs, ours)
+    raise UserError(f"{key} {repr(value) if strict else shlex.quote(value)} {message}")
+
+
+def parse_hyperparameters(values: dict[str, Any]) -> ComparisonOptions:
+    """Return the options that a YAML's hyperparameters set; null leaves one at its default. Raises `UserError`."""
+    values = {name: value for name, value in values.items() if value is not None}
+    for name, kind in SHORTHANDS.items():
+        ids = [f"{kind}:{number}" for number in _as_list(values.pop(name, []))]
+        values["model"] = [*_as_list(values.get("model", [])), *(f"{id_}={id_}" for id_ in ids)]
+    return validate_options(values, strict=True, name_key="hyperparameters.{}".format)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, as the rest of this project does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_command_line(arguments: list[str] | None, description: str | None) -> ComparisonOptions:
+    """Return the options of a command line (None: this process's). `--help` prints the description, and ends it.
+
+    The parser is made from the fields above, by us: HfArgumentParser takes 0.9 s to import and knows no option that can
+    be repeated, and typer reads no YAML. Raises `UserError`.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=raw, argument_default=argparse.SUPPRESS)
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            field = ComparisonOptions.model_fields[name]
+            numeric = get_args(field.annotation)[:1] == (int,) or field.annotation in (int, float)
+            shown = f" (default: {field.default})" if isinstance(field.default, int | float | str) else ""
+            group.add_argument(
+                *dict.fromkeys((flag(name), f"--{name.replace('_', '-')}")),
+                action="append" if get_origin(field.annotation) in (list, dict) else "store",
+                metavar=METAVARS.get(name, "N" if numeric else None),
+                help=f"{field.description}{shown}".replace("%", "%%"),
+            )
+        for name, kind in SHORTHANDS.items() if title == "models" else ():
+            names = flag(name), f"--{kind}-id"
+            text = f"short for --model {kind}:N={kind}:N; repeatable"
+            as_model = f"{kind}:{{0}}={kind}:{{0}}".format
+            group.add_argument(*names, dest="model", action="append", type=as_model, metavar="N", help=text)
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        raise UserError(f"{option}: no such option{nearest(option, parser._option_string_actions)}")
+    return validate_options(vars(values), strict=False, name_key=flag)
