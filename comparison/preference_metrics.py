@@ -57,9 +57,9 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     half = max_length // 2
     limits = {"max_length": max_length, "max_prompt_length": half, "max_target_length": half}
     tokenized = tokenize_dpo_dataset(DatasetDict(test=pairs), tokenizer, every_row=True, **limits)["test"]
-    rows = [list(map(Truncation, names)) for names in tokenized["truncations"]]
-    tokenized = tokenized.add_column("fits", [not any(each.drops_row for each in row) for row in rows])
-    return tokenized.add_column("cut", [any(each.cuts_row for each in row) for row in rows])
+    truncations = [[Truncation(name) for name in names] for names in tokenized["truncations"]]
+    tokenized = tokenized.add_column("fits", [not any(t.drops_row for t in of) for of in truncations])
+    return tokenized.add_column("cut", [any(t.cuts_row for t in of) for of in truncations])
 
 
 def batch_pairs(tokenized: Dataset, batch_size: int) -> list[list[int]]:
