@@ -7,7 +7,9 @@ from pathlib import Path
 
 from errors import UserError
 from experiment.kinds import DPO, SFT, kind_of
-from experiment.results import Experiment
+from experiment.results import Experiment, TrialResult
+from storage.checkpoints import local_checkpoint
+from storage.files import read_json_lines
 
 
 def next_command(experiment: Experiment) -> str | None:
@@ -44,8 +46,8 @@ def dpo_command(experiment: Experiment) -> str | None:
         return None
     command, started = ["det", "e", "create"], {"config_file": "sft.yaml", "model_def": "."}
     if experiment.folder:
-        command, file = ["python", "local_experiment.py"], experiment.folder / "command.json"
-        started |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        command = ["python", "local_experiment.py"]
+        started |= next(iter(read_json_lines(experiment.folder / "command.json")), {})
     # tiny/sft.yaml is followed by tiny/dpo.yaml; otherwise by dpo.yaml, with preference data of the user's choice.
     config = Path(started["config_file"])
     beside = config.with_name(config.name.replace("sft", "dpo"))
@@ -56,14 +58,11 @@ def dpo_command(experiment: Experiment) -> str | None:
     return shlex.join([*command, dpo_config, started["model_def"], *words])
 
 
-def serve_command(experiment: Experiment) -> str:
+def serve_command(experiment: Experiment, best: TrialResult) -> str:
     """Return the commands that serve the best model. Raises `UserError` if this machine no longer has it."""
-    from storage.checkpoints import local_checkpoint  # imports the SDK, which takes a second
-
-    best = experiment.best()
     lines = ["pip install 'transformers[serving]'"]
     if experiment.folder:
-        folder = str(local_checkpoint(best["checkpoint_uuid"], "checkpoint"))
+        folder = str(local_checkpoint(best["checkpoint_uuid"] or "", "checkpoint"))
     else:
         lines.append(f"det checkpoint download {best['checkpoint_uuid']} --output-dir assistant")
         folder = f"assistant/checkpoint-{experiment.step_of(best)}"
@@ -72,8 +71,11 @@ def serve_command(experiment: Experiment) -> str:
 
 def next_steps(experiment: Experiment) -> Iterator[tuple[str, str | None]]:
     """Yield what can be done with the best model, each with its command; only why not if the model is gone."""
+    best = experiment.best()
+    if best is None:
+        return
     try:
-        serve = serve_command(experiment)
+        serve = serve_command(experiment, best)
     except UserError as error:
         yield f"The model is gone: {error}", None
         return

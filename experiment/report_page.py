@@ -1,8 +1,11 @@
-"""The report page: what an experiment tried, which trial won and by how much, what to do with it, and all the numbers."""
+"""The report page: what an experiment tried, which trial won and by how much, what to do with it, and its numbers."""
 
+import itertools
 import json
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,129 +13,193 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from experiment.charts import ENDED, MISSING, TITLES, Charts
+from experiment.charts import TrialView, choose_look, curves, heatmap, is_finite
 from experiment.next_steps import next_steps
 from experiment.results import Experiment, TrialResult, short_name
 from pages.render import render_page
 
-SCALED_BY_BETA = "Scaled by beta: comparable between trials of the same beta only."
-# The SVG paths of Plotly's symbols, for the keys.
-MARKERS = {
-    "circle": "M-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0z",
-    "square": "M-3.2,-3.2h6.4v6.4h-6.4z",
-    "diamond": "M0,-4.8l4.8,4.8l-4.8,4.8l-4.8,-4.8z",
-    "triangle-up": "M0,-4.5l4.5,8h-9z",
-    "triangle-down": "M0,4.5l-4.5,-8h9z",
-}
+TITLES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
+ENDED = {"COMPLETED": "completed", "ERROR": "failed", "CANCELED": "canceled"}
+REWARDS = ("eval_rewards/accuracies", "eval_rewards/margins")
+SCALED = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected")
+MISSING = "\N{EN DASH}"
 
 
 def render(experiment: Experiment) -> str:
     """Return the page as HTML."""
-    return render_page(
-        Path(__file__).with_name("report.html.jinja"),
-        experiment.name,
-        experiment=experiment,
-        page=Page(experiment),
-        metric=experiment.searcher.metric,
-        short_name=short_name,
-        scaled_by_beta=SCALED_BY_BETA,
-        markers=MARKERS,
-        plotly=Markup(get_plotlyjs()),
-    )
+    context = {"experiment": experiment, "page": Page(experiment), "metric": experiment.searcher.metric}
+    context |= {"short_name": short_name, "next_steps": next_steps, "plotly": Markup(get_plotlyjs())}
+    return render_page(Path(__file__).with_name("report.html.jinja"), experiment.name, **context)
 
 
-class Page(Charts):
-    """What the template says, beside the charts, in the order of the page."""
+class Page:
+    """What the template says and shows, in the order of the page."""
 
     def __init__(self, experiment: Experiment) -> None:
-        super().__init__(experiment)
-        self.planned = experiment.planned()
+        self.experiment, self.searcher = experiment, experiment.searcher
+        self.planned, self.axes = experiment.planned(), experiment.axes()
         self.expected = max(len(self.planned), experiment.config["searcher"].get("max_trials") or 0)
+        self.count = f"{self.expected} trial" + ("s" if self.expected != 1 else "")
+        self.beta = next((name for name in self.axes if short_name(name) in ("dpo_beta", "beta")), "")
+        ranked = experiment.ranked()
+        self.results = [*ranked, *(r for _, r in sorted(experiment.results.items()) if r not in ranked)]
+        shown = dict.fromkeys([self.searcher.metric, *REWARDS, "eval_loss"])
+        self.metrics = [metric for metric in shown if self.values(metric)]
+        self.trials = [self.view(result, ranked) for result in self.results]
+        self.ranked = self.trials[: len(ranked)]
+        self.best = next(iter(self.ranked), None)
+        has_grid = bool(self.axes) and math.prod(map(len, self.axes.values())) == len(self.planned)
+        mapped = [self.searcher.metric, *REWARDS] if has_grid else []  # a random search has no grid
+        self.mapped = [metric for metric in self.metrics if metric in mapped and self.values(metric, ("COMPLETED",))]
+
+    def view(self, result: TrialResult, ranked: list[TrialResult]) -> TrialView:
+        """Return a trial as the page shows it."""
+        values = [self.experiment.value(result["hparams"], name) for name in self.axes]
+        places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
+        scores = [other["best_metrics"][self.searcher.metric] for other in ranked]
+        rank = scores.index(result["best_metrics"][self.searcher.metric]) + 1 if result in ranked else None
+        mark = "best" if result in ranked[:1] else "tied" if rank == 1 else ""
+        state = ENDED.get(result["state"], result["state"].lower().replace("_", " "))
+        varied = [f"{short_name(name)} {value}" for name, value in zip(self.axes, values, strict=True)]
+        title = "<br>".join([f"<b>trial {result['trial_id']}</b>", *(escape(line, quote=False) for line in varied)])
+        metrics = [f"{escape(self.title(m), quote=False)} {self.format(m, result)}" for m in self.metrics]
+        details = "<br>".join([title, *metrics, state])
+        return TrialView(result, tuple(values), state, str(rank or MISSING), mark, choose_look(places), title, details)
+
+    def title(self, metric: str) -> str:
+        """Return what the page calls a metric."""
+        name = metric.removeprefix("eval_")
+        return TITLES.get(name, name)
+
+    def values(self, metric: str, states: tuple[str, ...] = ()) -> list[float]:
+        """Return the finite values of a metric, of trials in any state or in one of `states`."""
+        results = [result for result in self.results if not states or result["state"] in states]
+        return [value for result in results if is_finite(value := result["best_metrics"].get(metric))]
+
+    def format(self, metric: str, of: TrialResult | float) -> str:
+        """Return a value of a metric, or a trial's, with as many decimals as give the largest value four digits."""
+        value = of["best_metrics"].get(metric) if isinstance(of, dict) else of
+        sizes = [abs(size) for size in self.values(metric) if size]
+        decimals = 3 - math.floor(math.log10(max(sizes, default=1)))
+        alike = 0 <= decimals <= 6 and min(sizes, default=1) * 10**decimals > 1  # else the smallest would be 0
+        return MISSING if value is None else f"{value:.{decimals}f}" if alike else f"{value:.4g}"
 
     def introduction(self) -> str:
         """Say what was tried and how it is judged."""
         varied = " and ".join(f"{short_name(name)} ({', '.join(values)})" for name, values in self.axes.items())
-        trials = f"{count(self.expected, 'trial')} of {self.experiment.script}" + (varied and f" over {varied}")
+        trials = f"{self.count} of {self.experiment.script}" + (varied and f" over {varied}")
         better = "smaller" if self.searcher.smaller_is_better else "larger"
         return f"{trials}, judged by {self.searcher.metric} ({better} is better)."
 
     def progress(self) -> str:
         """Say how many trials are in each state."""
-        states = Counter(map(self.state, self.trials))
-        completed = f"{states.pop('completed', 0)} of {count(self.expected, 'trial')} completed"
+        states = Counter(trial.state for trial in self.trials)
+        completed = f"{states.pop('completed', 0)} of {self.count} completed"
         return ", ".join([completed, *(f"{number} {state}" for state, number in states.items())]) + "."
 
     def headline(self) -> str:
         """Say which trial is best."""
         if self.expected == 1:
             return "Its best checkpoint"
-        ended = sum(trial["state"] in ENDED for trial in self.trials)
-        return f"Trial {self.best['trial_id']} is best" + (" so far" if ended < self.expected else "")
+        ended = sum(result["state"] in ENDED for result in self.results)
+        return f"Trial {self.results[0]['trial_id']} is best" + (" so far" if ended < self.expected else "")
 
     def verdict(self) -> str:
         """Say how far the best trial is ahead, and of which."""
-        metric, said = self.searcher.metric, []
-        if self.ties:
-            *others, last = map(str, self.ties)
-            as_good = f"Trials {', '.join(others)} and {last} are" if others else f"Trial {last} is"
+        ids, said = [str(trial.result["trial_id"]) for trial in self.trials if trial.mark == "tied"], []
+        if ids:
+            as_good = f"Trials {', '.join(ids[:-1])} and {ids[-1]} are" if ids[1:] else f"Trial {ids[0]} is"
             said.append(f"{as_good} as good; the first is taken.")
-        for behind in self.ranked[1 + len(self.ties) :][:1]:
-            gap = abs(self.best["best_metrics"][metric] - behind["best_metrics"][metric])
+        for behind in [trial.result for trial in self.ranked if not trial.mark][:1]:
+            best, next_best = (r["best_metrics"][self.searcher.metric] for r in (self.results[0], behind))
             which = f"trial {behind['trial_id']} ({self.experiment.varied(behind['hparams'])})"
-            said.append(f"Next is {which} with {self.format_of(behind, metric)}: {gap:.3g} behind.")
+            value, gap = self.format(self.searcher.metric, behind), abs(best - next_best)
+            said.append(f"Next is {which} with {value}: {gap:.3g} behind.")
         return " ".join(said)
 
-    def step(self) -> int | None:
-        """Return the step at which the best checkpoint was saved."""
-        return self.experiment.step_of(self.best)
+    def scaled_by_beta(self, metric: str) -> bool:
+        """Return whether DPO's beta is a factor of the metric, so that only trials of the same beta compare by it."""
+        return bool(self.beta) and metric.removeprefix("eval_") in SCALED
 
-    def next_steps(self) -> Iterator[tuple[str, str | None]]:
-        """Yield what can be done with the best model, each with its command."""
-        return next_steps(self.experiment)
+    def shades(self, metric: str) -> dict[int, float]:
+        """Return how strong the colour of a completed trial is, by id, from 0 for the worst to 1 for the best.
 
-    def ends(self, metric: str) -> tuple[str, str]:
+        Trials of different betas are coloured apart if beta scales the metric. Accuracies are coloured over at least a
+        tenth: one more pair must not look like a landslide.
+        """
+        groups: dict[str, dict[int, float]] = defaultdict(dict)
+        for result in self.results:
+            value = result["best_metrics"].get(metric)
+            if result["state"] == "COMPLETED" and is_finite(value):
+                beta = self.experiment.value(result["hparams"], self.beta) if self.scaled_by_beta(metric) else ""
+                groups[beta][result["trial_id"]] = value
+        shades = {}
+        for group in groups.values():
+            worst, best = self.ends(metric, list(group.values()))
+            shades |= {i: abs(v - worst) / abs(best - worst) if worst != best else 0.5 for i, v in group.items()}
+        return shades
+
+    def ends(self, metric: str, values: list[float]) -> tuple[float, float]:
+        """Return the values with the weakest and the strongest colour."""
+        low, high = min(values), max(values)
+        if self.searcher.smaller_is_better and metric == self.searcher.metric:
+            return high, low
+        return (min(low, high - 0.1) if metric.endswith("accuracies") else low), high
+
+    def legend(self, metric: str) -> tuple[str, str]:
         """Return what stands at the two ends of a heatmap's colours."""
         if self.scaled_by_beta(metric):
             return "low", f"high, each {short_name(self.beta)} by itself"
-        weak, strong = (self.format(metric, value) for value in self.scale(metric))
-        return (f"worst {weak}", f"{strong} best") if metric == self.searcher.metric else (f"low {weak}", f"{strong} high")
+        weak, strong = (self.format(metric, value) for value in self.ends(metric, self.values(metric, ("COMPLETED",))))
+        if metric == self.searcher.metric:
+            return f"worst {weak}", f"{strong} best"
+        return f"low {weak}", f"{strong} high"
+
+    def heatmaps(self, metric: str) -> Iterator[tuple[str, go.Figure]]:
+        """Yield a metric's heatmap for each combination of values of the third and further axes, with that as label.
+
+        The first axis goes down, the second across; a single one goes across.
+        """
+        names, trials = list(self.axes), {trial.values: trial for trial in self.trials}
+        down, across, *others = names if len(names) > 1 else ["", *names]
+        rows, columns = self.axes.get(down, [self.title(metric)]), self.axes[across]
+        texts = {r["trial_id"]: self.format(metric, r) for r in self.results if r["state"] == "COMPLETED"}
+        for rest in itertools.product(*(self.axes[name] for name in others)):
+            grid = [[trials.get((row, column, *rest)[-len(names) :]) for column in columns] for row in rows]
+            label = ", ".join(f"{short_name(name)} {value}" for name, value in zip(others, rest, strict=True))
+            sides = (short_name(down), rows), (short_name(across), columns)
+            yield label, heatmap(grid, self.shades(metric), texts, *sides)
 
     def encoding(self) -> str:
         """Say what a curve's colour, dash, marker and thickness mean."""
         first, *others = map(short_name, self.axes)
         said = f"Colour is {first}" + (f", dash and marker are {' and '.join(others)}." if others else ".")
-        if len({self.look(trial) for trial in self.trials}) < len(self.trials):
+        if len({trial.look for trial in self.trials}) < len(self.trials):
             said += " Some share a look: point at one to see which it is."
-        return said + (f" The thick line is trial {self.best['trial_id']}." if self.best else "")
+        return said + (f" The thick line is trial {self.best.result['trial_id']}." if self.best else "")
 
     def charts(self) -> Iterator[tuple[str, list[tuple[str, go.Figure]]]]:
-        """Yield each metric that was reported, with its curves, and their titles, in training and evaluation."""
+        """Yield each metric that was reported, with its curves in training and evaluation and their titles."""
+        kinds = {"Training": ("training", ""), "Evaluation, held out": ("validation", "eval_")}
         for metric in dict.fromkeys([*TITLES, self.searcher.metric.removeprefix("eval_")]):
-            training, evaluation = self.curves("training", metric), self.curves("validation", f"eval_{metric}")
-            panels = [("Training", training), ("Evaluation, held out", evaluation)]
-            if training or evaluation:
-                yield metric, [(title, figure) for title, figure in panels if figure]
-
-    def rank(self, trial: TrialResult) -> str:
-        """Return a trial's rank, which trials that are equally good share."""
-        if trial not in self.ranked:
-            return MISSING
-        scores = [ranked["best_metrics"][self.searcher.metric] for ranked in self.ranked]
-        return str(scores.index(trial["best_metrics"][self.searcher.metric]) + 1)
+            panels = []
+            for title, (kind, prefix) in kinds.items():
+                figure = curves(self.trials, self.experiment.events, kind, prefix + metric, self.title(metric))
+                panels += [(title, figure)] if figure else []
+            if panels:
+                yield metric, panels
 
     def constants(self) -> Iterator[tuple[str, str]]:
-        """Yield the dotted name and the value of each hyperparameter that does not vary, but for tokens."""
-
-        def leaves(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-            for name, value in level.items():
-                if isinstance(value, dict) and value:
-                    yield from leaves(value, f"{prefix}{name}.")
-                elif prefix + name not in self.axes and not name.endswith("token"):  # pages are sent to others
-                    yield prefix + name, value if isinstance(value, str) else json.dumps(value)
-
-        return leaves(self.planned[0] if self.planned else {})
+        """Yield the dotted name and the value of each hyperparameter that does not vary."""
+        for name, value in flatten(self.planned[0] if self.planned else {}):
+            if name not in self.axes and not name.endswith("token"):  # pages are sent to others
+                yield name, value if isinstance(value, str) else json.dumps(value)
 
 
-def count(number: int, noun: str) -> str:
-    """Return `1 trial` or `2 trials`."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def flatten(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested dicts with its dotted name."""
+    for name, value in level.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -13,6 +13,7 @@ from trial.events import TrialEvent, events_by_step, read_events
 
 T = TypeVar("T")
 
+
 class TrialResult(TypedDict):
     """One line of `trials.jsonl`."""
 
@@ -122,7 +123,7 @@ def summarize(
     validations = {step: event["metrics"] for step, event in events_by_step(events, "validation").items()}
     checkpoints = {step: event["uuid"] for step, event in events_by_step(events, "checkpoint").items()}
     best_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
-    last_step = max(checkpoints, default=None)
+    saved_step = max(checkpoints, default=-1) if best_step is None else best_step
     return {
         "trial_id": trial_id,
         "state": state,
@@ -130,7 +131,7 @@ def summarize(
         "steps_completed": max((e["steps_completed"] for e in events if "steps_completed" in e), default=0),
         "metrics": validations[max(validations)] if validations else {},
         "best_metrics": {} if best_step is None else validations[best_step],
-        "checkpoint_uuid": checkpoints.get(last_step if best_step is None else best_step),
+        "checkpoint_uuid": checkpoints.get(saved_step),
     }
 
 
@@ -168,11 +169,11 @@ def read_cluster(source: str) -> Experiment:
         raise UserError(f"{source!r}: exp: must be followed by the number of the experiment")
     with cluster_errors_told(source, "experiment"):
         found = Determined().get_experiment(int(number))
-        experiment = Experiment(found.name or source, found.config)
+        experiment = Experiment(found.name or source, found.config or {})
         for trial in track(found.list_trials(), f"{source}: reading its trials"):
             events = experiment.events[trial.id] = list(_cluster_events(trial))
-            result = summarize(trial.id, trial.state.name, trial.hparams, events, experiment.searcher)
-            experiment.results[trial.id] = result
+            state, hparams = trial.state.name if trial.state else "UNKNOWN", trial.hparams or {}
+            experiment.results[trial.id] = summarize(trial.id, state, hparams, events, experiment.searcher)
     return experiment
 
 
@@ -182,7 +183,9 @@ def _cluster_events(trial: Any) -> Iterator[TrialEvent]:
         for report in trial.iter_metrics(kind):
             metrics = {}
             for name, value in report.metrics.items():
-                with suppress(TypeError, ValueError):  # the master keeps NaN and Infinity as text; other text is no metric
+                with suppress(
+                    TypeError, ValueError
+                ):  # the master keeps NaN and Infinity as text; other text is no metric
                     metrics[name] = value if isinstance(value, int | float) else float(value)
             yield {"kind": kind, "steps_completed": report.steps_completed, "metrics": metrics}
     for checkpoint in trial.list_checkpoints():

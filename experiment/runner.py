@@ -55,8 +55,9 @@ from config.experiment import entrypoint_script, expand_trials, read_experiment_
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, check_searcher_metric, parse_hyperparameters
 from dataset_utils import load_dpo_dataset, load_sft_dataset
 from errors import UserError, exit_on_user_error
+from experiment.next_steps import next_command
 from experiment.report_page import render
-from experiment.results import Experiment, short_name, summarize
+from experiment.results import Experiment, TrialResult, short_name, summarize
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
 from storage.files import write_atomically
 from storage.locks import only_writer
@@ -108,7 +109,7 @@ class RunningTrial:
     def __init__(self, process: BaseProcess, slot: int, folder: Path) -> None:
         self.process, self.slot, self.started = process, slot, time.monotonic()
         self.file, self.offset = folder / "events.jsonl", 0
-        self.reports: list[TrialEvent] = []
+        self.events: list[TrialEvent] = []
         self.status = "starting"
         self.progress: list[tuple[float, float]] = []  # when, and how far
         self.read()
@@ -124,14 +125,14 @@ class RunningTrial:
             self.offset = file.tell() - len(rest)
         for line in lines:
             with suppress(ValueError):  # one that a kill cut short
-                report = json.loads(line)
-                self.reports.append(report)
-                if report["kind"] == "progress":
-                    self.progress.append((time.monotonic(), report["progress"]))
-                self.status = report.get("status", self.status)
+                event = json.loads(line)
+                self.events.append(event)
+                if event["kind"] == "progress":
+                    self.progress.append((time.monotonic(), event["progress"]))
+                self.status = event.get("status", self.status)
 
     def last(self, kind: str) -> TrialEvent | dict:
-        return next((report for report in reversed(self.reports) if report["kind"] == kind), {})
+        return next((event for event in reversed(self.events) if event["kind"] == kind), {})
 
     def seconds_left(self) -> float | None:
         """Of training, at its pace so far; None as long as there is none."""
@@ -146,8 +147,10 @@ class LocalExperiment(Experiment):
     """An experiment in a folder of this machine."""
 
     def __init__(self, name: str, config: dict[str, Any], folder: Path, config_file: str, model_def: str) -> None:
-        super().__init__(name, config, config_file, model_def)
-        self.trials, self.folder, self.model_def_folder = expand_trials(config), folder, Path(model_def).resolve()
+        super().__init__(name, config, folder)
+        self.folder: Path = folder
+        self.command = {"config_file": config_file, "model_def": model_def}
+        self.trials, self.model_def_folder = expand_trials(config), Path(model_def).resolve()
         self.running: dict[int, RunningTrial] = {}
         self.durations: list[float] = []  # in seconds, of the trials that this process has seen complete
 
@@ -162,14 +165,13 @@ class LocalExperiment(Experiment):
                 if result["state"] == "COMPLETED":
                     trial_id = result["trial_id"]
                     self.results[trial_id] = result
-                    self.reports[trial_id] = read_events(self.trial_folder(trial_id) / "events.jsonl")
-            return
+                    self.events[trial_id] = read_events(self.trial_folder(trial_id) / "events.jsonl")
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = {"config_file": self.config_file, "model_def": self.model_def}
-        write_atomically(self.folder / "command.json", json.dumps(command) + "\n")
-        write_atomically(stored, json.dumps(self.config, indent=2) + "\n")
+        write_atomically(self.folder / "command.json", json.dumps(self.command) + "\n")
+        if not stored.exists():
+            write_atomically(stored, json.dumps(self.config, indent=2) + "\n")
 
-    def _read_results(self) -> list[dict[str, Any]]:
+    def _read_results(self) -> list[TrialResult]:
         file = self.folder / "trials.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
@@ -228,14 +230,14 @@ class LocalExperiment(Experiment):
         elif not console.is_terminal:  # where there is no table to show that it is at work
             console.print(f"{self.describe(trial_id)}: started, log in {self.log_of(trial_id)}", markup=False)
 
-    def finish(self, trial_id: int) -> dict[str, Any]:
+    def finish(self, trial_id: int) -> TrialResult:
         """Keep what a trial whose process has ended leaves behind, and return its line of `trials.jsonl`."""
         trial = self.running.pop(trial_id)
         state = "ERROR" if trial.process.exitcode else "COMPLETED"
-        result = summarize(trial_id, state, self.trials[trial_id - 1], trial.reports, self.searcher)
+        result = summarize(trial_id, state, self.trials[trial_id - 1], trial.events, self.searcher)
         if state == "COMPLETED":
-            delete_superseded(trial.reports, best=result["checkpoint_uuid"])
-        self.results[trial_id], self.reports[trial_id] = result, trial.reports
+            delete_superseded(trial.events, best=result["checkpoint_uuid"])
+        self.results[trial_id], self.events[trial_id] = result, trial.events
         self.keep()
         seconds = time.monotonic() - trial.started
         outcome = f"{self.describe(trial_id)}: {state} after {seconds:.0f} s"
@@ -268,11 +270,11 @@ class LocalExperiment(Experiment):
     def draw(self) -> None:
         """Write the report, with what the running trials have reported so far."""
         drawn = copy.copy(self)
-        drawn.results, drawn.reports = dict(self.results), dict(self.reports)
+        drawn.results, drawn.events = dict(self.results), dict(self.events)
         for trial_id, trial in self.running.items():
-            drawn.reports[trial_id] = trial.reports
+            drawn.events[trial_id] = trial.events
             hparams = self.trials[trial_id - 1]
-            drawn.results[trial_id] = summarize(trial_id, "UNFINISHED", hparams, trial.reports, self.searcher)
+            drawn.results[trial_id] = summarize(trial_id, "UNFINISHED", hparams, trial.events, self.searcher)
         try:
             write_atomically(self.report_file, render(drawn))
         except Exception as error:  # nothing that it shows would be lost: the trials must go on
@@ -419,12 +421,12 @@ def in_minutes(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def delete_superseded(reports: list[dict[str, Any]], best: str | None) -> None:
+def delete_superseded(events: list[TrialEvent], best: str | None) -> None:
     """Of a completed trial's checkpoints keep the best and the latest, as a cluster does unless it is told otherwise.
 
     (Determined's checkpoint_storage has save_trial_best: 1 and save_trial_latest: 1 by default.)
     """
-    saved = [report["uuid"] for report in reports if report["kind"] == "checkpoint"]
+    saved = [event["uuid"] for event in events if event["kind"] == "checkpoint"]
     for superseded in set(saved) - {best, *saved[-1:]}:
         shutil.rmtree(local_checkpoint_storage() / superseded, ignore_errors=True)
 
@@ -535,7 +537,7 @@ def main() -> int:
     if winner:
         console.print(winner)
     console.print(f"Report: {experiment.report_file}", markup=False)
-    command = experiment.dpo_command() or experiment.compare_command()
+    command = next_command(experiment)
     if command:
         console.print(f"Next: {command}", markup=False)
     return 1 if failed else 0
