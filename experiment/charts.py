@@ -22,13 +22,15 @@ LINES = (  # dash, Plotly's symbol, and the same symbol as an SVG path
     ("4px,2px", "triangle-down", "M0,4.5l-4.5,-8h9z"),
 )
 MAX_POINTS = 150  # of a curve, more than a panel's pixels show
-CLEAR, FONT = "rgba(0,0,0,0)", {"family": "inherit", "size": 12, "color": "var(--soft)"}
-AXIS = {"showgrid": False, "zeroline": False, "fixedrange": True, "automargin": True, "gridcolor": "var(--line)"}
-AXIS |= {"exponentformat": "e", "title": {"standoff": 10}, "ticks": "outside", "ticklen": 6, "tickcolor": CLEAR}
-LAYOUT = {"font": FONT, "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "margin": {"l": 4, "r": 16, "t": 8, "b": 4}}
-LAYOUT |= {"xaxis": AXIS, "yaxis": AXIS, "dragmode": False, "showlegend": False, "hoverdistance": -1}
+CLEAR = "rgba(0,0,0,0)"
+FONT = {"family": "inherit", "size": 12, "color": "var(--soft)"}
+AXIS: dict[str, Any] = {"showgrid": False, "gridcolor": "var(--line)", "zeroline": False, "exponentformat": "e"}
+AXIS |= {"fixedrange": True, "automargin": True, "ticks": "outside", "ticklen": 6, "tickcolor": CLEAR}
+AXIS["title"] = {"standoff": 10}
+LAYOUT: dict[str, Any] = {"font": FONT, "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
+LAYOUT |= {"dragmode": False, "showlegend": False, "hoverdistance": -1, "margin": {"l": 4, "r": 16, "t": 8, "b": 4}}
 LAYOUT["hoverlabel"] = {"align": "left", "bgcolor": "var(--paper)", "bordercolor": "var(--soft)"}
-LAYOUT["hoverlabel"] |= {"font": FONT | {"size": 13, "color": "var(--ink)"}}
+LAYOUT["hoverlabel"]["font"] = FONT | {"size": 13, "color": "var(--ink)"}
 
 
 class Look(NamedTuple):
@@ -80,7 +82,7 @@ def heatmap(
     figure = go.Figure(layout={"template": {"layout": LAYOUT}, "height": 60 * len(grid) + 68})
     ids = [[trial.result["trial_id"] if trial else None for trial in row] for row in grid]
     figure.add_heatmap(
-        z=[[shades.get(trial_id) for trial_id in row] for row in ids],
+        z=[[shades.get(trial_id or 0) for trial_id in row] for row in ids],
         customdata=ids,
         hovertext=[[trial.details if trial else "not started" for trial in row] for row in grid],
         hovertemplate="%{hovertext}<extra></extra>",

@@ -58,30 +58,22 @@ def dpo_command(experiment: Experiment) -> str | None:
     return shlex.join([*command, dpo_config, started["model_def"], *words])
 
 
-def serve_command(experiment: Experiment, best: TrialResult) -> str:
-    """Return the commands that serve the best model. Raises `UserError` if this machine no longer has it."""
-    lines = ["pip install 'transformers[serving]'"]
-    if experiment.folder:
-        folder = str(local_checkpoint(best["checkpoint_uuid"] or "", "checkpoint"))
-    else:
-        lines.append(f"det checkpoint download {best['checkpoint_uuid']} --output-dir assistant")
-        folder = f"assistant/checkpoint-{experiment.step_of(best)}"
-    return "\n".join([*lines, f"transformers serve {shlex.quote(folder)}"])
-
-
-def next_steps(experiment: Experiment) -> Iterator[tuple[str, str | None]]:
+def next_steps(experiment: Experiment, best: TrialResult) -> Iterator[tuple[str, str | None]]:
     """Yield what can be done with the best model, each with its command; only why not if the model is gone."""
-    best = experiment.best()
-    if best is None:
-        return
-    try:
-        serve = serve_command(experiment, best)
-    except UserError as error:
-        yield f"The model is gone: {error}", None
-        return
+    uuid, download = best["checkpoint_uuid"] or "", ""
+    if experiment.folder:
+        try:
+            model = str(local_checkpoint(uuid, "checkpoint"))
+        except UserError as error:
+            yield f"The model is gone: {error}", None
+            return
+    else:
+        model = f"assistant/checkpoint-{experiment.step_of(best)}"
+        download = f"det checkpoint download {uuid} --output-dir assistant\n"
     compare, dpo = compare_command(experiment), dpo_command(experiment)
     if compare:
         yield "Compare its answers with those of the models that it came from", compare
     if dpo:
         yield "Go on from it with DPO, on preferred and rejected answers", dpo
+    serve = f"pip install 'transformers[serving]'\n{download}transformers serve {shlex.quote(model)}"
     yield "Serve it through an OpenAI-compatible API; its chat template is in the checkpoint", serve

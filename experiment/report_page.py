@@ -50,7 +50,7 @@ class Page:
         self.best = next(iter(self.ranked), None)
         has_grid = bool(self.axes) and math.prod(map(len, self.axes.values())) == len(self.planned)
         mapped = [self.searcher.metric, *REWARDS] if has_grid else []  # a random search has no grid
-        self.mapped = [metric for metric in self.metrics if metric in mapped and self.values(metric, ("COMPLETED",))]
+        self.mapped = [metric for metric in self.metrics if metric in mapped and self.shades(metric)[0]]
 
     def view(self, result: TrialResult, ranked: list[TrialResult]) -> TrialView:
         """Return a trial as the page shows it."""
@@ -71,10 +71,9 @@ class Page:
         name = metric.removeprefix("eval_")
         return TITLES.get(name, name)
 
-    def values(self, metric: str, states: tuple[str, ...] = ()) -> list[float]:
-        """Return the finite values of a metric, of trials in any state or in one of `states`."""
-        results = [result for result in self.results if not states or result["state"] in states]
-        return [value for result in results if is_finite(value := result["best_metrics"].get(metric))]
+    def values(self, metric: str) -> list[float]:
+        """Return the trials' finite values of a metric."""
+        return [value for result in self.results if is_finite(value := result["best_metrics"].get(metric))]
 
     def format(self, metric: str, of: TrialResult | float) -> str:
         """Return a value of a metric, or a trial's, with as many decimals as give the largest value four digits."""
@@ -121,8 +120,8 @@ class Page:
         """Return whether DPO's beta is a factor of the metric, so that only trials of the same beta compare by it."""
         return bool(self.beta) and metric.removeprefix("eval_") in SCALED
 
-    def shades(self, metric: str) -> dict[int, float]:
-        """Return how strong the colour of a completed trial is, by id, from 0 for the worst to 1 for the best.
+    def shades(self, metric: str) -> tuple[dict[int, float], str, str]:
+        """Return how strong the colour of each completed trial is, by id, and the legend for 0, the worst, and 1.
 
         Trials of different betas are coloured apart if beta scales the metric. Accuracies are coloured over at least a
         tenth: one more pair must not look like a landslide.
@@ -133,27 +132,19 @@ class Page:
             if result["state"] == "COMPLETED" and is_finite(value):
                 beta = self.experiment.value(result["hparams"], self.beta) if self.scaled_by_beta(metric) else ""
                 groups[beta][result["trial_id"]] = value
-        shades = {}
+        shades: dict[int, float] = {}
+        worst = best = math.nan
         for group in groups.values():
-            worst, best = self.ends(metric, list(group.values()))
-            shades |= {i: abs(v - worst) / abs(best - worst) if worst != best else 0.5 for i, v in group.items()}
-        return shades
-
-    def ends(self, metric: str, values: list[float]) -> tuple[float, float]:
-        """Return the values with the weakest and the strongest colour."""
-        low, high = min(values), max(values)
-        if self.searcher.smaller_is_better and metric == self.searcher.metric:
-            return high, low
-        return (min(low, high - 0.1) if metric.endswith("accuracies") else low), high
-
-    def legend(self, metric: str) -> tuple[str, str]:
-        """Return what stands at the two ends of a heatmap's colours."""
+            worst, best = min(group.values()), max(group.values())
+            if metric == self.searcher.metric and self.searcher.smaller_is_better:
+                worst, best = best, worst
+            elif metric.endswith("accuracies"):
+                worst = min(worst, best - 0.1)
+            shades |= {i: (v - worst) / (best - worst) if worst != best else 0.5 for i, v in group.items()}
+        low, high = ("worst", "best") if metric == self.searcher.metric else ("low", "high")
         if self.scaled_by_beta(metric):
-            return "low", f"high, each {short_name(self.beta)} by itself"
-        weak, strong = (self.format(metric, value) for value in self.ends(metric, self.values(metric, ("COMPLETED",))))
-        if metric == self.searcher.metric:
-            return f"worst {weak}", f"{strong} best"
-        return f"low {weak}", f"{strong} high"
+            return shades, low, f"{high}, each {short_name(self.beta)} by itself"
+        return shades, f"{low} {self.format(metric, worst)}", f"{self.format(metric, best)} {high}"
 
     def heatmaps(self, metric: str) -> Iterator[tuple[str, go.Figure]]:
         """Yield a metric's heatmap for each combination of values of the third and further axes, with that as label.
@@ -163,12 +154,13 @@ class Page:
         names, trials = list(self.axes), {trial.values: trial for trial in self.trials}
         down, across, *others = names if len(names) > 1 else ["", *names]
         rows, columns = self.axes.get(down, [self.title(metric)]), self.axes[across]
+        shades, *_ = self.shades(metric)
         texts = {r["trial_id"]: self.format(metric, r) for r in self.results if r["state"] == "COMPLETED"}
         for rest in itertools.product(*(self.axes[name] for name in others)):
             grid = [[trials.get((row, column, *rest)[-len(names) :]) for column in columns] for row in rows]
             label = ", ".join(f"{short_name(name)} {value}" for name, value in zip(others, rest, strict=True))
             sides = (short_name(down), rows), (short_name(across), columns)
-            yield label, heatmap(grid, self.shades(metric), texts, *sides)
+            yield label, heatmap(grid, shades, texts, *sides)
 
     def encoding(self) -> str:
         """Say what a curve's colour, dash, marker and thickness mean."""
