@@ -24,7 +24,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
     rows = load_dpo_dataset(**hparams.loading)
 
     trial.status(hparams.start)
-    source = download_ckpt(hparams.model_ckpt, trial.core_context) if hparams.model_ckpt else hparams.model_name
+    source = download_ckpt(hparams.model_ckpt, trial.core_context) if hparams.model_ckpt else str(hparams.model_name)
     model, tokenizer = load_model_and_tokenizer(source, **hparams.model_init_kwargs)
     set_chat_format(model, tokenizer)
     reference = None

@@ -91,6 +91,11 @@ class TrainerArgs(Generic[TrlConfig]):
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
     @property
+    def start(self) -> str | None:
+        """What DPO starts from, in a line for the log; None for SFT."""
+        return None
+
+    @property
     def split_seed(self) -> int:
         """Seed for the samples and the held-out 20%; not `seed`, so trials that differ in that share their rows."""
         return DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
@@ -219,13 +224,12 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
 
     @property
     def start(self) -> str:
-        """What DPO starts from, in a line for the log."""
         if self.model_ckpt:
             return f"DPO starts from checkpoint {self.model_ckpt}"
         return f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
 
 
-Hyperparameters = TypeVar("Hyperparameters", SFTHyperparameters, DPOHyperparameters)
+Hyperparameters = TypeVar("Hyperparameters", bound="TrainerArgs[Any]")
 
 
 def parse_hyperparameters(cls: type[Hyperparameters], values: dict[str, Any]) -> Hyperparameters:

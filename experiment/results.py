@@ -1,15 +1,29 @@
-"""What came out of an experiment, on this machine or on a cluster: its trials' reports, and the best of them."""
+"""The results of an experiment, on this machine or on a cluster: what each trial reported, and which one is best."""
 
 import json
 import math
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
-from config.experiment import entrypoint_script, varying_hyperparameters
+from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
 from errors import UserError
-from trial.events import TrialEvent, events_by_step
+from trial.events import TrialEvent, events_by_step, read_events
+
+T = TypeVar("T")
+
+
+class TrialResult(TypedDict):
+    """One line of `trials.jsonl`."""
+
+    trial_id: int
+    state: str  # Determined's: COMPLETED, ERROR, CANCELED ...; UNFINISHED off the cluster
+    hparams: dict[str, Any]
+    steps_completed: int
+    metrics: dict[str, float]  # of the last validation
+    best_metrics: dict[str, float]  # of the best checkpoint's validation
+    checkpoint_uuid: str | None  # the best checkpoint that was validated when it was saved, else the last one
 
 
 class Searcher:
@@ -22,122 +36,159 @@ class Searcher:
         self.metric: str = searcher["metric"]
         self.smaller_is_better: bool = searcher.get("smaller_is_better", True)  # Determined's default
 
-    def best(self, items: list[Any], metrics_of: Callable[[Any], dict[str, float]]) -> Any | None:
-        """The item whose metrics are best, the first of equals; None where none has a finite value of the metric."""
+    def best(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> T | None:
+        """Return the item whose metrics are best, the first of equals; None if no item has a finite value."""
         return next(iter(self.ranked(items, metrics_of)), None)
 
-    def ranked(self, items: list[Any], metrics_of: Callable[[Any], dict[str, float]]) -> list[Any]:
-        """The items with a finite value of the metric, the best first, equals in the order given."""
+    def ranked(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> list[T]:
+        """Return the items that have a finite value of the metric, best first, equals in the order given."""
         sign = 1 if self.smaller_is_better else -1
         scored = [item for item in items if math.isfinite(metrics_of(item).get(self.metric, math.nan))]
         return sorted(scored, key=lambda item: sign * metrics_of(item)[self.metric])
 
 
 class Experiment:
-    """An experiment's config and, by trial id, what is known of its trials.
+    """An experiment's config and, by trial id, the result of each trial and its events in order.
 
-    `results` holds lines of `trials.jsonl` (see `summarize`), `reports` what each trial reported, in order.
-    `config_file` and `model_def` are what it was started with on this machine.
+    `folder` is where `local_experiment.py` keeps the experiment; None for an experiment of a cluster.
     """
 
-    on_cluster = False
-
-    def __init__(self, name: str, config: dict[str, Any], config_file: str = "sft.yaml", model_def: str = ".") -> None:
-        self.name, self.config, self.config_file, self.model_def = name, config, config_file, model_def
+    def __init__(self, name: str, config: dict[str, Any], folder: Path | None = None) -> None:
+        self.name, self.config, self.folder = name, config, folder
         self.searcher = Searcher(config)
         self.varying = varying_hyperparameters(config)
-        self.results: dict[int, dict[str, Any]] = {}
-        self.reports: dict[int, list[TrialEvent]] = {}
+        self.results: dict[int, TrialResult] = {}
+        self.events: dict[int, list[TrialEvent]] = {}
 
     @property
     def script(self) -> str:
-        """The file name of its entrypoint."""
+        """The file name of the entrypoint."""
         return Path(entrypoint_script(self.config)[0]).name
 
-    def ranked(self) -> list[dict[str, Any]]:
-        """The results of the completed trials that have the searcher's metric, the best first."""
-        completed = [self.results[trial_id] for trial_id in sorted(self.results)]
-        completed = [result for result in completed if result["state"] == "COMPLETED"]
+    def planned(self) -> list[dict[str, Any]]:
+        """Return the hyperparameters of every trial, started or not; of those that started in a random search."""
+        try:
+            return expand_trials(self.config)
+        except UserError:  # only a cluster runs this search, and only the cluster knows its next trials
+            return [result["hparams"] for result in self.results.values()]
+
+    def axes(self) -> dict[str, list[str]]:
+        """Return the different values of each hyperparameter that varies: numbers by size, others as they come."""
+        axes = {name: list(dict.fromkeys(self.value(h, name) for h in self.planned())) for name in self.varying}
+        for values in axes.values():
+            with suppress(ValueError):
+                values.sort(key=float)
+        return axes
+
+    def ranked(self) -> list[TrialResult]:
+        """Return the results of the completed trials that have the searcher's metric, best first."""
+        completed = [result for _, result in sorted(self.results.items()) if result["state"] == "COMPLETED"]
         return self.searcher.ranked(completed, lambda result: result["best_metrics"])
 
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> TrialResult | None:
+        """Return the best completed trial, the first of equals."""
         return next(iter(self.ranked()), None)
 
     def ties(self) -> list[int]:
-        """The trials that are as good as the best one."""
+        """Return the ids of the other trials that are as good as the best one."""
         ranked, metric = self.ranked(), self.searcher.metric
         return [r["trial_id"] for r in ranked[1:] if r["best_metrics"][metric] == ranked[0]["best_metrics"][metric]]
 
+    def step_of(self, result: TrialResult) -> int | None:
+        """Return the step at which a trial's checkpoint was saved; None if it is not known."""
+        saved = events_by_step(self.events.get(result["trial_id"], []), "checkpoint")
+        return next((step for step, event in saved.items() if event["uuid"] == result["checkpoint_uuid"]), None)
+
     def value(self, hparams: dict[str, Any], name: str) -> str:
-        """A hyperparameter by its dotted name, as a user would write it."""
+        """Return the hyperparameter with this dotted name as a user would write it."""
         value: Any = hparams
         for key in name.split("."):
             value = value[key]
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     def varied(self, hparams: dict[str, Any]) -> str:
-        """What tells a trial from the others: `dpo_beta 0.1, learning_rate 5e-07`."""
+        """Return what tells a trial from the others: `dpo_beta 0.1, learning_rate 5e-07`."""
         return ", ".join(f"{short_name(name)} {self.value(hparams, name)}" for name in self.varying)
-
-    def source(self, ckpt_uuid: str) -> str:
-        """A checkpoint as `inference.py --model` takes it."""
-        return f"ckpt:{ckpt_uuid}" if self.on_cluster else ckpt_uuid
-
-    def compare_command(self) -> str | None:
-        """The comparison of the best DPO model with what it came from; None for other experiments."""
-        best = self.best()
-        if best is None or self.script != "dpo_finetune.py":
-            return None
-        hparams = best["hparams"]
-        sft = hparams.get("model_ckpt")
-        models = {"base": hparams.get("model_name"), "sft": sft and self.source(sft)}
-        models["dpo"] = self.source(best["checkpoint_uuid"])
-        words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
-        if models["sft"]:  # what DPO's own rewards are measured against
-            words += ["--reference", "sft"]
-        if hparams.get("dpo_beta") is not None:  # and scaled by
-            words += ["--beta", str(hparams["dpo_beta"])]
-        for source in hparams["datasets"]:
-            words += ["--dataset", source if isinstance(source, str) else json.dumps(source)]
-        data_seed = hparams.get("training_args", {}).get("data_seed")
-        if data_seed is not None:  # it decides which rows were held out
-            words += ["--data-seed", str(data_seed)]
-        return "python " + shlex.join(["inference.py", *words, "--output_file", "comparison.html"])
-
-    def dpo_command(self) -> str | None:
-        """The DPO experiment that starts from the best SFT model; None for other experiments."""
-        best = self.best()
-        if best is None or self.script != "sft_finetune.py":
-            return None
-        # On tiny/sft.yaml follows tiny/dpo.yaml, else dpo.yaml with preference data of the user's choice.
-        file = Path(self.config_file)
-        beside = file.with_name(file.name.replace("sft", "dpo"))
-        dpo_config = str(beside if beside.exists() and beside != file else "dpo.yaml")
-        # The base model goes along, for the comparison at the end to set against the tuned ones.
-        overrides = {"model_ckpt": best["checkpoint_uuid"], "model_name": best["hparams"]["model_name"]}
-        command = ["det", "e", "create"] if self.on_cluster else ["python", "local_experiment.py"]
-        words = [word for key, value in overrides.items() for word in ("--config", f"hyperparameters.{key}={value}")]
-        return shlex.join([*command, dpo_config, self.model_def, *words])
 
 
 def short_name(name: str) -> str:
-    """The last part of a dotted hyperparameter or a metric's: `learning_rate`, `accuracies`."""
+    """Return the last part of a hyperparameter's or metric's name: `learning_rate`, `accuracies`."""
     return name.split(".")[-1].split("/")[-1]
 
 
 def summarize(
-    trial_id: int, state: str, hparams: dict[str, Any], reports: list[TrialEvent], searcher: Searcher
-) -> dict[str, Any]:
-    """A trial's line of `trials.jsonl`, from what it reported."""
-    validations = {step: report["metrics"] for step, report in events_by_step(reports, "validation").items()}
-    checkpoints = {step: report["uuid"] for step, report in events_by_step(reports, "checkpoint").items()}
+    trial_id: int, state: str, hparams: dict[str, Any], events: list[TrialEvent], searcher: Searcher
+) -> TrialResult:
+    """Return a trial's line of `trials.jsonl`, from its events."""
+    validations = {step: event["metrics"] for step, event in events_by_step(events, "validation").items()}
+    checkpoints = {step: event["uuid"] for step, event in events_by_step(events, "checkpoint").items()}
     best_step = searcher.best([step for step in validations if step in checkpoints], lambda step: validations[step])
+    saved_step = max(checkpoints, default=-1) if best_step is None else best_step
     return {
         "trial_id": trial_id,
         "state": state,
         "hparams": hparams,
-        "steps_completed": max((r["steps_completed"] for r in reports if "steps_completed" in r), default=0),
+        "steps_completed": max((e["steps_completed"] for e in events if "steps_completed" in e), default=0),
         "metrics": validations[max(validations)] if validations else {},
-        "best_metrics": validations.get(best_step, {}),
-        "checkpoint_uuid": checkpoints.get(best_step, checkpoints[max(checkpoints)] if checkpoints else None),
+        "best_metrics": {} if best_step is None else validations[best_step],
+        "checkpoint_uuid": checkpoints.get(saved_step),
     }
+
+
+def read_local(folder: Path) -> Experiment:
+    """Read an experiment from its folder, unfinished trials too. Raises `UserError` if it cannot be read."""
+    config, lines = folder / "experiment.json", folder / "trials.jsonl"
+    if not config.is_file():
+        raise UserError(f"{folder} holds no experiment: experiment.json is missing (local_experiment.py writes it)")
+    try:
+        read = json.loads(config.read_text(encoding="utf-8"))
+        experiment = Experiment(str(read.get("name", folder.resolve().name)), read, folder)
+        results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        experiment.results = {result["trial_id"]: result for result in results}
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    for path in folder.glob("trials/*/events.jsonl"):
+        trial_id, events = int(path.parent.name), read_events(path)
+        hparams = next((event["hparams"] for event in events if event["kind"] == "hparams"), None)
+        if hparams is not None:
+            experiment.events[trial_id] = events
+            unfinished = summarize(trial_id, "UNFINISHED", hparams, events, experiment.searcher)
+            experiment.results.setdefault(trial_id, unfinished)
+    return experiment
+
+
+def read_cluster(source: str) -> Experiment:
+    """Read the experiment `exp:NUMBER` from the cluster of DET_MASTER. Raises `UserError` if it cannot be read."""
+    from determined.experimental import Determined
+    from rich.progress import track
+
+    from storage.cluster_checkpoints import one_line_cluster_errors  # imports torch, which takes seconds
+
+    number = source.removeprefix("exp:")
+    if not number.isdecimal():
+        raise UserError(f"{source!r}: exp: must be followed by the number of the experiment")
+    with one_line_cluster_errors(source, "experiment"):
+        found = Determined().get_experiment(int(number))
+        experiment = Experiment(found.name or source, found.config or {})
+        for trial in track(found.list_trials(), f"{source}: reading its trials"):
+            events = experiment.events[trial.id] = list(_cluster_events(trial))
+            state, hparams = trial.state.name if trial.state else "UNKNOWN", trial.hparams or {}
+            experiment.results[trial.id] = summarize(trial.id, state, hparams, events, experiment.searcher)
+    return experiment
+
+
+def _cluster_events(trial: Any) -> Iterator[TrialEvent]:
+    """Yield what a trial reported to its master, and those of its checkpoints that the cluster still has."""
+    for kind in ("training", "validation"):
+        for report in trial.iter_metrics(kind):
+            metrics = {}
+            for name, value in report.metrics.items():
+                with suppress(
+                    TypeError, ValueError
+                ):  # the master keeps NaN and Infinity as text; other text is no metric
+                    metrics[name] = value if isinstance(value, int | float) else float(value)
+            yield {"kind": kind, "steps_completed": report.steps_completed, "metrics": metrics}
+    for checkpoint in trial.list_checkpoints():
+        steps = (checkpoint.metadata or {}).get("steps_completed")  # there if one of this project's trials saved it
+        if checkpoint.state is not None and checkpoint.state.name == "COMPLETED" and steps is not None:
+            yield {"kind": "checkpoint", "steps_completed": int(steps), "uuid": checkpoint.uuid}

@@ -5,6 +5,7 @@ Nothing here reaches a network, a hub or a cluster: HF_HUB_OFFLINE is set, and e
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,3 +209,26 @@ def fused_head_as_installed(monkeypatch):
     monkeypatch.setattr(utils, "_use_triton", kernels._use_triton)
     monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
     monkeypatch.setattr(kernels, "_addmm_fp32", getattr(kernels._addmm_fp32, "__wrapped__", kernels._addmm_fp32))
+
+
+def browser_path() -> str | None:
+    """None: the one that `playwright install chromium` has fetched."""
+    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")))
+    mac = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+    return next(found, str(mac) if mac.exists() else None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium or Chrome, where the machine has one."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = browser_path()
+        if path is None and not Path(playwright.chromium.executable_path).exists():
+            reason = "no Chromium or Chrome here: install one, or run `playwright install chromium`"
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)  # CI has one, or has lost it
+        flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses to be root in one
+        with playwright.chromium.launch(executable_path=path, args=[*flags, *sandbox]) as browser:
+            yield browser

@@ -1,13 +1,10 @@
 """The page to vote on, driven in a real browser: Chromium or Chrome, where the machine has one."""
 
 import json
-import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from comparison.files import Comparison, write_comparison
 from comparison.generation import Answer
@@ -15,26 +12,6 @@ from comparison.preference_metrics import Estimate
 
 EVIL = '<script>document.title = "hacked"</script><img src=x onerror="document.title = \'hacked\'"> & </article>'
 NAMES = ["base", "sft", "dpo"]  # not in alphabetical order, as a page that sorts them would show
-
-
-def browser_path() -> str | None:
-    """None: the one that `playwright install chromium` has fetched."""
-    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")))
-    mac = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-    return next(found, str(mac) if mac.exists() else None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        path = browser_path()
-        if path is None and not Path(playwright.chromium.executable_path).exists():
-            reason = "no Chromium or Chrome here: install one, or run `playwright install chromium`"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)  # CI has one, or has lost it
-        flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses to be root in one
-        with playwright.chromium.launch(executable_path=path, args=[*flags, *sandbox]) as browser:
-            yield browser
 
 
 def comparison(questions: int = 3, names: list[str] = NAMES) -> Comparison:

@@ -1,10 +1,11 @@
-"""The report: what stands where on the page, read back as a browser would, of trials in the real formats."""
+"""The report: what stands where on the page, its figures too, read back from trials in the real formats."""
 
 import json
 import math
 import re
 import shutil
 import uuid
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -12,10 +13,14 @@ from cluster import Master, Trial
 from conftest import REPO
 from determined.cli import cli
 from determined.cli._declarative_argparse import add_args
+from playwright.sync_api import expect
+from plotly.offline import get_plotlyjs
 
+import report
 from config.experiment import expand_trials
-from experiment import report_page as report
-from experiment.results import Searcher, summarize
+from experiment.charts import LINES, MAX_POINTS, range_around, series
+from experiment.report_page import render
+from experiment.results import Experiment, Searcher, read_cluster, read_local, summarize
 from storage.checkpoints import local_checkpoint_storage
 from trial.events import append_event
 
@@ -39,6 +44,7 @@ SFT = {
     "searcher": {"name": "single", "metric": "eval_loss"},
     "hyperparameters": {"model_name": "base", "training_args": {"learning_rate": 1e-5}},
 }
+SCALED_BY_BETA = "Scaled by beta: comparable between trials of the same beta only."
 URL = re.compile(r"(?:src|href)\s*=|url\(|@import|https?:")
 
 
@@ -75,25 +81,25 @@ def write(tmp_path, monkeypatch):
             score = dict(enumerate(scores, start=1)).get(trial_id)
             if score is None:
                 continue
-            path, reports = folder / "trials" / str(trial_id) / "events.jsonl", []
+            path, events = folder / "trials" / str(trial_id) / "events.jsonl", []
             final = score if isinstance(score, dict) else metrics_of(score, sft)
-            reports.append({"kind": "hparams", "hparams": hparams})
+            events.append({"kind": "hparams", "hparams": hparams})
             for step in (10, 20, 30, 40):
                 training = {name.removeprefix("eval_"): value / step for name, value in final.items()}
-                reports.append({"kind": "training", "steps_completed": step, "metrics": training})
+                events.append({"kind": "training", "steps_completed": step, "metrics": training})
                 if step % 20 == 0:
                     worse = 1.25 if Searcher(config).smaller_is_better else 0.75
                     metrics = final if step == 40 else {name: worse * value for name, value in final.items()}
-                    reports.append({"kind": "validation", "steps_completed": step, "metrics": metrics})
-                    reports.append({"kind": "checkpoint", "steps_completed": step, "uuid": uuid_of(trial_id, step)})
+                    events.append({"kind": "validation", "steps_completed": step, "metrics": metrics})
+                    events.append({"kind": "checkpoint", "steps_completed": step, "uuid": uuid_of(trial_id, step)})
                     model = local_checkpoint_storage() / uuid_of(trial_id, step) / f"checkpoint-{step}"
                     model.mkdir(parents=True)
                     (model / "model.safetensors").touch()
-            for line in reports:
-                append_event(path, **line)
+            for event in events:
+                append_event(path, **event)
             state = dict(states).get(trial_id, "COMPLETED")
             if state != "UNFINISHED":
-                lines.append(json.dumps(summarize(trial_id, state, hparams, reports, Searcher(config))) + "\n")
+                lines.append(json.dumps(summarize(trial_id, state, hparams, events, Searcher(config))) + "\n")
         (folder / "trials.jsonl").write_text("".join(lines))
         return folder
 
@@ -153,10 +159,21 @@ class Page(HTMLParser):
         return next(self.root.all("section", id=name), None)
 
     @property
-    def maps(self):
-        """By title, each heatmap's tables as rows of cells, the heads of rows and columns among them."""
+    def heatmaps(self):
+        """By title, each metric's heatmaps."""
         divs = [div for div in self.section("grid").all("div") if any(child.tag == "h3" for child in elements(div))]
-        return {next(div.all("h3")).text: [grid(table) for table in div.all("table")] for div in divs}
+        return {next(div.all("h3")).text: [Heatmap(plot) for plot in div.all("div", class_="plot")] for div in divs}
+
+    @property
+    def maps(self):
+        """By title, each heatmap as rows of cells, the heads of rows and columns among them."""
+        return {title: [heatmap.rows for heatmap in heatmaps] for title, heatmaps in self.heatmaps.items()}
+
+    @property
+    def curves(self):
+        """By the title of its panel, each figure of curves as its traces."""
+        plots = self.section("curves").all("div", class_="plot")
+        return {plot.attributes["aria-label"]: json.loads(plot.attributes["data-figure"]) for plot in plots}
 
     @property
     def table(self):
@@ -169,6 +186,42 @@ class Page(HTMLParser):
         return [pre.text for pre in self.section("winner").all("pre")]
 
 
+class Heatmap:
+    """What a heatmap's figure shows."""
+
+    def __init__(self, plot):
+        figure = json.loads(plot.attributes["data-figure"])
+        (self.trace,), self.shapes = figure["data"], figure["layout"]["shapes"]
+        axes = figure["layout"]["xaxis"], figure["layout"]["yaxis"]
+        (across, down), (columns, rows) = ([plain(a["title"]["text"]) for a in axes], [a["ticktext"] for a in axes])
+        cells = [plain(shape["label"]["text"]) for shape in self.shapes]
+        assert [(round(s["x0"] + 0.48), round(s["y0"] + 0.47)) for s in self.shapes] == [
+            (x, y) for y in range(len(rows)) for x in range(len(columns))
+        ]
+        assert axes[1]["range"][0] > axes[1]["range"][1]  # the first row on top
+        self.rows = [["", across]] if down else []
+        self.rows += [[down or across, *map(plain, columns)]]
+        self.rows += [[plain(row), *cells[i * len(columns) :][: len(columns)]] for i, row in enumerate(rows)]
+
+    def outlined(self, width):
+        """The trials with an outline of this width."""
+        return [
+            shape["name"] for shape in self.shapes if shape["line"]["width"] == width and "dash" not in shape["line"]
+        ]
+
+    def shade(self, trial_id):
+        """How strong a trial's cell is, in percent."""
+        (place,) = [
+            (y, x) for y, row in enumerate(self.trace["customdata"]) for x, i in enumerate(row) if i == trial_id
+        ]
+        return round(100 * self.trace["z"][place[0]][place[1]])
+
+
+def plain(text):
+    """Plotly's HTML as text."""
+    return unescape(re.sub("<.*?>", "", text.replace("<br>", " ")))
+
+
 def elements(element):
     return [child for child in element.children if isinstance(child, Element)]
 
@@ -178,14 +231,13 @@ def grid(table):
 
 
 def page_of(folder):
-    return Page(report.render(report.read_local(folder)))
+    return Page(render(read_local(folder)))
 
 
 def shade(page, trial_id, title):
-    """How strong a trial's cell is in a heatmap, in percent."""
-    (div,) = [d for d in page.section("grid").all("div") if elements(d)[:1] and elements(d)[0].text == title]
-    (cell,) = div.all("td", data_trial=str(trial_id))
-    return int(re.fullmatch(r"--t: (\d+)%", cell.attributes["style"])[1])
+    """How strong a trial's cell is in a metric's heatmap, in percent."""
+    (heatmap,) = page.heatmaps[title]
+    return heatmap.shade(trial_id)
 
 
 def test_the_numbers_of_a_grid_stand_in_their_cells(write):
@@ -215,8 +267,13 @@ def test_the_numbers_of_a_grid_stand_in_their_cells(write):
     }
     shades = {i: shade(page, i, "Reward accuracy") for i in range(1, 7)}
     assert shades == {2: 100, 5: 83, 1: 67, 4: 33, 6: 17, 3: 0}
-    outlined = [cell.attributes["data-trial"] for cell in page.section("grid").all("td", class_="best")]
-    assert outlined == ["2", "2"]
+    for (heatmap,) in page.heatmaps.values():
+        assert heatmap.outlined(3) == ["2"]
+        assert heatmap.trace["hovertext"][1][1] == (
+            "<b>trial 2</b><br>dpo_beta 0.1<br>learning_rate 1e-07"
+            "<br>reward accuracy 0.8750<br>reward margin 1.750<br>loss 0.1250<br>completed"
+        )
+        assert (heatmap.trace["zmin"], heatmap.trace["zmax"]) == (0, 1)
 
 
 def test_the_winner(write):
@@ -247,8 +304,9 @@ def test_ties_are_told(write, scores, said):
     assert any(p.text.startswith(said) for p in page.section("winner").all("p"))
     tied = [trial_id for trial_id, score in enumerate(scores, start=1) if score == 0.75]
     assert [row["rank"] for row in page.table].count("1") == len(tied)
-    marked = [cell.attributes["data-trial"] for cell in page.section("grid").all("td", class_="tied")]
-    assert sorted(set(marked)) == [str(trial_id) for trial_id in tied[1:]]
+    for (heatmap,) in page.heatmaps.values():
+        assert heatmap.outlined(3) == [str(tied[0])]
+        assert sorted(heatmap.outlined(1)) == [str(trial_id) for trial_id in tied[1:]]
 
 
 def test_values_that_are_all_equal_have_a_colour_of_their_own(write):
@@ -291,18 +349,19 @@ def test_the_table_is_sorted_and_failed_trials_come_last(write):
     assert {"failed trial 2", "unfinished trial 5", "\N{EN DASH} trial 6"} <= cells
 
 
-def test_what_is_not_finite_leaves_a_gap_in_a_curve():
-    experiment = report.Experiment("one", SFT)
+def test_values_that_are_not_finite_leave_a_gap_in_a_curve():
+    experiment = Experiment("one", SFT)
     losses = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, math.inf)]
-    reports = [{"kind": "training", "steps_completed": step, "metrics": {"loss": loss}} for step, loss in losses]
+    events = [{"kind": "training", "steps_completed": step, "metrics": {"loss": loss}} for step, loss in losses]
     hparams = SFT["hyperparameters"]
-    experiment.reports[1] = reports
-    experiment.results[1] = summarize(1, "RUNNING", hparams, reports, experiment.searcher)
-    page = Page(report.render(experiment))
-    (path,) = page.section("curves").all("path", class_="line")
-    assert re.sub(r"[\d.,]+", "", path.attributes["d"]) == "MhLhMh"
-    points = [point.text for point in page.section("curves").all("title")]
-    assert points == ["trial 1, step 1: 1", "trial 1, step 2: 2", "trial 1, step 4: 3"]
+    experiment.events[1] = events
+    experiment.results[1] = summarize(1, "RUNNING", hparams, events, experiment.searcher)
+    page = Page(render(experiment))
+    (trace,) = page.curves["loss by step, Training"]["data"]
+    assert (trace["x"], trace["y"]) == ([1, 2, 3, 4, 5], [1, 2, None, 3, None])
+    assert "connectgaps" not in trace
+    assert trace["mode"] == "lines+markers"  # a point between two gaps has no line
+    assert trace["meta"] == "<b>trial 1</b><br>loss"
     assert not {"nan", "inf"} & set(re.findall(r"\w+", page.section("curves").text))
 
 
@@ -310,23 +369,36 @@ def test_the_curves(write):
     page = page_of(write(DPO, ACCURACIES))
     curves = page.section("curves")
     assert [h3.text for h3 in curves.all("h3")] == ["Loss", "Reward accuracy", "Reward margin"]
-    assert len(list(curves.all("svg", role="img"))) == 6
-    evaluation = list(curves.all("svg", role="img"))[3]
-    *_, last = evaluation.all("g", class_="curve")
-    assert (last.attributes["data-trial"], "best" in last.attributes["class"]) == ("2", True)  # on top
-    assert [title.text for title in last.all("title")] == ["trial 2, step 20: 0.6562", "trial 2, step 40: 0.875"]
-    ticks = [text.text for text in evaluation.all("text")]
-    assert ticks == ["0.2", "0.4", "0.6", "0.8", "1", "0", "10", "20", "30", "40", "step"]
+    assert len(page.curves) == 6
+    evaluation = page.curves["reward accuracy by step, Evaluation, held out"]
+    *others, last = evaluation["data"]
+    assert last["name"] == "2"  # the best one, on top
+    assert all(last["line"]["width"] > 2 * trace["line"]["width"] for trace in others)
+    assert (last["x"], last["y"]) == ([20, 40], [0.65625, 0.875])
+    assert last["meta"] == "<b>trial 2</b><br>dpo_beta 0.1<br>learning_rate 1e-07<br>reward accuracy"
+    assert last["hovertemplate"] == "%{meta} %{y:.4g}<br>step %{x}<extra></extra>"
+    assert evaluation["layout"]["xaxis"]["range"] == [0, 40]
+    assert evaluation["layout"]["xaxis"]["title"]["text"] == "step"
     # Two trials share a colour if they share beta, dashes and marker if they share the learning rate.
-    looks = {g.attributes["data-trial"]: g for g in evaluation.all("g", class_="curve")}
-    colour = {i: g.attributes["style"] for i, g in looks.items()}
-    dash = {i: next(g.all("path", class_="line")).attributes["stroke-dasharray"] for i, g in looks.items()}
+    looks = {trace["name"]: trace for trace in evaluation["data"]}
+    colour = {i: trace["line"]["color"] for i, trace in looks.items()}
+    dash = {i: (trace["line"]["dash"], trace["marker"]["symbol"]) for i, trace in looks.items()}
     assert colour["1"] == colour["2"] == colour["3"] != colour["4"] == colour["5"] == colour["6"]
     assert dash["1"] == dash["4"]
     assert len({dash["1"], dash["2"], dash["3"]}) == 3
+    # The key of each trial looks like its curve.
+    for key in curves.all("span", tabindex="0"):
+        i, (svg,) = key.attributes["data-trial"], key.all("svg")
+        line, marker = svg.all("path")
+        assert svg.attributes["style"] == f"--c: {colour[i]}"
+        assert (line.attributes["stroke-dasharray"], marker.attributes["d"]) in {
+            (dash, path) for dash, _, path in LINES
+        }
+        assert line.attributes["stroke-dasharray"] == dash[i][0]
+    assert [key.text for key in curves.all("span", tabindex="0")][:2] == ["1 0.1, 5e-07", "2 0.1, 1e-07"]
     assert "Some share a look" not in curves.text
     # Loss and margins of different betas are not to be compared, and it says so; accuracies are.
-    said = [report.SCALED_BY_BETA in chart.text for chart in curves.all("div", class_="chart")]
+    said = [SCALED_BY_BETA in chart.text for chart in curves.all("div", class_="chart")]
     assert said == [True, False, True]
 
 
@@ -334,27 +406,23 @@ def test_a_step_done_twice_counts_once_and_long_curves_are_thinned():
     def told(step, loss):
         return {"kind": "training", "steps_completed": step, "metrics": {"loss": loss}}
 
-    reports = [told(1, 9), told(2, 9), told(2, 5), {"kind": "training", "steps_completed": 2, "metrics": {"x": 0}}]
-    reports.append({"kind": "validation", "steps_completed": 3, "metrics": {"loss": 1}})
-    assert report.series(reports, "training", "loss") == [(1, 9), (2, 5)]
-    long = report.series([told(step, 0) for step in range(1000)], "training", "loss")
-    assert len(long) <= report.MAX_POINTS
+    events = [told(1, 9), told(2, 9), told(2, 5), {"kind": "training", "steps_completed": 2, "metrics": {"x": 0}}]
+    events.append({"kind": "validation", "steps_completed": 3, "metrics": {"loss": 1}})
+    assert series(events, "training", "loss") == [(1, 9), (2, 5)]
+    long = series([told(step, 0) for step in range(1000)], "training", "loss")
+    assert len(long) <= MAX_POINTS
     assert long[-1] == (999, 0)
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "ticks"),
+    ("low", "high", "span"),
     [
-        (0.53, 1.0, [0.4, 0.6, 0.8, 1.0]),
-        (-0.01, 2.3, [-1, 0, 1, 2, 3]),
-        (0, 48, [0, 20, 40, 60]),
-        (0.9, 0.9, [0.5, 1.0]),
-        (0, 0, [0, 0.5]),
-        (1e-9, 4e-9, [1e-9, 2e-9, 3e-9, 4e-9]),
+        *((0.53, 1.0, None), (-0.01, 2.3, None), (1e-9, 4e-9, None)),  # Plotly's choice
+        *((0.9, 0.9, [0.45, 1.35]), (0.9, 0.9 + 1e-9, [0.45, 1.35]), (-2, -2, [-3, -1]), (0, 0, [-0.5, 0.5])),
     ],
 )
-def test_ticks_are_round_and_span_the_values(low, high, ticks):
-    assert report.nice_ticks(low, high) == pytest.approx(ticks)
+def test_rounding_is_not_magnified_to_a_curve(low, high, span):
+    assert range_around([low, high]) == (span and pytest.approx(span))
 
 
 def test_sft_goes_on_with_dpo(write):
@@ -390,7 +458,7 @@ def test_three_axes_are_a_grid_for_each_value_of_the_third(write):
     page = page_of(write(config, [0.5 + i / 64 for i in range(11)]))  # the twelfth has not started
     grids = page.maps["Reward accuracy"]
     assert "Some share a look" in page.section("curves").text  # six combinations of the other two axes, five dashes
-    captions = [caption.text for caption in page.section("grid").all("caption")]
+    captions = [p.text for p in page.section("grid").all("p") if p.text.startswith("zeta")]
     assert captions == ["zeta 9", "zeta 10"] * 2
     assert grids[1] == [
         *(["", "seed"], ["dpo_beta", "None", "[1, 2]", "x"]),
@@ -401,14 +469,14 @@ def test_three_axes_are_a_grid_for_each_value_of_the_third(write):
 
 def test_a_random_search_has_a_table_and_no_grid(write):
     """Only a cluster runs one, and only it knows what the trials will be."""
-    experiment = report.read_local(write(DPO, ACCURACIES))
+    experiment = read_local(write(DPO, ACCURACIES))
     experiment.config = changed(DPO, {"dpo_beta": {"type": "log", "base": 10, "minval": -3, "maxval": -1}})
     experiment.config["searcher"] |= {"name": "random", "max_trials": 6}
-    drawn = report.Experiment(experiment.name, experiment.config)
-    drawn.results, drawn.reports = experiment.results, experiment.reports
+    drawn = Experiment(experiment.name, experiment.config)
+    drawn.results, drawn.events = experiment.results, experiment.events
     for trial_id, result in drawn.results.items():
         result["hparams"]["dpo_beta"] = trial_id / 100
-    page = report.render(drawn)
+    page = render(drawn)
     assert "6 of 6 trials completed" in page
     assert 'id="trials"' in page
     assert 'id="grid"' not in page
@@ -420,16 +488,21 @@ def test_everything_is_escaped(write):
     config = changed(DPO, {"dpo_beta": losses, "<b>": evil, "<i>": losses}, name="<i>")
     page = page_of(write(config, [0.5 + i / 64 for i in range(12)]))
     assert next(page.root.all("h1")).text == "<i>"
-    assert len(list(page.root.all("script"))) == 1
+    assert len(list(page.root.all("script"))) == 2  # Plotly's and the page's
     assert not any(page.root.all("b"))
-    assert all("style" in i.attributes for i in page.root.all("i"))  # the legend's
+    assert all(i.parent.attributes["class"] == "soft ramp" for i in page.root.all("i"))  # the legends' colours
+    for plot in page.root.all("div", class_="plot"):  # Plotly takes text for HTML
+        texts = re.findall(r"<(?!/?(?:b|br|span|extra)\b)\w+", plot.attributes["data-figure"])
+        assert texts == []
     assert {row["dpo_beta"] for row in page.table} == {evil, "plain"}
 
 
-def test_nothing_is_fetched_and_nothing_is_clipped_by_ids(write):
-    html = report.render(report.read_local(write(DPO, ACCURACIES)))
+def test_nothing_is_fetched(write):
+    html = render(read_local(write(DPO, ACCURACIES)))
+    assert html.count(get_plotlyjs()) == 1
+    html = html.replace(get_plotlyjs(), "")
     assert not URL.search(html)
-    assert "default-src 'none'" in html
+    assert """default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">""" in html
     assert len(html) < 200_000
     page = Page(html)
     assert all(head.attributes.get("scope") for head in page.root.all("th"))
@@ -474,21 +547,21 @@ def master(tmp_path, monkeypatch):
 
 def on_cluster(master, folder, states=(), first=1):
     """The trials of a local folder as an experiment of the cluster, with ids from `first` on."""
-    local = report.read_local(folder)
+    local = read_local(folder)
     master.experiments[1] = {"config": local.config, "body": {"config": ""}}
     for number, result in local.results.items():
-        told = [r for r in local.reports[number] if r["kind"] != "hparams"]
+        events = [event for event in local.events[number] if event["kind"] != "hparams"]
         state = f"STATE_{dict(states).get(number, 'COMPLETED')}"
-        master.trials[number + first - 1] = Trial(number + first - 1, 1, result["hparams"], told, state=state)
+        master.trials[number + first - 1] = Trial(number + first - 1, 1, result["hparams"], events, state=state)
 
 
 def test_an_experiment_of_the_cluster_has_the_page_of_a_local_one(master, write):
     scores = (*ACCURACIES[:4], {ACCURACY: math.nan, MARGIN: math.inf, "eval_loss": 1.0})
     folder = write(DPO, scores, {4: "RUNNING"})
     on_cluster(master, folder, {4: "RUNNING"})
-    experiment = report.read_cluster("exp:1")
+    experiment = read_cluster("exp:1")
     assert math.isnan(experiment.results[5]["metrics"][ACCURACY])
-    local, cluster = page_of(folder), Page(report.render(experiment))
+    local, cluster = page_of(folder), Page(render(experiment))
     for section in ("grid", "curves", "trials", "constants"):
         assert cluster.section(section).text == local.section(section).text
     assert cluster.commands[0] == local.commands[0] == uuid_of(2, 40)
@@ -510,7 +583,7 @@ def test_an_experiment_of_the_cluster_has_the_page_of_a_local_one(master, write)
 def test_what_the_cluster_has_cleaned_up_is_not_offered(master, write):
     on_cluster(master, write(DPO, ACCURACIES), first=37)
     master.trials[38].deleted = {uuid_of(2, 40)}
-    page = Page(report.render(report.read_cluster("exp:1")))
+    page = Page(render(read_cluster("exp:1")))
     assert next(page.section("winner").all("h2")).text == "Trial 41 is best"
     assert page.maps["Reward accuracy"][0][3] == ["0.1", "0.5000 trial 39", "0.6562 trial 38", "0.7500 trial 37"]
     assert uuid_of(2, 40) not in page.html
@@ -521,7 +594,7 @@ def test_command_line(call, write, master, tmp_path):
     folder = write(DPO, ACCURACIES)
     status, out, err = call(report.main, folder)
     assert (status, out) == (0, f"Report: {folder / 'report.html'}\n"), err
-    expected = report.render(report.read_local(folder))
+    expected = render(read_local(folder))
     assert (folder / "report.html").read_text() == expected
     on_cluster(master, folder)
     status, out, err = call(report.main, "exp:1", "--output", tmp_path / "exp.html")
@@ -535,7 +608,7 @@ def test_command_line(call, write, master, tmp_path):
     [
         (["{folder}"], "{folder} holds no experiment: experiment.json is missing"),
         (["nonsense"], "'nonsense' is neither a folder nor exp:NUMBER"),
-        (["exp:best"], "'exp:best': after exp: comes the number of the experiment"),
+        (["exp:best"], "'exp:best': exp: must be followed by the number of the experiment"),
         (["exp:9"], "exp:9: {url} has no such experiment"),
         (["{written}", "--output", "{folder}/no/report.html"], "--output {folder}/no/report.html: No such file"),
     ],
@@ -565,3 +638,102 @@ def test_help_teaches(call):
     assert "default:" in out
     for command in re.findall(r"python (\S+\.py)", out):
         assert (REPO / command).exists()
+
+
+# In a browser.
+
+
+@pytest.fixture
+def visit(browser, write, tmp_path):
+    """Open a report in a browser. Errors in the page, and requests to a network, fail the test."""
+    contexts, wrong = [], []
+
+    def open_report(*experiment, **settings):
+        (tmp_path / "report.html").write_text(render(read_local(write(*experiment))))
+        contexts.append(browser.new_context(**settings))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else wrong.append(r.url))
+        page.goto((tmp_path / "report.html").as_uri())
+        return page
+
+    yield open_report
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def lightness(page, selector, of):
+    """How light a colour of an element is, from 0 to 765."""
+    colour = page.locator(selector).first.evaluate(f"element => getComputedStyle(element).{of}")
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3]))
+
+
+TICK, TRACE = "#curves .xtick text", "#curves .plot >> nth=3 >> .trace"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_charts_fit_and_can_be_read(visit, width, scheme):
+    page = visit(DPO, ACCURACIES[:5], viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    plots = page.locator(".plot")
+    expect(plots).to_have_count(8)
+    expect(plots.locator(".main-svg:visible .scatterlayer .trace")).to_have_count(6 * 5)
+    expect(plots.locator(".heatmaplayer image")).to_have_count(2)
+    for plot in plots.all():
+        box, svg = plot.bounding_box(), plot.locator(".main-svg").first.bounding_box()
+        assert (svg["width"], svg["height"]) == pytest.approx((box["width"], box["height"]), abs=1)
+        assert svg["x"] + svg["width"] <= width
+    cells = page.locator("#grid .plot >> nth=0 >> .shape-label-text").all_text_contents()
+    assert ["".join(cell.split()) for cell in cells] == [
+        *("notstarted", "0.8125trial5", "0.6250trial4", "0.5000trial3", "0.8750trial2", "0.7500trial1")
+    ]
+    assert page.locator("#curves .plot >> nth=3 >> .xtick text").all_text_contents() == ["0", "10", "20", "30", "40"]
+    for selector in (TICK, "#grid .shape-label-text"):
+        paper, ink = lightness(page, "body", "backgroundColor"), lightness(page, selector, "fill")
+        assert (paper > ink) == (scheme == "light")
+        assert abs(paper - ink) > 300
+
+
+def test_charts_follow_the_color_scheme_and_are_light_in_print(visit):
+    page = visit(DPO, ACCURACIES, color_scheme="dark")
+    assert lightness(page, TICK, "fill") > 400
+    light, dark = "rgb(90, 96, 104)", "rgb(163, 169, 177)"
+    for scheme, media, colour in (("light", "screen", light), ("dark", "screen", dark), ("dark", "print", light)):
+        page.emulate_media(color_scheme=scheme, media=media)
+        expect(page.locator(TICK).first).to_have_css("fill", colour)
+
+
+def test_pointing_at_a_trial_shows_its_values_and_highlights_it_everywhere(visit):
+    page = visit(DPO, ACCURACIES, viewport={"width": 1280, "height": 900})
+    cell = page.locator("#grid .plot").first
+    box = cell.bounding_box()
+    cell.hover(position={"x": box["width"] - 50, "y": 100})  # trial 4, at the top right
+    expect(page.locator(".hoverlayer")).to_contain_text(
+        ["trial 4dpo_beta 0.01learning_rate 5e-07reward accuracy 0.6250"]
+    )
+    marked = page.locator("[data-trial='4']")
+    expect(marked).to_have_count(1 + 2 + 6 + 1)  # key, cells, curves, row
+    expect(page.locator(".on")).to_have_count(10)
+    expect(page.locator(TRACE).first).to_have_css("opacity", "0.15")
+    expect(page.locator("#curves .plot >> nth=3 >> .trace.on")).to_have_css("opacity", "1")
+    page.locator("h1").hover()
+    expect(page.locator(".on")).to_have_count(0)
+    page.locator("#trials tr[data-trial='2']").click()
+    expect(page.locator("[data-trial='2'].on")).to_have_count(10)
+
+    curve = page.locator("#curves .plot").nth(3)
+    curve.scroll_into_view_if_needed()
+    curve.hover(position={"x": curve.bounding_box()["width"] - 17, "y": 12})  # the best trial's last point
+    label = curve.locator(".hoverlayer")
+    expect(label).to_have_text("trial 2dpo_beta 0.1learning_rate 1e-07reward accuracy 0.8750step 40")
+    expect(page.locator("[data-trial='2'].on")).to_have_count(10)
+
+
+def test_hyperparameters_are_text_in_charts_too(visit):
+    evil = "<b>x</b><a href='javascript:1'>&lt;"
+    page = visit(changed(DPO, {"dpo_beta": {"type": "categorical", "vals": [evil, "plain"]}}), ACCURACIES)
+    assert evil in page.locator("#grid .plot >> nth=0 >> .ytick").all_text_contents()
+    assert page.locator("a").count() == 0

@@ -1,0 +1,167 @@
+"""Plotly figures of an experiment's metrics: a heatmap over the grid's axes, and curves by step.
+
+Colours are the page's CSS variables, such as `var(--ink)`. The page's script fills in what they are in light, dark and
+print. Texts are Plotly's HTML, so values are escaped.
+"""
+
+import math
+from html import escape
+from typing import Any, NamedTuple, TypeGuard
+
+import plotly.graph_objects as go
+
+from experiment.results import TrialResult
+from trial.events import TrialEvent, events_by_step
+
+HUES = 6  # --h0 to --h5 in the style: distinct to colour-blind readers too
+LINES = (  # dash, Plotly's symbol, and the same symbol as an SVG path
+    ("solid", "circle", "M-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0z"),
+    ("7px,4px", "square", "M-3.2,-3.2h6.4v6.4h-6.4z"),
+    ("1.5px,3.5px", "diamond", "M0,-4.8l4.8,4.8l-4.8,4.8l-4.8,-4.8z"),
+    ("9px,3px,2px,3px", "triangle-up", "M0,-4.5l4.5,8h-9z"),
+    ("4px,2px", "triangle-down", "M0,4.5l-4.5,-8h9z"),
+)
+MAX_POINTS = 150  # of a curve, more than a panel's pixels show
+CLEAR = "rgba(0,0,0,0)"
+FONT = {"family": "inherit", "size": 12, "color": "var(--soft)"}
+AXIS: dict[str, Any] = {"showgrid": False, "gridcolor": "var(--line)", "zeroline": False, "exponentformat": "e"}
+AXIS |= {"fixedrange": True, "automargin": True, "ticks": "outside", "ticklen": 6, "tickcolor": CLEAR}
+AXIS["title"] = {"standoff": 10}
+LAYOUT: dict[str, Any] = {"font": FONT, "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
+LAYOUT |= {"dragmode": False, "showlegend": False, "hoverdistance": -1, "margin": {"l": 4, "r": 16, "t": 8, "b": 4}}
+LAYOUT["hoverlabel"] = {"align": "left", "bgcolor": "var(--paper)", "bordercolor": "var(--soft)"}
+LAYOUT["hoverlabel"]["font"] = FONT | {"size": 13, "color": "var(--ink)"}
+
+
+class Look(NamedTuple):
+    """How a trial's curve is drawn."""
+
+    hue: int
+    dash: str
+    symbol: str
+    path: str
+
+
+class TrialView(NamedTuple):
+    """A trial as the page shows it."""
+
+    result: TrialResult
+    values: tuple[str, ...]  # of the axes
+    state: str
+    rank: str
+    mark: str  # `best`, `tied` (as good as the best) or nothing
+    look: Look
+    title: str  # its number and values
+    details: str  # its metrics and state too
+
+
+def choose_look(places: list[tuple[int, int]]) -> Look:
+    """Return the look of a trial: its colour tells the value of the first axis, dash and marker those of the others.
+
+    `places` has the index of the trial's value on each axis, and the number of values.
+    """
+    (hue, _), *others = places or [(0, 1)]
+    combination = hue // HUES  # where colours repeat, dashes help
+    for index, length in others:
+        combination = combination * length + index
+    return Look(hue % HUES, *LINES[combination % len(LINES)])
+
+
+def heatmap(
+    grid: list[list[TrialView | None]],
+    shades: dict[int, float],
+    texts: dict[int, str],
+    down: tuple[str, list[str]],
+    across: tuple[str, list[str]],
+) -> go.Figure:
+    """Return the heatmap of a grid of trials, with None for a trial that has not started.
+
+    `shades` and `texts` are by trial id: a cell's strength of colour, from 0 to 1, and what stands in it instead of the
+    trial's state. `down` and `across` are each axis' title and values.
+    """
+    figure = go.Figure(layout={"template": {"layout": LAYOUT}, "height": 60 * len(grid) + 68})
+    ids = [[trial.result["trial_id"] if trial else None for trial in row] for row in grid]
+    figure.add_heatmap(
+        z=[[shades.get(trial_id or 0) for trial_id in row] for row in ids],
+        customdata=ids,
+        hovertext=[[trial.details if trial else "not started" for trial in row] for row in grid],
+        hovertemplate="%{hovertext}<extra></extra>",
+        colorscale=[[0, "var(--weak)"], [1, "var(--strong)"]],
+        **{"zmin": 0, "zmax": 1, "xgap": 3, "ygap": 3, "showscale": False, "hoverongaps": True},
+    )
+    shapes = []
+    for x, y, trial in ((x, y, trial) for y, row in enumerate(grid) for x, trial in enumerate(row)):
+        line, text, colour, trial_id = {"width": 1, "dash": "dot", "color": "var(--line)"}, "not started", "soft", None
+        if trial:
+            trial_id = trial.result["trial_id"]
+            text = texts.get(trial_id, trial.state)
+            text = f"<b>{text}</b>" if trial.mark == "best" else text
+            text = f"<span style='font-size: {15 if trial_id in texts else 12}px'>{text}</span><br>trial {trial_id}"
+            if trial_id in shades:
+                colour, width = "ink", {"best": 3, "tied": 1}.get(trial.mark, 0)
+                line = {"width": width, "color": "var(--ink)"}
+        label = {"text": text, "font": {"color": f"var(--{colour})"}}
+        box = {"x0": x - 0.48, "x1": x + 0.48, "y0": y - 0.47, "y1": y + 0.47}
+        shapes.append({**box, "line": line, "label": label, "name": trial_id and str(trial_id)})
+    axes = {}
+    for axis, (title, values) in {"xaxis": across, "yaxis": down}.items():
+        ticks = {"tickvals": list(range(len(values))), "ticktext": [escape(value, quote=False) for value in values]}
+        axes[axis] = {"title": {"text": escape(title, quote=False)}, "range": [-0.5, len(values) - 0.5], **ticks}
+    axes["xaxis"] |= {"side": "top"}
+    axes["yaxis"] |= {"range": [len(grid) - 0.5, -0.5]}
+    return figure.update_layout(shapes=shapes, **axes)
+
+
+def curves(
+    trials: list[TrialView], events: dict[int, list[TrialEvent]], kind: str, metric: str, title: str
+) -> go.Figure | None:
+    """Return a metric's curves, the first trial on top and thick if it is the best; None if there is none.
+
+    A value that is not finite leaves a gap.
+    """
+    figure, shown = go.Figure(), []
+    for trial in reversed(trials):
+        points = series(events.get(trial.result["trial_id"], []), kind, metric)
+        finite = [value for _, value in points if is_finite(value)]
+        if not finite:
+            continue
+        shown += finite
+        width, colour = 2.8 if trial.mark == "best" else 1.3, f"var(--h{trial.look.hue})"
+        marker = {"size": width, "color": colour}  # shows a point between gaps, which has no line
+        if kind == "validation":
+            marker |= {"size": 8, "symbol": trial.look.symbol, "line": {"width": 1, "color": "var(--paper)"}}
+        figure.add_scatter(
+            x=[step for step, _ in points],
+            y=[value if is_finite(value) else None for _, value in points],
+            line={"color": colour, "width": width, "dash": trial.look.dash},
+            marker=marker,
+            name=str(trial.result["trial_id"]),
+            meta=f"{trial.title}<br>{escape(title, quote=False)}",
+            hovertemplate="%{meta} %{y:.4g}<br>step %{x}<extra></extra>",
+            **{"mode": "lines+markers", "cliponaxis": False},
+        )
+    if not shown:
+        return None
+    steps = max(trial.result["steps_completed"] for trial in trials) or 1
+    xaxis = {"range": [0, steps], "nticks": 6, "title": {"text": "step"}, "dtick": 1 if steps < 6 else None}
+    yaxis = {"range": range_around(shown), "nticks": 6, "showgrid": True}
+    return figure.update_layout(template={"layout": LAYOUT}, height=236, xaxis=xaxis, yaxis=yaxis)
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Return whether a metric is a finite number; None and NaN are not."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def series(events: list[TrialEvent], kind: str, metric: str) -> list[tuple[int, float]]:
+    """Return a metric by step, evenly thinned to MAX_POINTS; a step done twice, after a resume, counts once."""
+    having = [event for event in events if metric in event.get("metrics", {})]
+    points = [(step, event["metrics"][metric]) for step, event in reversed(events_by_step(having, kind).items())]
+    return points[:: len(points) // MAX_POINTS + 1][::-1]
+
+
+def range_around(values: list[float]) -> list[float] | None:
+    """Return a y axis for values that are equal but for rounding, which Plotly would magnify; None for others."""
+    low, high = min(values), max(values)
+    pad = abs(high) / 2 or 0.5
+    return [low - pad, high + pad] if high - low <= 1e-6 * abs(high) else None

@@ -1,0 +1,79 @@
+"""What to do with the best model of an experiment: the commands that compare it, train it on or serve it."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from errors import UserError
+from experiment.kinds import DPO, SFT, kind_of
+from experiment.results import Experiment, TrialResult
+from storage.checkpoints import local_checkpoint
+from storage.files import read_json_lines
+
+
+def next_command(experiment: Experiment) -> str | None:
+    """Return the command to run after the experiment; None without a best trial, or for a script of the user's own."""
+    return dpo_command(experiment) or compare_command(experiment)
+
+
+def compare_command(experiment: Experiment) -> str | None:
+    """Return the command that compares the best DPO model with the models it came from; None for other experiments."""
+    best = experiment.best()
+    if best is None or kind_of(experiment.script) is not DPO:
+        return None
+    hparams, prefix = best["hparams"], "" if experiment.folder else "ckpt:"  # as inference.py --model takes it
+    sft = hparams.get("model_ckpt")
+    models = {"base": hparams.get("model_name"), "sft": sft and prefix + sft}
+    models["dpo"] = f"{prefix}{best['checkpoint_uuid']}"
+    words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
+    if sft:  # DPO's own rewards are measured against it
+        words += ["--reference", "sft"]
+    if hparams.get("dpo_beta") is not None:  # and scaled by beta
+        words += ["--beta", str(hparams["dpo_beta"])]
+    for source in hparams["datasets"]:
+        words += ["--dataset", source if isinstance(source, str) else json.dumps(source)]
+    data_seed = hparams.get("training_args", {}).get("data_seed")
+    if data_seed is not None:  # it decides which rows were held out
+        words += ["--data-seed", str(data_seed)]
+    return "python " + shlex.join(["inference.py", *words, "--output_file", "comparison.html"])
+
+
+def dpo_command(experiment: Experiment) -> str | None:
+    """Return the DPO experiment that starts from the best SFT model; None for other experiments."""
+    best = experiment.best()
+    if best is None or kind_of(experiment.script) is not SFT:
+        return None
+    command, started = ["det", "e", "create"], {"config_file": "sft.yaml", "model_def": "."}
+    if experiment.folder:
+        command = ["python", "local_experiment.py"]
+        started |= next(iter(read_json_lines(experiment.folder / "command.json")), {})
+    # tiny/sft.yaml is followed by tiny/dpo.yaml; otherwise by dpo.yaml, with preference data of the user's choice.
+    config = Path(started["config_file"])
+    beside = config.with_name(config.name.replace("sft", "dpo"))
+    dpo_config = str(beside if beside.exists() and beside != config else "dpo.yaml")
+    # The base model goes along so that the comparison at the end can include it.
+    overrides = {"model_ckpt": best["checkpoint_uuid"], "model_name": best["hparams"]["model_name"]}
+    words = [word for key, value in overrides.items() for word in ("--config", f"hyperparameters.{key}={value}")]
+    return shlex.join([*command, dpo_config, started["model_def"], *words])
+
+
+def next_steps(experiment: Experiment, best: TrialResult) -> Iterator[tuple[str, str | None]]:
+    """Yield what can be done with the best model, each with its command; only why not if the model is gone."""
+    uuid, download = best["checkpoint_uuid"] or "", ""
+    if experiment.folder:
+        try:
+            model = str(local_checkpoint(uuid, "checkpoint"))
+        except UserError as error:
+            yield f"The model is gone: {error}", None
+            return
+    else:
+        model = f"assistant/checkpoint-{experiment.step_of(best)}"
+        download = f"det checkpoint download {uuid} --output-dir assistant\n"
+    compare, dpo = compare_command(experiment), dpo_command(experiment)
+    if compare:
+        yield "Compare its answers with those of the models that it came from", compare
+    if dpo:
+        yield "Go on from it with DPO, on preferred and rejected answers", dpo
+    serve = f"pip install 'transformers[serving]'\n{download}transformers serve {shlex.quote(model)}"
+    yield "Serve it through an OpenAI-compatible API; its chat template is in the checkpoint", serve
