@@ -69,7 +69,7 @@ def rows_by_truncation(rows: Dataset) -> dict[Truncation, list[int]]:
 
 
 def store_truncation_counts(part: Dataset, rows: Dataset) -> None:
-    """Store in `part.info.description` what `rows`, its rows before any was dropped, have lost."""
+    """Count what `rows` lose, and store the counts in `part.info.description`: `part` is `rows` without the dropped."""
     counts = []
     for truncation, indices in rows_by_truncation(rows).items():
         first = rows[indices[0]]
