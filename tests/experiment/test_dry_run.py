@@ -19,12 +19,12 @@ from datasets import Dataset
 from rich.console import Console
 
 import dpo_finetune
+import local_experiment
 import sft_finetune
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import parse_hyperparameters
 from data.truncation import Truncation
 from experiment import dry_run
-from experiment import runner as local_experiment
 from experiment.dry_run_output import Example, Table, Token, print_section
 from experiment.kinds import kind_of
 from experiment.results import Experiment
@@ -319,7 +319,7 @@ def test_long_examples_lose_their_middle_and_keep_their_end():
 
 RUN_EACH = """
 import json, sys
-from experiment import runner as local_experiment
+import local_experiment
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["local_experiment.py", *arguments]
     try:

@@ -15,10 +15,12 @@ from conftest import REPO, run_script
 from rich.console import Console
 
 import inference
+import local_experiment
 from config.experiment import read_experiment_config
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters
 from errors import UserError
-from experiment import runner as local_experiment
+from experiment import runner
+from experiment.progress import format_minutes, progress_table
 from experiment.results import Searcher, summarize
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
 from storage.locks import only_writer
@@ -127,7 +129,7 @@ def test_what_a_kill_kept_from_being_written(call, write_config, sft_config, tmp
 
 def test_minutes():
     times = {None: "", 5.2: "0:05", 59.7: "1:00", 754: "12:34", 3723: "1:02:03"}
-    assert {seconds: local_experiment.in_minutes(seconds) for seconds in times} == times
+    assert {seconds: format_minutes(seconds) for seconds in times} == times
 
 
 def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo_config, tmp_path):
@@ -297,13 +299,13 @@ def test_what_is_watched_while_trials_run(write_config, dpo_config, tmp_path, mo
     grid = {"searcher__name": "grid", "hyperparameters__dpo_beta": {"type": "categorical", "vals": [0.1, 0.05, 0.01]}}
     path = write_config(dpo_config, **grid)
     config = read_experiment_config(path)
-    experiment = local_experiment.LocalExperiment("test", config, tmp_path, path, ".")
+    experiment = runner.LocalExperiment("test", config, tmp_path, tmp_path)
     metrics = {"eval_rewards/accuracies": 0.75}
     experiment.results[1] = {"trial_id": 1, "state": "COMPLETED", "steps_completed": 40, "best_metrics": metrics}
     experiment.durations.append(100.0)
     file = tmp_path / "events.jsonl"
     append_event(file, kind="progress", progress=0.9)  # of an earlier start
-    trial = experiment.running[2] = local_experiment.RunningTrial(None, 0, tmp_path)
+    trial = experiment.running[2] = runner.RunningTrial(None, 0, tmp_path)
     append_event(file, kind="status", status="training")
     append_event(file, kind="progress", progress=0.1)
     trial.read()
@@ -318,7 +320,7 @@ def test_what_is_watched_while_trials_run(write_config, dpo_config, tmp_path, mo
     trial.read()
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(experiment.progress_table(waiting=[3]))
+        console.print(progress_table(experiment, waiting=[3], room=9, now=now))
     shown = [line.split() for line in captured.get().splitlines() if line.strip()]
     assert shown[0] == ["trial", "dpo_beta", "state", "step", "accuracies", "left"]
     assert shown[2] == ["1", "0.1", "COMPLETED", "40", "0.75"]
@@ -332,13 +334,13 @@ def test_superseded_checkpoints_are_deleted():
     for name in names:
         (local_checkpoint_storage() / name).mkdir(parents=True)
     reports = [{"kind": "checkpoint", "steps_completed": step, "uuid": name} for step, name in enumerate(names)]
-    local_experiment.delete_superseded(reports, best="best")
+    runner.delete_superseded(reports, best="best")
     assert [(local_checkpoint_storage() / name).exists() for name in names] == [False, True, False, True]
 
 
 def test_first_difference_names_the_key():
     old = {"name": "x", "hyperparameters": {"a": 1, "b": {"c": [1]}}}
-    assert local_experiment.first_difference(old, old) is None
+    assert runner.first_difference(old, old) is None
     new = {"name": "x", "hyperparameters": {"a": 1, "b": {"c": [1, 2]}}}
-    assert local_experiment.first_difference(old, new) == "hyperparameters.b.c"
-    assert local_experiment.first_difference(old, {**old, "debug": True}) == "debug"
+    assert runner.first_difference(old, new) == "hyperparameters.b.c"
+    assert runner.first_difference(old, {**old, "debug": True}) == "debug"
