@@ -18,10 +18,10 @@ from determined.common import context
 
 import dpo_finetune
 import inference
+import report
 import sft_finetune
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from experiment import report_page as report
 from experiment import runner as local_experiment
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
