@@ -51,8 +51,8 @@ class TrialView(NamedTuple):
     rank: str
     mark: str  # `best`, `tied` (as good as the best) or nothing
     look: Look
-    title: str  # its number and values
-    details: str  # its metrics and state too
+    title: str  # its number and values, as Plotly's HTML
+    details: str  # the title, its metrics and its state
 
 
 def choose_look(places: list[tuple[int, int]]) -> Look:
@@ -74,10 +74,10 @@ def heatmap(
     down: tuple[str, list[str]],
     across: tuple[str, list[str]],
 ) -> go.Figure:
-    """Return the heatmap of a grid of trials, with None for a trial that has not started.
+    """Return the heatmap of a grid of trials, where None is a trial that has not started.
 
-    `shades` and `texts` are by trial id: a cell's strength of colour, from 0 to 1, and what stands in it instead of the
-    trial's state. `down` and `across` are each axis' title and values.
+    `shades` has the strength of a cell's colour by trial id, from 0 to 1; a cell without one has no colour. `texts` has
+    what stands in a cell instead of the trial's state. `down` and `across` are the title and the values of an axis.
     """
     figure = go.Figure(layout={"template": {"layout": LAYOUT}, "height": 60 * len(grid) + 68})
     ids = [[trial.result["trial_id"] if trial else None for trial in row] for row in grid]
@@ -115,9 +115,9 @@ def heatmap(
 def curves(
     trials: list[TrialView], events: dict[int, list[TrialEvent]], kind: str, metric: str, title: str
 ) -> go.Figure | None:
-    """Return a metric's curves, the first trial on top and thick if it is the best; None if there is none.
+    """Return a metric's curves by step, or None if there are none.
 
-    A value that is not finite leaves a gap.
+    The first trial's curve is on top, and thick if it is the best. A value that is not finite leaves a gap.
     """
     figure, shown = go.Figure(), []
     for trial in reversed(trials):

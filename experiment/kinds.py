@@ -1,12 +1,12 @@
 """The one table of what differs between an SFT and a DPO experiment."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from datasets import DatasetDict
+from typing import TYPE_CHECKING, Any
 
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters
-from dataset_utils import load_dpo_dataset, load_sft_dataset, tokenize_dpo_dataset, tokenize_sft_dataset
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,25 @@ class TrainingKind:
 
     script: str  # the entrypoint's file name
     hyperparameters: type[SFTHyperparameters] | type[DPOHyperparameters]
-    load: Callable[..., DatasetDict]  # called with **hparams.loading
-    tokenize: Callable[..., DatasetDict]  # called with rows, tokenizer, **hparams.tokenizing
+    loader: str  # in dataset_utils, which takes seconds to import: so by name
+    tokenize_function: str  # there, too
     pairs: bool  # a row is two sequences, the chosen and the rejected one
 
+    def load(self, **loading: Any) -> "DatasetDict":
+        """Load the data set: `loading` is what the hyperparameters' `loading` has, and perhaps `on_source`."""
+        import dataset_utils
 
-SFT = TrainingKind("sft_finetune.py", SFTHyperparameters, load_sft_dataset, tokenize_sft_dataset, pairs=False)
-DPO = TrainingKind("dpo_finetune.py", DPOHyperparameters, load_dpo_dataset, tokenize_dpo_dataset, pairs=True)
+        return getattr(dataset_utils, self.loader)(**loading)
+
+    def tokenize(self, *args: Any, **tokenizing: Any) -> "DatasetDict":
+        """Tokenize rows: `args` are the rows and a tokenizer, `tokenizing` is what the hyperparameters' has."""
+        import dataset_utils
+
+        return getattr(dataset_utils, self.tokenize_function)(*args, **tokenizing)
+
+
+SFT = TrainingKind("sft_finetune.py", SFTHyperparameters, "load_sft_dataset", "tokenize_sft_dataset", pairs=False)
+DPO = TrainingKind("dpo_finetune.py", DPOHyperparameters, "load_dpo_dataset", "tokenize_dpo_dataset", pairs=True)
 
 
 def kind_of(script: str) -> TrainingKind | None:

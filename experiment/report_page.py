@@ -121,10 +121,10 @@ class Page:
         return bool(self.beta) and metric.removeprefix("eval_") in SCALED
 
     def shades(self, metric: str) -> tuple[dict[int, float], str, str]:
-        """Return how strong the colour of each completed trial is, by id, and the legend for 0, the worst, and 1.
+        """Return how strong the colour of each completed trial is, from 0 to 1, and the legend for 0 and for 1.
 
-        Trials of different betas are coloured apart if beta scales the metric. Accuracies are coloured over at least a
-        tenth: one more pair must not look like a landslide.
+        If beta scales the metric, the trials of each beta have a scale of their own. Accuracies are coloured over at
+        least a tenth: one more pair must not look like a landslide.
         """
         groups: dict[str, dict[int, float]] = defaultdict(dict)
         for result in self.results:

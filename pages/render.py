@@ -7,7 +7,7 @@ import jinja2
 
 
 def render_page(template: Path, title: str, **context: Any) -> str:
-    """Return the page that a template makes of `context`. Raises `UndefinedError` for a name that the context lacks."""
+    """Return the page that a template makes of `context`. Raises `UndefinedError` if a name in it is not given."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,

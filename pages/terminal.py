@@ -1,8 +1,8 @@
-"""Text for a terminal: what models and data sets say must not move its cursor, or color what follows."""
+"""Text that is safe on a terminal: what models and data sets say must not move its cursor or colour what follows."""
 
 
 def visible(text: str) -> str:
-    """`text` with its line breaks as they are and what else has no shape, or moves a terminal's cursor, escaped."""
+    """Return `text` with every character escaped that is not printable, line breaks aside."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
