@@ -192,3 +192,18 @@ def test_startup_hook_says_what_failed(tmp_path):
     assert hook.returncode == 1
     assert "done" not in hook.stdout
     assert hook.stderr.splitlines()[-1].startswith("startup-hook.sh: could not install no-such-package-anywhere==1 ")
+
+
+def test_the_readme_shows_the_files_that_there_are():
+    tree = re.search(r"## What is here\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
+    folder, shown = "", set()
+    for line in tree.splitlines():
+        names = re.split(r"(?<!,) ", line.strip())[0].split(", ")
+        folder = "" if not line.startswith(" ") else folder
+        shown |= {folder + name for name in names}
+        folder = names[0] if names[0].endswith("/") else folder
+    assert [name for name in shown if not (REPO / name).exists()] == []
+    listed = {name.split("/")[0] for name in shown if "/" in name.rstrip("/")}
+    files = [*REPO.glob("*.py"), *(file for room in listed - {"examples"} for file in (REPO / room).glob("*.py"))]
+    files = {str(file.relative_to(REPO)) for file in files if file.name != "__init__.py"}
+    assert files - shown == set()

@@ -48,6 +48,7 @@ def test_a_trial_logs_what_was_chosen(train, trainers, request, monkeypatch, scr
     assert padding_choice == f"no padding{padding}"
     assert checkpointing == "activation checkpointing off (as set)"
 
+    monkeypatch.setattr(hardware, "free_memory", lambda device_type: 10**12)
     roomy = train(script, config, output="roomy", **LEFT_OPEN)
     assert started_with(roomy)[-1].startswith("activation checkpointing off (at most ")
     monkeypatch.setattr(hardware, "free_memory", lambda device_type: 10**6)

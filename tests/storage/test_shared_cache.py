@@ -141,8 +141,9 @@ def test_one_of_three_concurrent_trials_makes_the_reference_pass(write_config, s
 
     with ThreadPoolExecutor() as pool:
         killed = pool.submit(start, 0, die=("trl.trainer.dpo_trainer.disable_gradient_checkpointing", 20))
-        deadline = time.monotonic() + 60
-        while not statuses(outputs[0], "data") and time.monotonic() < deadline:
+        deadline = time.monotonic() + 180
+        while not statuses(outputs[0], "data"):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         survivors = [pool.submit(start, number) for number in (1, 2)]
         assert killed.result() == -signal.SIGKILL
@@ -213,18 +214,19 @@ def test_one_of_many_processes_makes_a_folder(tmp_path):
 
 
 def test_another_takes_over_from_one_that_died(tmp_path):
+    making, another_waits = FORK.Event(), FORK.Event()
+
     def die(scratch: Path) -> None:
         make(scratch)
+        making.set()
+        another_waits.wait(60)
         os.kill(os.getpid(), signal.SIGKILL)
 
     folder = tmp_path / "folder"
-    first = FORK.Process(target=make_once, args=(folder, die, whole, lambda: None))
-    first.start()
-    while not folder.with_name("folder.partial").exists():
-        time.sleep(0.001)
-    waits = []
-    assert make_once(folder, make, whole, on_wait=lambda: waits.append(True))
-    assert waits == [True]
+    FORK.Process(target=make_once, args=(folder, die, whole, lambda: None)).start()
+    assert making.wait(60)
+    assert make_once(folder, make, whole, on_wait=another_waits.set)
+    assert another_waits.is_set()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["folder", "folder.lock"]
 
 
