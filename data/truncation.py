@@ -1,4 +1,4 @@
-"""What length limits take from rows: which limit cuts or drops a row, in how many rows, and how a prompt is cut."""
+"""What length limits take from rows, how that is counted and described, and how a prompt is cut."""
 
 import json
 from bisect import bisect_left
@@ -47,7 +47,7 @@ class Truncation(StrEnum):
 
 
 class TruncationCount(NamedTuple):
-    """How many rows of a part of the data lose something. A part's `info.description` holds a JSON list of these."""
+    """How many rows of a part of the data lose something."""
 
     truncation: Truncation
     rows: int
@@ -69,7 +69,8 @@ def rows_by_truncation(rows: Dataset) -> dict[Truncation, list[int]]:
 
 
 def store_truncation_counts(part: Dataset, rows: Dataset) -> None:
-    """Count what `rows` lose, and store the counts in `part.info.description`: `part` is `rows` without the dropped."""
+    """Count what `rows` lose. Store a JSON list of the counts in the `info.description` of `part`, which stays with it
+    on disk: it is `rows` without the dropped ones."""
     counts = []
     for truncation, indices in rows_by_truncation(rows).items():
         first = rows[indices[0]]
