@@ -71,8 +71,8 @@ def preference_row(row: Row) -> dict[str, Any]:
     mapping of `role` and `content`, or of `from` (human, gpt, system) and `value`. The two conversations must have the
     same turns up to the last, alternate user and assistant, and end with the assistant.
     """
-    _require(row, "chosen", "rejected")
-    sides = {side: [row[side]] if isinstance(row[side], dict) else row[side] for side in ("chosen", "rejected")}
+    sides = {side: _value(row, side) for side in ("chosen", "rejected")}
+    sides = {side: [value] if isinstance(value, dict) else value for side, value in sides.items()}
     for side, value in sides.items():
         if not isinstance(value, (str, list)):
             raise UserError(f"column {side!r} is {_abbreviate(value)}, neither text nor a list of turns")
@@ -121,17 +121,16 @@ def prompt_row(row: Row) -> dict[str, Any]:
     return {"prompt": prompt, "preferred": preferred}
 
 
-def _require(row: Row, *columns: str) -> None:
-    for column in columns:
-        if column not in row:
-            raise MissingColumnError(f"column {column!r} is missing; it has {', '.join(row)}")
+def _value(row: Row, column: str) -> Any:
+    if column not in row:
+        raise MissingColumnError(f"column {column!r} is missing; it has {', '.join(row)}")
+    return row[column]
 
 
 def _text(row: Row, column: str) -> str:
-    _require(row, column)
-    if not isinstance(row[column], str):
-        raise UserError(f"column {column!r} is {_abbreviate(row[column])}, not text")
-    return row[column]
+    if not isinstance(text := _value(row, column), str):
+        raise UserError(f"column {column!r} is {_abbreviate(text)}, not text")
+    return text
 
 
 def _turns(row: Row, column: str) -> list[Message]:

@@ -156,28 +156,27 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a hub's client raises what its HTTP library does
+        name, text, cause, is_local = f"data set {source}", str(error), error, Path(source.name).exists()
         # datasets 5.2 lets StopIteration out of a builder that finds nothing but empty files.
-        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise UserError(f"data set {source}: it has no rows") from None
-        is_local, cause = Path(source.name).exists(), error.__cause__ or error
+        if isinstance(error, StopIteration) or "corresponds to no data" in text:
+            raise UserError(f"{name}: it has no rows") from None
         if isinstance(error, DatasetGenerationError):
-            problem = _find_malformed_line(source) or f"data set {source}: {one_line(cause)}"
+            cause = error.__cause__ or error
+            problem = _find_malformed_line(source) or f"{name}: {one_line(cause)}"
         elif is_local and not isinstance(error, (OSError, ValueError)):
             raise
+        elif "BuilderConfig" in text or "Config name is missing" in text:
+            subset, known = source.subset, get_dataset_config_names(source.name)
+            fault = (
+                f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
+            )
+            problem = f"{name}: {fault}: it has {', '.join(known)}"
+        elif is_local or "split" in text:
+            problem = f"{name}: {one_line(error)}"
         else:
-            problem, cause = f"data set {source}: {_why_not_found(source, error)}", error
+            problem = f"{name}: no such file or folder, and the hub does not provide it ({one_line(error)})"
         # The hub and the network raise errors of many kinds, which may pass. A ValueError is the user's mistake.
         raise (UserError if is_local or isinstance(cause, ValueError) else PassingError)(problem) from error
-
-
-def _why_not_found(source: DataSource, error: Exception) -> str:
-    if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
-        known, subset = get_dataset_config_names(source.name), source.subset
-        fault = f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
-        return f"{fault}: it has {', '.join(known)}"
-    if Path(source.name).exists() or "split" in str(error):
-        return one_line(error)
-    return f"no such file or folder, and the hub does not provide it ({one_line(error)})"
 
 
 def _split_name(source: DataSource) -> str:

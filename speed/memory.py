@@ -81,16 +81,10 @@ class TrainingSetup:
     @classmethod
     def from_args(cls, args: SFTConfig | DPOConfig, reference: bool, devices: int, device_type: str) -> Self:
         """Return the setup that TRL's config describes, without activation checkpointing unless FSDP does it itself."""
-        return cls(
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            checkpointing=bool(cast(dict, args.fsdp_config or {}).get("activation_checkpointing")),
-            fsdp=bool(args.fsdp),
-            optimizer=args.optim,
-            accumulates=args.gradient_accumulation_steps > 1,
-            reference=reference,
-            devices=devices,
-            device_type=device_type,
-        )
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        checkpointing = bool(cast(dict, args.fsdp_config or {}).get("activation_checkpointing"))
+        accumulates = args.gradient_accumulation_steps > 1
+        return cls(dtype, checkpointing, bool(args.fsdp), args.optim, accumulates, reference, devices, device_type)
 
 
 @dataclass(frozen=True)
@@ -155,15 +149,14 @@ def estimate_memory(
 def computed_lengths(rows: Dataset, pairs: bool, padding_free: bool) -> np.ndarray:
     """Count the tokens that a model computes for each tokenized row.
 
-    Returns (rows, sequences of a row) int64. A pair has two sequences; `padding_free` it has one, with the prompt once.
+    Returns integers (rows, sequences of a row). A pair has two sequences; `padding_free`, one with the prompt once.
     """
-    columns: list[tuple[str, ...]] = [("input_ids",)]
-    if pairs:
-        columns = [("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")]
-        columns = [("prompt_ids", "chosen_ids", "rejected_ids")] if padding_free else columns
-    table = rows.select_columns(sorted({name for names in columns for name in names})).with_format("arrow")[:]
-    lengths = {name: pc.list_value_length(table[name]).to_numpy() for name in table.column_names}
-    return np.stack([sum(lengths[name] for name in names) for names in columns], axis=1)
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"] if pairs else ["input_ids"]
+    table = rows.select_columns(columns).with_format("arrow")[:]
+    lengths = np.stack([pc.list_value_length(table[name]).to_numpy() for name in columns], axis=1)
+    if not pairs or padding_free:
+        return lengths.sum(axis=1, keepdims=True)
+    return lengths[:, :1] + lengths[:, 1:]
 
 
 def largest_batch(lengths: np.ndarray, batch: int, padding_free: bool) -> Shape:
