@@ -104,7 +104,7 @@ def convert_rows(
         try:
             row = rows[index]
             converted.append({**convert(row), "source": str(loaded.source), "row": index + 1})
-            for column in loaded.source.columns.keys() & row.keys_to_format:
+            for column in sorted(loaded.source.columns.keys() & row.keys_to_format):
                 raise UserError(f"columns.{column} is not read, because the row also has the columns of another format")
         except (UserError, UnicodeDecodeError) as error:
             place = loaded.locate(None if isinstance(error, MissingColumnError) else index)
@@ -156,7 +156,8 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a hub's client raises what its HTTP library does
-        name, text, cause, is_local = f"data set {source}", str(error), error, Path(source.name).exists()
+        name, text, is_local = f"data set {source}", str(error), Path(source.name).exists()
+        cause: BaseException = error
         # datasets 5.2 lets StopIteration out of a builder that finds nothing but empty files.
         if isinstance(error, StopIteration) or "corresponds to no data" in text:
             raise UserError(f"{name}: it has no rows") from None
@@ -166,10 +167,9 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
         elif is_local and not isinstance(error, (OSError, ValueError)):
             raise
         elif "BuilderConfig" in text or "Config name is missing" in text:
-            subset, known = source.subset, get_dataset_config_names(source.name)
-            fault = (
-                f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
-            )
+            known = get_dataset_config_names(source.name)
+            unknown = f"unknown subset {source.subset!r}{nearest(source.subset or '', known)}"
+            fault = unknown if source.subset else "dataset_subsets must name a subset"
             problem = f"{name}: {fault}: it has {', '.join(known)}"
         elif is_local or "split" in text:
             problem = f"{name}: {one_line(error)}"
