@@ -131,9 +131,7 @@ def tokenize_sft_dataset(
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         ids, is_answer = encode_conversation(tokenizer, row["messages"])
-        labels = [
-            token if learned or not on_completions_only else -100 for token, learned in zip(ids, is_answer, strict=True)
-        ]
+        labels = np.where(is_answer, ids, -100).tolist() if on_completions_only else ids
         answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
         truncations = [] if all(answer.strip() for answer in answers) else [Truncation.EMPTY_ANSWER]
         learned = sum(label != -100 for label in labels[:max_length])
@@ -229,8 +227,8 @@ def tokenize_once(
     once_per_node(distributed, work)
     dataset = DatasetDict.load_from_disk(folder)
     for part in dataset:
-        # TRL and datasets find what they derive from it by this hash of all that its token ids depend on. Their own
-        # fingerprint would be a random number.
+        # TRL and datasets look up what they derive from it by this hash, which covers all that the token ids depend
+        # on. Their own fingerprint would be random.
         dataset[part]._fingerprint = fingerprint(key, part)
         for line in truncation.describe_truncations(part, dataset[part]) if distributed.rank == 0 else ():
             logger.warning(line)

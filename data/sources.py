@@ -155,7 +155,7 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:  # a hub's client raises what its HTTP library does
+    except Exception as error:  # the hub's client raises errors of its HTTP library
         name, text, is_local = f"data set {source}", str(error), Path(source.name).exists()
         cause: BaseException = error
         # datasets 5.2 lets StopIteration out of a builder that finds nothing but empty files.

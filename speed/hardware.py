@@ -92,8 +92,9 @@ def suit_hardware(
     hparams, args = trial.hparams, trial.hparams.args
     why = why_padded(model, args)
     models = [model] if reference is None else [model, reference]
-    for each in models if why is None else []:
-        remove_padding(each, pairs)
+    if why is None:
+        for each in models:
+            remove_padding(each, pairs)
     choices = [
         "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
         f"padded batches ({why})" if why else "no padding" + (", a pair's prompt once" if pairs else ""),
