@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OnSource = Callable[[DataSource, int | None, int], None]  # gets a source, its rows (None: streamed), and the rows taken
+OnSource = Callable[[DataSource, int | None, int], None]  # gets a source, its number of rows (None: streamed), and how many are used
 
 
 def load_sft_dataset(

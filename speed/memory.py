@@ -117,10 +117,10 @@ def estimate_memory(
     weights = FLOAT32 * model.num_parameters() // shards
     trained = model.num_parameters(only_trainable=True)
     largest = FLOAT32 * max(p.numel() for p in model.parameters())
-    config, words = model.get_decoder().config, model.get_output_embeddings().weight.shape[0]
+    config, vocabulary = model.get_decoder().config, model.get_output_embeddings().weight.shape[0]
 
     def tile_bytes(shape: Shape) -> int:  # T
-        width = min(words, output_layer.TILE_WORDS if on_cpu else TILE_WORDS)
+        width = min(vocabulary, output_layer.TILE_WORDS if on_cpu else TILE_WORDS)
         return (FLOAT32 if on_cpu or setup.dtype is None else 2) * min(math.prod(shape), TILE_TOKENS) * width
 
     kept = kept_bytes(model, setup.dtype, train_shape)
@@ -204,8 +204,8 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
     """Return K: what autograd keeps of a forward pass over a micro-batch of `shape`, without checkpointing."""
     kept = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()  # keep it alive, so that no other storage gets its address
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()  # held, so that no other storage gets its address
         kept[storage._cdata] = storage
         return tensor
 
@@ -221,10 +221,8 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
                 flat = FlatBatch(positions[0], positions, positions[0], [Segment(0, shape[1])])
                 inputs = {"attention_mask": mask[None, None, :1, :1], "position_ids": positions, "flat_batch": flat}
             fake = type(decoder)(config).train()
-            with (
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-                torch.autocast("cpu", dtype, enabled=dtype is not None),
-            ):
+            autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+            with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), autocast:
                 fake(input_ids=ids, use_cache=False, **inputs)
     except RuntimeError:  # it reads a value, or needs a kernel that CPUs lack: mixtures of experts do
         return formula_bytes(decoder.config, shape)
