@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OnSource = Callable[[DataSource, int | None, int], None]  # gets a source, its number of rows (None: streamed), and how many are used
+OnSource = Callable[[DataSource, int | None, int], None]  # source, its rows (None: streamed), rows used
 
 
 def load_sft_dataset(
@@ -251,7 +251,7 @@ def _tokenize(
     columns: dict[str, str],
     lengths: tuple[str, ...],
 ) -> DatasetDict:
-    """Tokenize rows, count truncations, and drop rows not to be trained on. `columns`: the trainer's, with types."""
+    """Tokenize, count truncations, drop rows with nothing left to learn. `columns`: the trainer's, with types."""
     features = Features({name: List(Value(dtype)) for name, dtype in columns.items()})
     features |= {"source": Value("string"), "row": Value("int64"), "truncations": List(Value("string"))}
     features |= dict.fromkeys(["learned", *(f"{name}_length" for name in lengths)], Value("int64"))
