@@ -3,11 +3,10 @@
 A data set is a hub id, a local folder (anything that `load_dataset` opens) or a local .jsonl, .json, .csv or .parquet
 file. A folder holds files of one of these formats. The rows come from the `split` that the YAML names, else from
 `train`, else from the only split. `data/formats.py` lists the columns that are read; `columns` in the YAML maps them to
-the data set's own names (`columns: {completion: answer}`), and all other columns are ignored. A mistake in the data is
-a `UserError` that names the file and the row.
+the data set's own names (`columns: {completion: answer}`), and all other columns are ignored. All `load_*` functions
+raise a `UserError` that names the file and the row for data that is missing, malformed or too little.
 
-`tokenize_*_dataset` stores how many rows it cuts or drops, and why, in the `info.description` of each part, which stays
-with the part on disk: see `data/truncation.py`.
+`tokenize_*_dataset` counts the rows that it cuts or drops: see `data/truncation.py`.
 """
 
 import inspect
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OnSource = Callable[[DataSource, int | None, int], None]  # gets a source, its rows (None: streamed), and the rows taken
+OnSource = Callable[[DataSource, int | None, int], None]  # source, its rows (None: streamed), rows used
 
 
 def load_sft_dataset(
@@ -48,8 +47,7 @@ def load_sft_dataset(
 
     Each source gives its share, drawn without replacement. The shares are concatenated, then split. `seed` fixes both,
     so every rank and every resume sees the same rows. With `streaming`, only `number_of_samples` rows of each source
-    are downloaded, the first of ten or more files in random order, and kept in the cache of `datasets`. Raises
-    `UserError` for data that is missing, malformed or too little.
+    are downloaded, the first of ten or more files in random order, and kept in the cache of `datasets`.
     """
     refuse_overlaps(sources)
     parts = []
@@ -69,7 +67,6 @@ def load_dpo_dataset(sources: list[DataSource], seed: int, on_source: OnSource |
 
     Each source is split on its own and gives its share of both parts. So every source has the same proportion of the
     evaluation split, and the rows that are held out of a source do not depend on its share or on the other sources.
-    Raises `UserError` for data that is missing, malformed or too little.
     """
     refuse_overlaps(sources)
     parts: dict[str, list[Dataset]] = {"train": [], "test": []}
@@ -80,12 +77,12 @@ def load_dpo_dataset(sources: list[DataSource], seed: int, on_source: OnSource |
         if on_source:
             on_source(source, len(loaded.rows), count)
         held_out = math.ceil(EVAL_SHARE * count)
-        taken = {part: split[part]["index"][:size] for part, size in (("train", count - held_out), ("test", held_out))}
-        indices = np.array([*taken["train"], *taken["test"]])
+        drawn = {"train": split["train"]["index"][: count - held_out], "test": split["test"]["index"][:held_out]}
+        indices = np.concatenate(list(drawn.values()))
         pairs = convert_rows(loaded, indices, formats.preference_row, formats.PREFERENCE_COLUMNS)
-        for part in parts:
-            parts[part].append(pairs.select(np.searchsorted(pairs["row"][:], np.array(taken[part]) + 1)))
-    return DatasetDict({part: concatenate_datasets(parts[part]) for part in parts})
+        for part, indices in drawn.items():
+            parts[part].append(pairs.select(np.searchsorted(pairs["row"][:], np.add(indices, 1))))
+    return DatasetDict({part: concatenate_datasets(shares) for part, shares in parts.items()})
 
 
 def load_prompts(source: DataSource) -> Dataset:
@@ -93,7 +90,7 @@ def load_prompts(source: DataSource) -> Dataset:
     and the `source` and `row` they are from.
 
     A .txt file holds one question on each line. Any other data set has the columns of `preference_row` or of
-    `sft_conversation`, and its answers may be missing. Raises `UserError` for data that is missing or malformed.
+    `sft_conversation`, and its answers may be missing.
     """
     if source.name.endswith(".txt"):
         try:
@@ -134,19 +131,16 @@ def tokenize_sft_dataset(
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         ids, is_answer = encode_conversation(tokenizer, row["messages"])
-        labels = [
-            token if learned or not on_completions_only else -100 for token, learned in zip(ids, is_answer, strict=True)
-        ]
+        labels = np.where(is_answer, ids, -100).tolist() if on_completions_only else ids
         answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
         truncations = [] if all(answer.strip() for answer in answers) else [Truncation.EMPTY_ANSWER]
         learned = sum(label != -100 for label in labels[:max_length])
         if max_length is not None and len(ids) > max_length:
             truncations.append(Truncation.SEQUENCE_END if learned else Truncation.NO_ANSWER)
+        lengths = {"prompt_length": len(ids) - sum(is_answer), "completion_length": sum(is_answer)}
         return {
             **{"input_ids": ids[:max_length], "labels": labels[:max_length]},
-            **{"source": row["source"], "row": row["row"], "truncations": truncations, "learned": learned},
-            **{"prompt_length": len(ids) - sum(is_answer), "completion_length": sum(is_answer)},
-            "total_length": len(ids),
+            **{"truncations": truncations, "learned": learned, **lengths, "total_length": len(ids)},
         }
 
     columns = {"input_ids": "int32", "labels": "int64"}
@@ -191,8 +185,7 @@ def tokenize_dpo_dataset(
         chosen, rejected = chosen[:limit], rejected[:limit]
         return {
             **{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected},
-            **{"source": row["source"], "row": row["row"], "truncations": truncations},
-            **{"learned": len(chosen) + len(rejected), **lengths},
+            **{"truncations": truncations, "learned": len(chosen) + len(rejected), **lengths},
         }
 
     columns = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int64")
@@ -234,8 +227,8 @@ def tokenize_once(
     once_per_node(distributed, work)
     dataset = DatasetDict.load_from_disk(folder)
     for part in dataset:
-        # TRL and datasets find what they derive from it by this hash of all that its token ids depend on. Their own
-        # fingerprint would be a random number.
+        # TRL and datasets look up what they derive from it by this hash, which covers all that the token ids depend
+        # on. Their own fingerprint would be random.
         dataset[part]._fingerprint = fingerprint(key, part)
         for line in truncation.describe_truncations(part, dataset[part]) if distributed.rank == 0 else ():
             logger.warning(line)
@@ -258,14 +251,11 @@ def _tokenize(
     columns: dict[str, str],
     lengths: tuple[str, ...],
 ) -> DatasetDict:
-    """Tokenize rows, count what is cut, and drop what the trainer cannot use.
-
-    `columns` are the trainer's, lists of token ids, with their integer types.
-    """
+    """Tokenize, count truncations, drop rows with nothing left to learn. `columns`: the trainer's, with types."""
     features = Features({name: List(Value(dtype)) for name, dtype in columns.items()})
     features |= {"source": Value("string"), "row": Value("int64"), "truncations": List(Value("string"))}
     features |= dict.fromkeys(["learned", *(f"{name}_length" for name in lengths)], Value("int64"))
-    remove = next(iter(dataset.values())).column_names
+    remove = sorted(set(next(iter(dataset.values())).column_names) - {"source", "row"})
     tokenized = dataset.map(tokenize, remove_columns=remove, num_proc=num_proc, features=features, desc="Tokenizing")
     for name, rows in tokenized.items():
         if not every_row:

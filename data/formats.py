@@ -4,7 +4,7 @@ Each function takes one row, a mapping from column to value, and raises `UserErr
 format, add a line to its function's table, its columns to the tuples below, and the case to the function.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from chat_format import Message
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 class MissingColumnError(UserError):
-    """A column that every row of the data set lacks, so that the message need not name a row."""
+    """A column that every row of the data set lacks, so the message need not name a row."""
 
 
 def sft_conversation(row: Row) -> dict[str, Any]:
@@ -43,15 +43,13 @@ def sft_conversation(row: Row) -> dict[str, Any]:
     shape = next((shape for shape in SFT_SHAPES if all(column in row for column in shape)), None)
     if shape is None:
         shapes = " | ".join(", ".join(shape) for shape in SFT_SHAPES)
-        raise MissingColumnError(
-            f"its columns ({', '.join(row)}) match no format of SFT data: {shapes}; rename them with columns"
-        )
+        names = f"its columns ({', '.join(row)})"
+        raise MissingColumnError(f"{names} match no format of SFT data: {shapes}; rename them with columns")
     if len(shape) == 1:
-        messages = _turns(row, *shape)
+        messages = _add_system_turn(row, _turns(row, *shape))
     else:
-        prompt = _instruction(row) if shape[0] == "instruction" else _prompt_turns(row, ("prompt",))
-        messages = [*prompt, *_text_or_turns(row, shape[1], "assistant")]
-    messages = _add_system_turn(row, messages)
+        prompt = _instruction(row) if shape[0] == "instruction" else _text_or_turns(row, "prompt", "user")
+        messages = [*_add_system_turn(row, prompt), *_text_or_turns(row, shape[1], "assistant")]
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("the conversation does not end with an assistant turn")
     _check_prompt(messages[:-1])
@@ -73,8 +71,8 @@ def preference_row(row: Row) -> dict[str, Any]:
     mapping of `role` and `content`, or of `from` (human, gpt, system) and `value`. The two conversations must have the
     same turns up to the last, alternate user and assistant, and end with the assistant.
     """
-    _require(row, "chosen", "rejected")
-    sides = {side: [row[side]] if isinstance(row[side], dict) else row[side] for side in ("chosen", "rejected")}
+    sides = {side: _value(row, side) for side in ("chosen", "rejected")}
+    sides = {side: [value] if isinstance(value, dict) else value for side, value in sides.items()}
     for side, value in sides.items():
         if not isinstance(value, (str, list)):
             raise UserError(f"column {side!r} is {_abbreviate(value)}, neither text nor a list of turns")
@@ -88,7 +86,10 @@ def preference_row(row: Row) -> dict[str, Any]:
     *rejected_prompt, rejected = conversations["rejected"]
     if prompt != rejected_prompt:
         raise UserError("the prompts of chosen and rejected differ")
-    prompt = _add_system_turn(row, prompt or _prompt_turns(row))
+    if not prompt:
+        column = next((column for column in PROMPT_COLUMNS if column in row), PROMPT_COLUMNS[0])
+        prompt = _text_or_turns(row, column, "user")
+    prompt = _add_system_turn(row, prompt)
     _check_prompt(prompt)
     return {"prompt": prompt, "chosen": chosen["content"], "rejected": rejected["content"]}
 
@@ -102,15 +103,13 @@ def prompt_row(row: Row) -> dict[str, Any]:
         pair = preference_row(row)
         prompt, preferred = pair["prompt"], pair["chosen"]
     else:
-        columns = ("prompt", "question", "messages", "conversations")
-        present = tuple(column for column in columns if row.get(column) is not None)
-        has_instruction = row.get("instruction") is not None
-        if not present and not has_instruction:
-            raise UserError(
-                f"none of its columns ({', '.join(row)}) holds a question: it needs one of {', '.join(columns)},"
-                " instruction; rename others with columns"
-            )
-        prompt = _instruction(row) if has_instruction else _prompt_turns(row, present)
+        # Every column is read, though one is enough: `convert_rows` refuses a mapped column that is not.
+        columns = ("prompt", "question", "messages", "conversations", "instruction")
+        present = [column for column in columns if row.get(column) is not None]
+        if not present:
+            names, needed = f"none of its columns ({', '.join(row)})", ", ".join(columns)
+            raise UserError(f"{names} holds a question: it needs one of {needed}; rename others with columns")
+        prompt = _instruction(row) if "instruction" in present else _text_or_turns(row, present[0], "user")
         preferred = prompt.pop()["content"] if prompt and prompt[-1]["role"] == "assistant" else None
         answers = [column for column in ("chosen", "completion", "text", "output") if row.get(column)]
         if preferred is None and answers:
@@ -122,17 +121,16 @@ def prompt_row(row: Row) -> dict[str, Any]:
     return {"prompt": prompt, "preferred": preferred}
 
 
-def _require(row: Row, *columns: str) -> None:
-    for column in columns:
-        if column not in row:
-            raise MissingColumnError(f"column {column!r} is missing; it has {', '.join(row)}")
+def _value(row: Row, column: str) -> Any:
+    if column not in row:
+        raise MissingColumnError(f"column {column!r} is missing; it has {', '.join(row)}")
+    return row[column]
 
 
 def _text(row: Row, column: str) -> str:
-    _require(row, column)
-    if not isinstance(row[column], str):
-        raise UserError(f"column {column!r} is {_abbreviate(row[column])}, not text")
-    return row[column]
+    if not isinstance(text := _value(row, column), str):
+        raise UserError(f"column {column!r} is {_abbreviate(text)}, not text")
+    return text
 
 
 def _turns(row: Row, column: str) -> list[Message]:
@@ -156,14 +154,8 @@ def _turns(row: Row, column: str) -> list[Message]:
 
 
 def _text_or_turns(row: Row, column: str, role: str) -> list[Message]:
-    if column in row and isinstance(row[column], list):
-        return _turns(row, column)
-    return [{"role": role, "content": _text(row, column)}]
-
-
-def _prompt_turns(row: Row, columns: Sequence[str] = PROMPT_COLUMNS) -> list[Message]:
-    column = next((column for column in columns if column in row), columns[0])
-    return _add_system_turn(row, _text_or_turns(row, column, "user"))
+    is_list = column in row and isinstance(row[column], list)
+    return _turns(row, column) if is_list else [{"role": role, "content": _text(row, column)}]
 
 
 def _instruction(row: Row) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, local files and folders, or a stream; which rows are taken, and how they are split.
+"""Load rows from the hub, local files and folders, or a stream; convert those that are used, and split them.
 
 A mistake in the data is a `UserError` that names the file and the line, or the data set and the row.
 """
@@ -50,8 +50,8 @@ class LoadedSource:
 
     def sample_size(self) -> int:
         """Return how many rows to take. Raises `UserError` if the source has fewer than `number_of_samples`."""
-        found, ratio = len(self.rows), self.source.ratio
-        size = self.source.number_of_samples or max(1, round(found * (1.0 if ratio is None else ratio)))
+        found = len(self.rows)
+        size = self.source.number_of_samples or max(1, round(found * (self.source.ratio or 1.0)))
         if size > found:
             raise UserError(f"{self.locate()}: number_of_samples is {size}, but it has only {found} rows")
         return size
@@ -60,8 +60,8 @@ class LoadedSource:
 def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSource:
     """Load the rows of a source. Raises `UserError` if it is missing, malformed or empty.
 
-    With a `stream_seed`, `source.number_of_samples` rows are drawn, which must be set. Only as much of the source is
-    read as that takes, and these rows are kept in the cache of `datasets`.
+    With a `stream_seed`, `source.number_of_samples` rows, which must be set, are drawn and kept in the cache of
+    `datasets`. Only as much of the source is read as that takes.
     """
     streamed = stream_seed is not None
     with _explain_load_errors(source):
@@ -104,7 +104,7 @@ def convert_rows(
         try:
             row = rows[index]
             converted.append({**convert(row), "source": str(loaded.source), "row": index + 1})
-            for column in loaded.source.columns.keys() & row.keys_to_format:
+            for column in sorted(loaded.source.columns.keys() & row.keys_to_format):
                 raise UserError(f"columns.{column} is not read, because the row also has the columns of another format")
         except (UserError, UnicodeDecodeError) as error:
             place = loaded.locate(None if isinstance(error, MissingColumnError) else index)
@@ -114,10 +114,7 @@ def convert_rows(
 
 
 def split_rows(rows: Dataset, seed: int, count: int, name: str) -> DatasetDict:
-    """Split rows at random into `train` and `test` (20%, rounded up), for `count` of them to be used.
-
-    Raises `UserError` if `count` is too small for both parts.
-    """
+    """Split rows at random into `train` and `test` (20%). Raises `UserError` if the `count` to be used is too small."""
     if count < 2:
         raise UserError(f"{name}: {count} row is too few to train on and hold {EVAL_SHARE:.0%} out")
     return rows.train_test_split(test_size=EVAL_SHARE, seed=seed)
@@ -132,7 +129,6 @@ def refuse_overlaps(sources: list[DataSource]) -> None:
 
 
 def _load_arguments(source: DataSource) -> dict[str, Any]:
-    """Return the arguments with which `load_dataset` finds a source."""
     path, name = Path(source.name), f"data set {source.name}"
     if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(source.name)):
         raise UserError(f"{name}: no such file or folder")
@@ -140,18 +136,14 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         if path.suffix not in FILE_FORMATS:
             raise UserError(f"{name}: a file must end in one of {', '.join(FILE_FORMATS)}")
         if source.subset is not None:
-            raise UserError(
-                f"{name}: a single file has no subset {source.subset!r}; leave subset out to use all of its rows (for"
-                " SFT, set dataset_subsets to [{ratio: 1.0}])"
-            )
+            advice = "leave subset out to use all of its rows (for SFT, set dataset_subsets to [{ratio: 1.0}])"
+            raise UserError(f"{name}: a single file has no subset {source.subset!r}; {advice}")
         return {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
     if path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
         formats = {FILE_FORMATS[file.suffix]: file.name for file in path.iterdir() if file.suffix in FILE_FORMATS}
         if len(formats) > 1:
-            raise UserError(
-                f"{name}: it holds files of several formats ({', '.join(formats.values())}), but only one format would"
-                " be read; make a folder for each"
-            )
+            several = f"it holds files of several formats ({', '.join(formats.values())})"
+            raise UserError(f"{name}: {several}, but only one format would be read; make a folder for each")
     return {"path": source.name, "name": source.subset}
 
 
@@ -163,38 +155,36 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:  # a hub's client raises what its HTTP library does
+    except Exception as error:  # the hub's client raises errors of its HTTP library
+        name, text, is_local = f"data set {source}", str(error), Path(source.name).exists()
+        cause: BaseException = error
         # datasets 5.2 lets StopIteration out of a builder that finds nothing but empty files.
-        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise UserError(f"data set {source}: it has no rows") from None
-        is_local, cause = Path(source.name).exists(), error.__cause__ or error
+        if isinstance(error, StopIteration) or "corresponds to no data" in text:
+            raise UserError(f"{name}: it has no rows") from None
         if isinstance(error, DatasetGenerationError):
-            problem = _find_malformed_line(source) or f"data set {source}: {one_line(cause)}"
+            cause = error.__cause__ or error
+            problem = _find_malformed_line(source) or f"{name}: {one_line(cause)}"
         elif is_local and not isinstance(error, (OSError, ValueError)):
             raise
+        elif "BuilderConfig" in text or "Config name is missing" in text:
+            known = get_dataset_config_names(source.name)
+            unknown = f"unknown subset {source.subset!r}{nearest(source.subset or '', known)}"
+            fault = unknown if source.subset else "dataset_subsets must name a subset"
+            problem = f"{name}: {fault}: it has {', '.join(known)}"
+        elif is_local or "split" in text:
+            problem = f"{name}: {one_line(error)}"
         else:
-            problem, cause = f"data set {source}: {_why_not_found(source, error)}", error
+            problem = f"{name}: no such file or folder, and the hub does not provide it ({one_line(error)})"
         # The hub and the network raise errors of many kinds, which may pass. A ValueError is the user's mistake.
         raise (UserError if is_local or isinstance(cause, ValueError) else PassingError)(problem) from error
 
 
-def _why_not_found(source: DataSource, error: Exception) -> str:
-    if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
-        known, subset = get_dataset_config_names(source.name), source.subset
-        fault = f"unknown subset {subset!r}{nearest(subset, known)}" if subset else "dataset_subsets must name a subset"
-        return f"{fault}: it has {', '.join(known)}"
-    if Path(source.name).exists() or "split" in str(error):
-        return one_line(error)
-    return f"no such file or folder, and the hub does not provide it ({one_line(error)})"
-
-
 def _split_name(source: DataSource) -> str:
-    """Return the split that the source names, or most likely means, without a slice."""
+    """Return the split that the source names or most likely means, without a slice."""
     return (source.split or "train").split("[")[0]
 
 
 def _find_malformed_line(source: DataSource) -> str | None:
-    """Return which line is the first that is not a JSON object, and why; None if there is none."""
     for file, number, line in _local_lines(source, _split_name(source)):
         try:
             if not isinstance(json.loads(line.rstrip()), dict):
@@ -225,9 +215,8 @@ def _rename_columns(loaded: LoadedSource, known_columns: Collection[str]) -> Dat
         if column not in known_columns:
             raise UserError(f"columns.{column}: no column of that name is read{nearest(column, known_columns)}")
         if theirs not in rows.column_names:
-            close = nearest(theirs, rows.column_names)
-            has = f"it has {', '.join(rows.column_names)}"
-            raise UserError(f"columns.{column}: {loaded.locate()} has no column {theirs!r}{close}; {has}")
+            close, present = nearest(theirs, rows.column_names), ", ".join(rows.column_names)
+            raise UserError(f"columns.{column}: {loaded.locate()} has no column {theirs!r}{close}; it has {present}")
     if len(set(names.values())) < len(names):
         raise UserError(f"columns: {', '.join(names)} must be different columns of {loaded.locate()}")
     replaced = [column for column in names if column in rows.column_names and column not in names.values()]

@@ -1,4 +1,4 @@
-"""What length limits take from rows: which limit cuts or drops a row, in how many rows, and how a prompt is cut."""
+"""What length limits take from rows, how that is counted and described, and how a prompt is cut."""
 
 import json
 from bisect import bisect_left
@@ -47,7 +47,7 @@ class Truncation(StrEnum):
 
 
 class TruncationCount(NamedTuple):
-    """How many rows of a part of the data lose something. A part's `info.description` holds a JSON list of these."""
+    """How many rows of a part of the data lose something."""
 
     truncation: Truncation
     rows: int
@@ -60,16 +60,13 @@ def rows_by_truncation(rows: Dataset) -> dict[Truncation, list[int]]:
 
     `rows` are tokenized with `every_row=True`.
     """
-    places = list(zip(rows["source"][:], rows["row"][:], strict=True))
-    found: dict[Truncation, list[int]] = {}
-    for index, truncations in enumerate(rows["truncations"][:]):
-        for truncation in truncations:
-            found.setdefault(Truncation(truncation), []).append(index)
-    return {truncation: sorted(indices, key=places.__getitem__) for truncation, indices in found.items()}
+    table = rows.select_columns(["source", "row", "truncations"]).to_pandas().explode("truncations")
+    groups = table.groupby("truncations", sort=False)  # leaves out the rows that lose nothing
+    return {Truncation(name): group.sort_values(["source", "row"]).index.tolist() for name, group in groups}
 
 
 def store_truncation_counts(part: Dataset, rows: Dataset) -> None:
-    """Count what `rows` lose, and store the counts in `part.info.description`: `part` is `rows` without the dropped."""
+    """Count what `rows` lose, and store it as JSON in the `info.description` of `part`: `rows` without the dropped."""
     counts = []
     for truncation, indices in rows_by_truncation(rows).items():
         first = rows[indices[0]]

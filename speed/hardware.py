@@ -8,6 +8,8 @@ output layer, embeddings  computed only where there is a label; both ends share 
 attention, optimizer      PyTorch's SDPA and fused AdamW, which transformers chooses by itself
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Callable
@@ -55,17 +57,6 @@ def resident_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
-def recomputed_share(model: PreTrainedModel) -> float:
-    """Return the operations that activation checkpointing adds to a training step, as a share of the step's own.
-
-    With P weights in the layers and W in the output layer, a forward pass of 2 P is added to a step of 6 P + 8 W, as
-    TRL's loss projects onto the vocabulary twice. (This assumes that every token is supervised.)
-    """
-    output = model.get_output_embeddings().weight.numel()
-    layers = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
-    return 2 * layers / (6 * layers + 8 * output)
-
-
 def choose_checkpointing(
     setting: bool | None, model: PreTrainedModel, measure: Callable[[], tuple[int, int]]
 ) -> CheckpointingChoice:
@@ -76,7 +67,10 @@ def choose_checkpointing(
     """
     if setting is not None:
         return CheckpointingChoice(setting, "as set")
-    share = recomputed_share(model)
+    # With P weights in the layers and W in the output layer, a forward pass of 2 P operations is added to a step of
+    # 6 P + 8 W, as TRL's loss projects onto the vocabulary twice. (This assumes that every token is supervised.)
+    layers = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
+    share = 2 * layers / (6 * layers + 8 * model.get_output_embeddings().weight.numel())
     if share < CHEAP_SHARE:
         return CheckpointingChoice(True, f"recomputing adds only {share:.0%} to a step")
     try:
@@ -88,12 +82,7 @@ def choose_checkpointing(
 
 
 def suit_hardware(
-    trial: "Trial",
-    model: PreTrainedModel,
-    dataset: DatasetDict,
-    *,
-    pairs: bool,
-    reference: PreTrainedModel | None = None,
+    trial: Trial, model: PreTrainedModel, dataset: DatasetDict, *, pairs: bool, reference: PreTrainedModel | None = None
 ) -> None:
     """Set up the models and what `trial.hparams.args` leaves open for the fastest training that fits, and log it.
 
@@ -102,8 +91,9 @@ def suit_hardware(
     """
     hparams, args = trial.hparams, trial.hparams.args
     why = why_padded(model, args)
+    models = [model] if reference is None else [model, reference]
     if why is None:
-        for each in (model, reference) if reference is not None else (model,):
+        for each in models:
             remove_padding(each, pairs)
     choices = [
         "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
@@ -115,8 +105,7 @@ def suit_hardware(
         add_embedding_gradient_in_place(model)
 
     def measure() -> tuple[int, int]:
-        models = 1 if reference is None else 2
-        process = max(0, resident_memory() - models * FLOAT32 * model.num_parameters())
+        process = max(0, resident_memory() - len(models) * FLOAT32 * model.num_parameters())
         setup = TrainingSetup.from_args(args, reference is not None, args.world_size, args.device.type)
         shapes = largest_batches(args, dataset, packing=hparams.packing, pairs=pairs, padding_free=why is None)
         needed = estimate_memory(model, setup, *shapes, process).total
@@ -125,8 +114,7 @@ def suit_hardware(
         return max(needed for needed, _ in ranks), min(free for _, free in ranks)
 
     checkpointing = choose_checkpointing(hparams.checkpointing, model, measure)
-    args.activation_checkpointing = checkpointing.on
-    args.gradient_checkpointing = checkpointing.on  # TRL 1.16 reads the old name
+    args.activation_checkpointing = args.gradient_checkpointing = checkpointing.on  # TRL 1.16 reads the latter
     choices.append(f"activation checkpointing {'on' if checkpointing.on else 'off'} ({checkpointing.reason})")
     if why is None and args.ddp_find_unused_parameters is None:
         # These families have none; without checkpointing the Trainer would have DDP look for them in every step.

@@ -81,16 +81,10 @@ class TrainingSetup:
     @classmethod
     def from_args(cls, args: SFTConfig | DPOConfig, reference: bool, devices: int, device_type: str) -> Self:
         """Return the setup that TRL's config describes, without activation checkpointing unless FSDP does it itself."""
-        return cls(
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            checkpointing=bool(cast(dict, args.fsdp_config or {}).get("activation_checkpointing")),
-            fsdp=bool(args.fsdp),
-            optimizer=args.optim,
-            accumulates=args.gradient_accumulation_steps > 1,
-            reference=reference,
-            devices=devices,
-            device_type=device_type,
-        )
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        checkpointing = bool(cast(dict, args.fsdp_config or {}).get("activation_checkpointing"))
+        accumulates = args.gradient_accumulation_steps > 1
+        return cls(dtype, checkpointing, bool(args.fsdp), args.optim, accumulates, reference, devices, device_type)
 
 
 @dataclass(frozen=True)
@@ -123,10 +117,10 @@ def estimate_memory(
     weights = FLOAT32 * model.num_parameters() // shards
     trained = model.num_parameters(only_trainable=True)
     largest = FLOAT32 * max(p.numel() for p in model.parameters())
-    config, words = model.get_decoder().config, model.get_output_embeddings().weight.shape[0]
+    config, vocabulary = model.get_decoder().config, model.get_output_embeddings().weight.shape[0]
 
     def tile_bytes(shape: Shape) -> int:  # T
-        width = min(words, output_layer.TILE_WORDS if on_cpu else TILE_WORDS)
+        width = min(vocabulary, output_layer.TILE_WORDS if on_cpu else TILE_WORDS)
         return (FLOAT32 if on_cpu or setup.dtype is None else 2) * min(math.prod(shape), TILE_TOKENS) * width
 
     kept = kept_bytes(model, setup.dtype, train_shape)
@@ -155,15 +149,14 @@ def estimate_memory(
 def computed_lengths(rows: Dataset, pairs: bool, padding_free: bool) -> np.ndarray:
     """Count the tokens that a model computes for each tokenized row.
 
-    Returns (rows, sequences of a row) int64. A pair has two sequences; `padding_free` it has one, with the prompt once.
+    Returns integers (rows, sequences of a row). A pair has two sequences; `padding_free`, one with the prompt once.
     """
-    columns: list[tuple[str, ...]] = [("input_ids",)]
-    if pairs:
-        columns = [("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")]
-        columns = [("prompt_ids", "chosen_ids", "rejected_ids")] if padding_free else columns
-    table = rows.select_columns(sorted({name for names in columns for name in names})).with_format("arrow")[:]
-    lengths = {name: pc.list_value_length(table[name]).to_numpy() for name in table.column_names}
-    return np.stack([sum(lengths[name] for name in names) for names in columns], axis=1)
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"] if pairs else ["input_ids"]
+    table = rows.select_columns(columns).with_format("arrow")[:]
+    lengths = np.stack([pc.list_value_length(table[name]).to_numpy() for name in columns], axis=1)
+    if not pairs or padding_free:
+        return lengths.sum(axis=1, keepdims=True)
+    return lengths[:, :1] + lengths[:, 1:]
 
 
 def largest_batch(lengths: np.ndarray, batch: int, padding_free: bool) -> Shape:
@@ -211,8 +204,8 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
     """Return K: what autograd keeps of a forward pass over a micro-batch of `shape`, without checkpointing."""
     kept = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()  # keep it alive, so that no other storage gets its address
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()  # held, so that no other storage gets its address
         kept[storage._cdata] = storage
         return tensor
 
@@ -228,10 +221,8 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
                 flat = FlatBatch(positions[0], positions, positions[0], [Segment(0, shape[1])])
                 inputs = {"attention_mask": mask[None, None, :1, :1], "position_ids": positions, "flat_batch": flat}
             fake = type(decoder)(config).train()
-            with (
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-                torch.autocast("cpu", dtype, enabled=dtype is not None),
-            ):
+            autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+            with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), autocast:
                 fake(input_ids=ids, use_cache=False, **inputs)
     except RuntimeError:  # it reads a value, or needs a kernel that CPUs lack: mixtures of experts do
         return formula_bytes(decoder.config, shape)

@@ -45,15 +45,14 @@ def fit_fused_head_to_cpu() -> bool:
 
     @functools.wraps(add_float32)
     def add_bf16(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        products: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-        before = getattr(products, "fp32_precision", None)
-        if before is not None and a.device.type == "cpu" and a.dtype == torch.bfloat16:
-            products.fp32_precision = "bf16"  # the sums stay float32
+        products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+        if not hasattr(products, "fp32_precision") or (a.device.type, a.dtype) != ("cpu", torch.bfloat16):
+            return add_float32(total, a, b)
+        before, products.fp32_precision = products.fp32_precision, "bf16"  # the sums stay float32; since torch 2.9
         try:
             add_float32(total, a, b)
         finally:
-            if before is not None:
-                products.fp32_precision = before
+            products.fp32_precision = before
 
     # The kernels have a `_use_triton` of their own. It chooses the kernel and stays.
     utils._use_triton = scores_labels_only

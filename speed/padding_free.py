@@ -52,9 +52,7 @@ class FlatBatch:
     ) -> None:
         self.batch_index = batch_index  # (T,) int64: where each token of the row stands in the flattened batch
         self.positions = positions  # (1, T) int64: in their sequences
-        self.row_index = (
-            row_index  # (B L,) int64: where each token of the flattened batch stands in the row; padding: 0
-        )
+        self.row_index = row_index  # (B L,) int64: where each of the flattened batch stands in the row; padding: 0
         self.segments = segments
         self.masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
@@ -88,25 +86,20 @@ def flatten_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor, pairs: 
     real = offsets < lengths[:, None]
     if not torch.equal(real, attention_mask.bool()):
         return None
-    shared = torch.zeros_like(lengths)
+    shared, half = torch.zeros_like(lengths), size // 2
     if pairs:
-        chosen, rejected = input_ids.chunk(2)
-        alike = (chosen == rejected) & real[: size // 2] & real[size // 2 :]
-        shared[size // 2 :] = alike.long().cumprod(1).sum(1)
+        alike = (input_ids[:half] == input_ids[half:]) & real[:half] & real[half:]
+        shared[half:] = alike.long().cumprod(1).sum(1)
     own = real & (offsets >= shared[:, None])
     row_index = (own.flatten().cumsum(0) - 1).view(size, length)
     if pairs:
-        row_index[size // 2 :] = torch.where(own[size // 2 :], row_index[size // 2 :], row_index[: size // 2])
+        row_index[half:] = torch.where(own[half:], row_index[half:], row_index[:half])
     row_index = row_index.masked_fill(~real, 0)
-
-    segments, start, starts = [], 0, []
-    for index, (whole, prefix) in enumerate(torch.stack([lengths, shared], 1).tolist()):
-        starts.append(start)
-        stop = start + whole - prefix
-        prefix_start = starts[index - size // 2] if prefix else 0
-        if stop > start:
-            segments.append(Segment(start, stop, prefix_start, prefix_start + prefix))
-        start = stop
+    stops = (lengths - shared).cumsum(0)
+    starts = stops - (lengths - shared)
+    prefix_starts = torch.where(shared > 0, starts.roll(half), 0)
+    bounds = torch.stack([starts, stops, prefix_starts, prefix_starts + shared], dim=1).tolist()
+    segments = [Segment(*each) for each in bounds if each[0] < each[1]]
     batch_index, positions = own.flatten().nonzero().squeeze(1), offsets[own][None]
     return FlatBatch(batch_index.to(device), positions.to(device), row_index.flatten().to(device), segments)
 
@@ -180,10 +173,9 @@ def remove_padding(model: PreTrainedModel, pairs: bool) -> bool:
     @functools.wraps(padded_forward)
     def forward(self: PreTrainedModel, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         others = ("position_ids", "past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions")
-        plain = kwargs.get("use_cache") is False and not any(kwargs.get(name) is not None for name in others)
-        flat = None
-        if plain and input_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
-            flat = flatten_batch(input_ids, attention_mask, pairs and len(input_ids) % 2 == 0)
+        plain = input_ids is not None and attention_mask is not None and attention_mask.dim() == 2
+        plain &= kwargs.get("use_cache") is False and all(kwargs.get(name) is None for name in others)
+        flat = flatten_batch(input_ids, attention_mask, pairs and len(input_ids) % 2 == 0) if plain else None
         if flat is None:
             return padded_forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         outputs = padded_forward(

@@ -44,9 +44,9 @@ class TokenizedDPOTrainer(DPOTrainer):
         if self.ref_model is not None:  # only under FSDP: TRL loads a second model for this pass
             remove_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
         dataset._fingerprint = reference_key(self, dataset, batch_size)
-        trial, name_of_lock = self.trial, f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}.lock"
+        trial, lock = self.trial, f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}.lock"
         with one_trial_at_a_time(
-            trial.cache / name_of_lock,
+            trial.cache / lock,
             trial.core_context.distributed,
             on_wait=lambda: trial.status("waiting for another trial's reference log-probs"),
             while_waiting=trial.stop_if_preempted,
@@ -70,7 +70,7 @@ def reference_key(trainer: DPOTrainer, dataset: Dataset, batch_size: int) -> str
 
     The data set's own fingerprint covers the token ids and their lengths (see `dataset_utils.tokenize_once`). Batch
     size and number of ranks only move the last bits, but a resumed trial must end exactly as an uninterrupted one.
-    Left out on purpose: beta, learning rate, seed and all else that only training depends on, and the processor model.
+    Left out on purpose: beta, learning rate, seed, whatever else only training depends on, and the processor model.
     """
     args, accelerator = cast(DPOConfig, trainer.args), trainer.accelerator
     config = cast(PreTrainedModel, trainer.model).config

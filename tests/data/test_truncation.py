@@ -56,7 +56,7 @@ def test_sft_rows_that_lose_something_are_counted(tmp_path, tokenizer):
     assert [count.truncation for count in count_truncations(unlimited["train"])] == [Truncation.EMPTY_ANSWER]
 
 
-def test_the_first_loss_may_be_far_down(tokenizer):
+def test_the_first_truncation_may_be_far_down(tokenizer):
     """`datasets` writes a thousand rows at a time, and fixes the columns' types with the first of them."""
     messages = [{"role": "user", "content": "q"}, says("a")]
     rows = [{"messages": messages, "source": "s", "row": number} for number in range(1, 1102)]
