@@ -42,9 +42,8 @@ def parse_arguments() -> ComparisonOptions:
 @exit_on_user_error
 def main() -> None:
     """Compare the models, or chat with one of them."""
-    options = parse_arguments()
     try:
-        run(options)
+        run(parse_arguments())
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)

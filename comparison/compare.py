@@ -121,7 +121,7 @@ def open_results(path: Path | None, console: Console) -> Iterator[ResultStore]:
 
 @dataclass
 class ComparedModel:
-    """A model and its part of the comparison. It is loaded when the first result is missing from the store."""
+    """A model and its part of the comparison. It is loaded once a result is missing from the store."""
 
     name: str
     source: str  # a folder or hub id
@@ -133,8 +133,7 @@ class ComparedModel:
     expected: int  # results of all models together
 
     @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and its tokenizer."""
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_model(self.name, self.source, self.options, self.device)
         remove_padding(model, pairs=True)
         add_fused_lm_head(model)
@@ -145,11 +144,11 @@ class ComparedModel:
     def answer(self, questions: list[list[Message]]) -> list[Answer]:
         """Return the model's answer to each question."""
         options = self.options
-        keys = [self.key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
+        keys = [self._key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
         if options.temperature > 0:  # a sampled answer depends on its batch, and its place there
-            keys = [self.key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
+            keys = [self._key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
         if not self.store.keys() >= set(keys):
-            model, tokenizer = self.loaded
+            model, tokenizer = self._loaded
             fitted = [fit_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
             if cut := sum(was_cut for _, was_cut in fitted):
                 text = f"{plural(cut, 'question')} cut at the beginning, to fit with an answer into the model's context"
@@ -160,15 +159,15 @@ class ComparedModel:
                 return generation.answer_batch(model, tokenizer, prompts, options, lambda ids: count(len(ids)))
 
             batches = batch_by_length([len(ids) for ids, _ in fitted], options.batch_size)
-            self.run_batches("answers", keys, batches, run)
+            self._run_batches("answers", keys, batches, run)
         return [Answer(*self.store[key]) for key in keys]
 
     def score(self, pairs: Dataset) -> list[PairScore | None]:
         """Return the score of each of `load_dpo_dataset`'s pairs; None for a pair that does not fit."""
         max_length = self.options.max_length
-        keys = [self.key(max_length, row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
+        keys = [self._key(max_length, row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
         if not self.store.keys() >= set(keys):
-            model, tokenizer = self.loaded
+            model, tokenizer = self._loaded
             tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
             for key, fits in zip(keys, tokenized["fits"][:], strict=True):
                 if not fits:
@@ -179,21 +178,19 @@ class ComparedModel:
                 count(sum(score.chosen_tokens + score.rejected_tokens for score in scores))
                 return scores
 
-            self.run_batches("pairs", keys, batch_pairs(tokenized, self.options.batch_size), run)
+            self._run_batches("pairs", keys, batch_pairs(tokenized, self.options.batch_size), run)
         return [score and PairScore(*score) for score in (self.store[key] for key in keys)]
 
     @cached_property
-    def identity(self) -> list[Any]:
-        """What a result depends on apart from its own parts."""
+    def _identity(self) -> list[Any]:
         # In other types than float32, the rest of a batch changes a result.
         batch_size = None if self.options.dtype == "float32" else self.options.batch_size
         return [model_identity(self.source), self.options.dtype, self.device.type, batch_size]
 
-    def key(self, *parts: Any) -> str:
-        """Return the key of a result of this model that depends on `parts`."""
-        return fingerprint(json.dumps([self.identity, parts]))
+    def _key(self, *parts: Any) -> str:  # of a result that depends on `parts`, the model and how it is run
+        return fingerprint(json.dumps([self._identity, parts]))
 
-    def run_batches(
+    def _run_batches(
         self, noun: str, keys: list[str], batches: list[list[int]], run: Callable[[list[int], Callable], list]
     ) -> None:
         """Store the results of `run`, batch by batch; skip batches whose results are stored already.
