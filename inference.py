@@ -22,9 +22,9 @@ is a conversation with one model.
 
 import sys
 
+import determined as det
 from rich.console import Console
 
-from comparison.cluster_task import open_task, task_hyperparameters
 from comparison.options import ComparisonOptions, parse_command_line, parse_hyperparameters
 from errors import exit_on_user_error
 
@@ -33,16 +33,17 @@ console = Console(highlight=False, emoji=False)
 
 def parse_arguments() -> ComparisonOptions:
     """Return the options: a cluster task has them in its YAML's hyperparameters, a script on its command line."""
-    hparams = task_hyperparameters()
-    return parse_command_line(None, __doc__) if hparams is None else parse_hyperparameters(hparams)
+    info = det.get_cluster_info()
+    if info and info.task_type == "TRIAL":
+        return parse_hyperparameters(info.trial.hparams)
+    return parse_command_line(None, __doc__)
 
 
 @exit_on_user_error
 def main() -> None:
     """Compare the models, or chat with one of them."""
-    options = parse_arguments()
     try:
-        run(options)
+        run(parse_arguments())
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)
@@ -55,6 +56,7 @@ def run(options: ComparisonOptions) -> None:
     import transformers
 
     from comparison.chat import chat
+    from comparison.cluster_task import open_task
     from comparison.compare import choose_device, compare, find_model, load_model, open_results
     from comparison.files import print_comparison, write_comparison
     from comparison.questions import load_questions
@@ -69,7 +71,6 @@ def run(options: ComparisonOptions) -> None:
         torch.manual_seed(options.seed)
         chat(console, options.chat, *load_model(options.chat, models[options.chat], options, device), options)
         return
-
     with open_task() as task:
         outputs = [task.path(name) for name in options.output_file]
         unfinished = outputs[0].with_name(f"{outputs[0].name}.unfinished") if outputs else None

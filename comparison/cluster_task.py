@@ -1,6 +1,6 @@
 """A comparison as an experiment of one trial on a cluster, as `inference.yaml` describes it.
 
-There the YAML's hyperparameters are the options, and the folder of output files comes back as a checkpoint. Off a
+There the YAML's hyperparameters are the options, and the folder of output files is uploaded as a checkpoint. Off a
 cluster none of this has an effect.
 """
 
@@ -14,6 +14,7 @@ import determined as det
 from determined import core
 
 from errors import UserError
+from trial.context import TrialStopped
 
 
 class Task:
@@ -30,8 +31,6 @@ class Task:
 
     def report_progress(self, done: int, expected: int) -> None:
         """Show in the Web UI how many results there are. Raises `TrialStopped` if the cluster preempts the trial."""
-        from trial.context import TrialStopped  # slow to import; see inference.py
-
         self.done = done
         if self.core_context:
             self.core_context.train.report_progress(min(1.0, done / expected))
@@ -52,27 +51,17 @@ class Task:
         self.save()
 
 
-def task_hyperparameters() -> dict[str, Any] | None:
-    """Return the hyperparameters of the trial that this process is; None off a cluster."""
-    info = det.get_cluster_info()
-    return info.trial.hparams if info and info.task_type == "TRIAL" else None
-
-
 @contextmanager
 def open_task() -> Iterator[Task]:
     """Open the task of this process. A trial starts with the files of its last checkpoint, and saves when preempted."""
-    from trial.context import TrialStopped
-
     info = det.get_cluster_info()
     if info is None or info.task_type != "TRIAL":
         yield Task()
         return
     if len(info.slot_ids) * len(info.container_addrs) > 1:
         raise UserError("resources.slots_per_trial: a comparison uses one slot")
-    with (
-        core.init(tensorboard_mode=core.TensorboardMode.MANUAL) as core_context,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    mode = core.TensorboardMode.MANUAL
+    with core.init(tensorboard_mode=mode) as core_context, tempfile.TemporaryDirectory() as folder:
         if info.latest_checkpoint:
             core_context.checkpoint.download(info.latest_checkpoint, folder)
         task = Task(core_context, Path(folder))

@@ -1,7 +1,7 @@
 """Compare models: each one in turn answers the questions and scores the pairs.
 
-Results are appended to a file as they are computed, so that an interrupted comparison continues where it stopped, also
-with other models or questions.
+Results are appended to a file as they are computed. A comparison that was interrupted continues from it, also if its
+models or questions have changed.
 """
 
 import gc
@@ -32,6 +32,7 @@ from comparison.options import ComparisonOptions, Sampling
 from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
 from comparison.questions import Questions
 from errors import UserError
+from pages.terminal import plural
 from speed.output_layer import fit_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file, local_checkpoint
@@ -43,10 +44,7 @@ from trial.models import check_source, load_model_and_tokenizer
 
 
 def find_model(source: str, key: str) -> str:
-    """Return the folder or hub id that a SOURCE stands for; what a cluster has is downloaded first.
-
-    Raises `UserError` if there is none.
-    """
+    """Return the folder or hub id of a SOURCE; download it first if it is on a cluster. Raises `UserError`."""
     if not Path(source).exists():
         if source.partition(":")[0] in CLUSTER_SOURCES and ":" in source:
             return str(cluster_checkpoint(source, key))
@@ -60,7 +58,7 @@ def find_model(source: str, key: str) -> str:
 
 
 def choose_device(name: str | None, key: str) -> torch.device:
-    """Return the device called `name`, or the best one if None. Raises `UserError` if this machine has none such."""
+    """Return the device `name`; None: the best one. Raises `UserError` if this machine does not have it."""
     try:
         device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         torch.empty(0, device=device)
@@ -72,7 +70,7 @@ def choose_device(name: str | None, key: str) -> torch.device:
 def load_model(
     name: str, source: str, options: ComparisonOptions, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model that is ready to answer, and its tokenizer. Raises `UserError` for one that cannot."""
+    """Load a model that is ready to answer, and its tokenizer. Raises `UserError` if there is none or it cannot."""
     key = options.key("model", name)
     model, tokenizer = load_model_and_tokenizer(source, key, dtype=getattr(torch, options.dtype))
     if tokenizer.eos_token_id is None:
@@ -123,7 +121,7 @@ def open_results(path: Path | None, console: Console) -> Iterator[ResultStore]:
 
 @dataclass
 class ComparedModel:
-    """A model and its part of the comparison. It is loaded when the first result is missing from the store."""
+    """A model and its part of the comparison. It is loaded once a result is missing from the store."""
 
     name: str
     source: str  # a folder or hub id
@@ -131,53 +129,45 @@ class ComparedModel:
     device: torch.device
     store: ResultStore
     progress: Progress
-    after_batch: Callable[[], None]
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+    task: Task
+    expected: int  # results of all models together
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the model and its tokenizer; load them the first time."""
-        if self.loaded is None:
-            self.loaded = load_model(self.name, self.source, self.options, self.device)
-            remove_padding(self.loaded[0], pairs=True)
-            add_fused_lm_head(self.loaded[0])
-            if self.device.type == "cpu":
-                fit_fused_head_to_cpu()
-        return self.loaded
-
-    def unload(self) -> None:
-        """Free the model's memory for the next one."""
-        self.loaded = None
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing where CUDA is not used
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model, tokenizer = load_model(self.name, self.source, self.options, self.device)
+        remove_padding(model, pairs=True)
+        add_fused_lm_head(model)
+        if self.device.type == "cpu":
+            fit_fused_head_to_cpu()
+        return model, tokenizer
 
     def answer(self, questions: list[list[Message]]) -> list[Answer]:
         """Return the model's answer to each question."""
         options = self.options
-        keys = [self.key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
-        if not options.greedy:  # a sampled answer depends on its batch, and its place there
-            keys = [self.key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
+        keys = [self._key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
+        if options.temperature > 0:  # a sampled answer depends on its batch, and its place there
+            keys = [self._key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
         if not self.store.keys() >= set(keys):
-            model, tokenizer = self.load()
+            model, tokenizer = self._loaded
             fitted = [fit_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
-            prompts = [ids for ids, _ in fitted]
             if cut := sum(was_cut for _, was_cut in fitted):
-                text = f"{cut} questions are cut at their beginning, to fit with an answer into the model's context"
+                text = f"{plural(cut, 'question')} cut at the beginning, to fit with an answer into the model's context"
                 self.progress.console.print(f"{escape(self.name)}: {text}")
 
             def run(batch: list[int], count: Callable[[int], None]) -> list[Answer]:
-                ids = [prompts[index] for index in batch]
-                return generation.answer_batch(model, tokenizer, ids, options, lambda tokens: count(len(tokens)))
+                prompts = [fitted[index][0] for index in batch]
+                return generation.answer_batch(model, tokenizer, prompts, options, lambda ids: count(len(ids)))
 
-            self.run_batches("answers", keys, batch_by_length([len(ids) for ids in prompts], options.batch_size), run)
+            batches = batch_by_length([len(ids) for ids, _ in fitted], options.batch_size)
+            self._run_batches("answers", keys, batches, run)
         return [Answer(*self.store[key]) for key in keys]
 
     def score(self, pairs: Dataset) -> list[PairScore | None]:
         """Return the score of each of `load_dpo_dataset`'s pairs; None for a pair that does not fit."""
-        rows = zip(pairs["prompt"][:], pairs["chosen"][:], pairs["rejected"][:], strict=True)
         max_length = self.options.max_length
-        keys = [self.key(max_length, *row) for row in rows]
+        keys = [self._key(max_length, row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
         if not self.store.keys() >= set(keys):
-            model, tokenizer = self.load()
+            model, tokenizer = self._loaded
             tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
             for key, fits in zip(keys, tokenized["fits"][:], strict=True):
                 if not fits:
@@ -188,21 +178,19 @@ class ComparedModel:
                 count(sum(score.chosen_tokens + score.rejected_tokens for score in scores))
                 return scores
 
-            self.run_batches("pairs", keys, batch_pairs(tokenized, self.options.batch_size), run)
+            self._run_batches("pairs", keys, batch_pairs(tokenized, self.options.batch_size), run)
         return [score and PairScore(*score) for score in (self.store[key] for key in keys)]
 
     @cached_property
-    def identity(self) -> list[Any]:
-        """What a result depends on apart from its own parts."""
+    def _identity(self) -> list[Any]:
         # In other types than float32, the rest of a batch changes a result.
         batch_size = None if self.options.dtype == "float32" else self.options.batch_size
         return [model_identity(self.source), self.options.dtype, self.device.type, batch_size]
 
-    def key(self, *parts: Any) -> str:
-        """Return the key of a result of this model that depends on `parts`."""
-        return fingerprint(json.dumps([self.identity, parts]))
+    def _key(self, *parts: Any) -> str:  # of a result that depends on `parts`, the model and how it is run
+        return fingerprint(json.dumps([self._identity, parts]))
 
-    def run_batches(
+    def _run_batches(
         self, noun: str, keys: list[str], batches: list[list[int]], run: Callable[[list[int], Callable], list]
     ) -> None:
         """Store the results of `run`, batch by batch; skip batches whose results are stored already.
@@ -225,30 +213,26 @@ class ComparedModel:
                 torch.manual_seed(batch_seed(self.options.seed, number))
                 for index, result in zip(batch, run_in_halves(lambda part: run(part, count), batch), strict=True):
                     self.store.add(keys[index], result)
-                self.after_batch()
+                self.task.report_progress(len(self.store), self.expected)
             self.progress.advance(bar, len(batch))
 
 
 def model_identity(source: str) -> list[Any]:
     """Return what identifies a model wherever its folder is: the name, size and hash of each file it is loaded from.
 
-    A hub id is assumed never to change.
+    A hash is of a file's beginning, middle and end: training changes every weight, and reading all of a large model
+    would take longer than loading it. A hub id is assumed never to change.
     """
-    files = sorted(file for file in Path(source).glob("*") if is_model_file(file.name) or file.suffix == ".bin")
-    return [(file.name, *_size_and_hash(file)) for file in files] or [source]
-
-
-def _size_and_hash(file: Path, length: int = 2**20) -> tuple[int, str]:
-    """Return a file's size and a hash of its beginning, middle and end, which is all of a small file.
-
-    Training changes every weight, and to read all of a large model would take longer than to load it.
-    """
-    size, digest = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as opened:
-        for start in (0, (size - length) // 2, size - length):
-            opened.seek(max(0, start))
-            digest.update(opened.read(length))
-    return size, digest.hexdigest()
+    identity, length = [], 2**20
+    for file in sorted(Path(source).glob("*")):
+        if is_model_file(file.name) or file.suffix == ".bin":
+            size, digest = file.stat().st_size, hashlib.sha256()
+            with file.open("rb") as opened:
+                for start in (0, (size - length) // 2, size - length):
+                    opened.seek(max(0, start))
+                    digest.update(opened.read(length))
+            identity.append((file.name, size, digest.hexdigest()))
+    return identity or [source]
 
 
 def compare(
@@ -265,41 +249,37 @@ def compare(
     answers: dict[str, list[Answer]] = {}
     scores: dict[str, list[PairScore | None]] = {}
     expected = len(models) * (len(prompts) + len(pairs or []))
-
-    def after_batch() -> None:
-        task.report_progress(len(store), expected)
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[speed]}"), console=console) as progress:
         for name, source in models.items():
-            model = ComparedModel(name, source, options, device, store, progress, after_batch)
+            model = ComparedModel(name, source, options, device, store, progress, task, expected)
             answers[name] = model.answer(prompts)
             scores[name] = model.score(pairs) if pairs else []
-            model.unload()
+            del model  # makes room in memory for the next one
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing where CUDA is not used
             task.save()
 
     # Metrics compare only over the same pairs: a pair that does not fit one model is left out for all.
-    rows = [[score for score in row if score] for row in zip(*scores.values(), strict=True)]
-    complete = [row for row in rows if len(row) == len(models)]
-    common = {name: [row[index] for row in complete] for index, name in enumerate(models)}
+    scored = [[score for score in row if score] for row in zip(*scores.values(), strict=True) if all(row)]
+    common = {name: [row[index] for row in scored] for index, name in enumerate(models)}
     metrics: dict[str, dict[str, Estimate | None]] = {}
-    reference_name = options.reference_name
     for name in models:
-        reference = common[reference_name] if name != reference_name else None
+        reference = common[options.reference_name] if name != options.reference_name else None
         metrics[name] = preference_metrics.preference_metrics(common[name], reference, options.beta)
         metrics[name] |= preference_metrics.answer_metrics(answers[name])
 
     sampled = f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
     settings = [
-        f"{len(prompts)} answer{'s' * (len(prompts) > 1)} of each model, at most {options.max_new_tokens} tokens long, "
-        f"{'greedy' if options.greedy else sampled}; {options.dtype} on {device}"
+        f"{plural(len(prompts), 'answer')} of each model, at most {options.max_new_tokens} tokens long, "
+        f"{sampled if options.temperature > 0 else 'greedy'}; {options.dtype} on {device}"
     ]
     if pairs:
-        scored, limit = len(complete), f"{options.key('max_length')} {options.max_length}"
-        settings.append(f"{scored} held-out pairs of {data_sets}; rewards with beta {options.beta:g}")
-        if scored < len(pairs):
-            settings.append(f"{len(pairs) - scored} pairs are left out: {limit} leaves them no room")
-        if cut := sum(any(score.cut for score in row) for row in complete):
+        limit = f"{options.key('max_length')} {options.max_length}"
+        settings.append(f"{len(scored)} held-out pairs of {data_sets}; rewards with beta {options.beta:g}")
+        if left_out := len(pairs) - len(scored):
+            settings.append(f"{left_out} pairs are left out: {limit} leaves them no room")
+        if cut := sum(any(score.cut for score in row) for row in scored):
             settings.append(f"{cut} of them cut to {limit} or a model's context")
     settings.append(f"Intervals: 95%, from {RESAMPLES:,} bootstrap samples.")
-    return Comparison(options.model, prompts, preferred, answers, metrics, reference_name, ". ".join(settings))
+    return Comparison(options.model, prompts, preferred, answers, metrics, options.reference_name, ". ".join(settings))

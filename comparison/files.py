@@ -1,4 +1,4 @@
-"""Show a comparison: in the terminal, and in the files that the user asks for.
+"""Show a comparison in the terminal, and write it to the files that the user asks for.
 
 F.html                  a page to vote on without seeing names, and then to see who was who (`vote.html.jinja`)
 F.csv, F.jsonl, F.md    a row for each question, a column for each model, the preferred answer last
@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 from rich import box
@@ -27,49 +26,46 @@ from pages.terminal import visible
 from storage.files import write_atomically
 from storage.fingerprints import fingerprint
 
-
-class Metric(NamedTuple):
-    """How a metric of `preference_metrics` is shown; {reference} stands for the reference model's name."""
-
-    title: str
-    format: Callable[[float], str]
-    meaning: str
+_percent = "{:.1%}".format
 
 
-percent = "{:.1%}".format
-
-
-def number(value: float) -> str:
-    """Return a number as text, with three significant digits and at most two decimals."""
+def _number(value: float) -> str:  # three significant digits, at most two decimals
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-METRICS = {
-    "preference_accuracy": Metric(
-        "preference accuracy ↑", percent, "how often the answer that people chose is likelier than the rejected one"
+# By metric of `preference_metrics`: its title, format and meaning. {reference} stands for the reference model's name.
+METRICS: dict[str, tuple[str, Callable[[float], str], str]] = {
+    "preference_accuracy": (
+        "preference accuracy ↑",
+        _percent,
+        "how often the answer that people chose is likelier than the rejected one",
     ),
-    "preference_accuracy_by_token": Metric(
-        "preference accuracy, by token ↑", percent, "the same by mean log-prob per token: sums favour short answers"
+    "preference_accuracy_by_token": (
+        "preference accuracy, by token ↑",
+        _percent,
+        "the same by mean log-prob per token: sums favour short answers",
     ),
-    "reward_accuracy": Metric(
+    "reward_accuracy": (
         "reward accuracy against {reference} ↑",
-        percent,
+        _percent,
         "how often the chosen answer has the higher DPO reward: its log-prob minus its log-prob under {reference}",
     ),
-    "reward_margin": Metric(
+    "reward_margin": (
         "reward margin against {reference} ↑",
-        number,
+        _number,
         "mean difference of the two rewards, times beta; informative for models trained from {reference}",
     ),
-    "perplexity": Metric(
+    "perplexity": (
         "perplexity of the chosen answers ↓",
-        number,
-        "exp of the mean negative log-prob per token of the chosen answers; lower is better",
+        _number,
+        "exp of the mean negative log-prob per token; lower is better",
     ),
-    "answer_tokens": Metric("length of an answer", number, "mean number of tokens of the model's own answers"),
-    "stopped": Metric("stopped by itself ↑", percent, "share of the model's answers that ended before the limit"),
-    "distinct_ngrams": Metric(
-        f"distinct {NGRAM}-grams ↑", percent, f"share of distinct sequences of {NGRAM} words; 100%: no repetition"
+    "answer_tokens": ("length of an answer", _number, "mean number of tokens of the model's own answers"),
+    "stopped": ("stopped by itself ↑", _percent, "share of the model's answers that ended before the limit"),
+    "distinct_ngrams": (
+        f"distinct {NGRAM}-grams ↑",
+        _percent,
+        f"share of distinct sequences of {NGRAM} words; 100%: no repetition",
     ),
 }
 
@@ -98,27 +94,25 @@ class Comparison:
     def numbers(self) -> list[tuple[str, str, list[tuple[str, str]]]]:
         """Return, for each metric, its title, its meaning, and each model's value and 95% interval as text."""
         rows = []
-        for key, metric in METRICS.items():
+        for key, (title, write, meaning) in METRICS.items():
             estimates = [self.figures[name].get(key) for name in self.sources]
             if any(estimates):
-                cells = [format_estimate(value, metric.format) if value else ("-", "") for value in estimates]
-                title, meaning = (text.format(reference=self.reference) for text in (metric.title, metric.meaning))
-                rows.append((title, meaning, cells))
+                cells = [_show_estimate(value, write) if value else ("-", "") for value in estimates]
+                of = {"reference": self.reference}
+                rows.append((title.format(**of), meaning.format(**of), cells))
         return rows
 
     def metrics(self) -> dict[str, float]:
         """Return the number of questions, and all metrics as `model/metric`."""
-        values = {
-            f"{name}/{key}": value.value for name, of in self.figures.items() for key, value in of.items() if value
-        }
-        return {"questions": len(self.questions), **values}
+        values = [(f"{name}/{key}", value) for name, of in self.figures.items() for key, value in of.items()]
+        return {"questions": len(self.questions), **{name: value.value for name, value in values if value}}
 
 
-def format_estimate(estimate: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
-    """Return a value and its interval as text. If all rows are equal, the bootstrap interval has no width."""
-    equal = f"all {estimate.count} alike" if estimate.count > 1 else "of one"
-    interval = f"{write(estimate.low)} to {write(estimate.high)}"
-    return write(estimate.value), equal if estimate.low == estimate.high else interval
+def _show_estimate(estimate: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
+    if estimate.low != estimate.high:
+        return write(estimate.value), f"{write(estimate.low)} to {write(estimate.high)}"
+    # All rows are equal, so the bootstrap interval has no width.
+    return write(estimate.value), f"all {estimate.count} alike" if estimate.count > 1 else "of one"
 
 
 def question_text(question: list[Message]) -> str:
@@ -145,11 +139,6 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     console.print(numbers)
 
 
-def _jsonl(comparison: Comparison) -> str:
-    """By json, as pandas escapes every slash."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.table().to_dict("records"))
-
-
 def _json(comparison: Comparison) -> str:
     figures = {
         name: {key: value and value._asdict() for key, value in of.items()} for name, of in comparison.figures.items()
@@ -159,24 +148,29 @@ def _json(comparison: Comparison) -> str:
     return json.dumps(everything, ensure_ascii=False, indent=2) + "\n"
 
 
+def _jsonl(comparison: Comparison) -> str:  # not by pandas, which escapes every slash
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.table().to_dict("records"))
+
+
 def _markdown(comparison: Comparison) -> str:
     """Two tables, then what the metrics mean. (pandas' own Markdown needs `tabulate`, and escapes nothing.)"""
     table, numbers = comparison.table(), comparison.numbers()
     cells = [[title, *(f"{v} ({interval})" if interval else v for v, interval in row)] for title, _, row in numbers]
-    meanings = "".join(f"- {markdown_cell(title)}: {markdown_cell(meaning)}\n" for title, meaning, _ in numbers)
-    tables = markdown_table([*table.columns], table.values.tolist()), markdown_table(["", *comparison.sources], cells)
-    return "\n".join((*tables, meanings, markdown_cell(comparison.settings) + "\n"))
+    tables = [
+        _markdown_table([*table.columns], table.values.tolist()),
+        _markdown_table(["", *comparison.sources], cells),
+    ]
+    meanings = "".join(f"- {_escape_markdown(f'{title}: {meaning}')}\n" for title, meaning, _ in numbers)
+    return "\n".join((*tables, meanings, _escape_markdown(comparison.settings) + "\n"))
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table of plain text."""
-    lines = [" | ".join(map(markdown_cell, row)) for row in (header, *rows)]
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [" | ".join(map(_escape_markdown, row)) for row in (header, *rows)]
     lines.insert(1, " | ".join(["---"] * len(header)))
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def markdown_cell(text: str) -> str:
-    """Return text for a Markdown cell that shows it as it is: markup is escaped, and line breaks are kept."""
+def _escape_markdown(text: str) -> str:
     for marker in "\\`*_[]~#|":
         text = text.replace(marker, f"\\{marker}")
     return "<br>".join(html.escape(text, quote=False).splitlines())
@@ -204,7 +198,7 @@ WRITERS: dict[str, Callable[[Comparison], str]] = {
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write a comparison in the format of the file's ending. Raises `UserError` if it cannot be written."""
+    """Write a comparison in the format that the file's name ends in. Raises `UserError` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, WRITERS[path.suffix](comparison))

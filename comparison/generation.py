@@ -1,13 +1,13 @@
-"""Generate answers in batches: those that `inference.py` compares, and those that its chat prints as they come."""
+"""Generate answers in batches, for `inference.py`'s comparison and its chat."""
 
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from chat_format import Message, encode, generation_stops, read_answer
 from comparison.options import Sampling
@@ -27,10 +27,9 @@ class Answer(NamedTuple):
 
 
 def batch_by_length(lengths: Sequence[int], batch_size: int, max_tokens: float = float("inf")) -> list[list[int]]:
-    """Return the indices of sequences in batches of similar lengths, the longest first.
+    """Return the indices of sequences in batches of similar lengths; the longest come first, to fail early if at all.
 
-    So a batch that does not fit in memory fails at the start and not after an hour. A batch has at most `batch_size`
-    sequences and, with padding, `max_tokens` tokens, or it is a single sequence.
+    A batch has at most `batch_size` sequences and, with padding, `max_tokens` tokens, or it is a single sequence.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -91,31 +90,23 @@ def answer_batch(
 ) -> list[Answer]:
     """Answer tokenized prompts in one left-padded batch.
 
-    An answer ends at `<|im_end|>`, at EOS, or at `max_new_tokens`. `on_tokens` is called at each step with the new ids,
-    one for each answer that has not ended.
+    An answer ends at `<|im_end|>`, at EOS, or at `max_new_tokens`. `on_tokens` gets the new ids of each step: one for
+    each answer that has not ended.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     stops = generation_stops(model, tokenizer)
     # Keep only the stops of a model's own config: all models are compared under the same rules.
     model.generation_config = GenerationConfig(eos_token_id=stops["eos_token_id"])
-    streamer = _StepStreamer(tokenizer.pad_token_id, on_tokens)
-    pad = {"pad_token_id": tokenizer.pad_token_id}
+    rules: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        rules |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    pad = tokenizer.pad_token_id
+
+    def put(value: torch.Tensor) -> None:  # first all the prompts, then at each step a token or padding for each answer
+        if value.dim() == 1:
+            on_tokens([token for token in value.tolist() if token != pad])
+
     generate = cast(Any, model.generate)  # mypy takes the model's class for a Tensor attribute
-    output = generate(**batch, **sampling.generate_kwargs, **stops, **pad, streamer=streamer)
+    output = generate(**batch, **rules, **stops, pad_token_id=pad, streamer=SimpleNamespace(put=put, end=lambda: None))
     completions = output[:, batch["input_ids"].shape[1] :].tolist()
     return [Answer(*read_answer(tokenizer, completion, stops["eos_token_id"])) for completion in completions]
-
-
-class _StepStreamer(BaseStreamer):
-    """Passes on what `generate` streams: first the prompts, which it skips, then a token for each answer."""
-
-    def __init__(self, pad_token_id: int, on_tokens: Callable[[list[int]], None]) -> None:
-        self.pad_token_id, self.on_tokens, self.prompted = pad_token_id, on_tokens, False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompted:  # an answer that has ended is padded
-            self.on_tokens([token for token in value.flatten().tolist() if token != self.pad_token_id])
-        self.prompted = True
-
-    def end(self) -> None:
-        pass

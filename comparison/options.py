@@ -32,21 +32,19 @@ def flag(name: str) -> str:
     return f"--{name}" if name in PUBLISHED else f"--{name.replace('_', '-')}"
 
 
-def _as_list(value: Any) -> Any:
-    """Accept a single value where a list is meant."""
+def _as_list(value: Any) -> list[Any]:  # a single value may stand where a list is meant
     return value if isinstance(value, list) else [value]
 
 
 def _read_source(value: Any) -> Any:
-    """Read the text of a YAML mapping, `{name: x, split: y}`, which a command line has no other form for."""
-    try:
+    try:  # a command line has the text of a YAML mapping: {name: x, split: y}
         return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
     except yaml.YAMLError as error:
         raise UserError(f"{value!r}: {one_line(error)}") from error
 
 
 def _read_models(value: Any) -> dict[str, Any]:
-    """Read a mapping, or a list of mappings and NAME=SOURCE texts; refuse a name that is taken."""
+    """Read a mapping, or a list of mappings and NAME=SOURCE texts."""
     models: dict[str, Any] = {}
     for part in _as_list(value):
         for name, source in part.items() if isinstance(part, dict) else [str(part).partition("=")[::2]]:
@@ -56,17 +54,6 @@ def _read_models(value: Any) -> dict[str, Any]:
                 raise UserError(f"{part!r}: the name {name!r} is taken")
             models[name] = source
     return models
-
-
-def _check_output(path: Path, key: str) -> None:
-    """Refuse an output file that could not be written in the end."""
-    if path.suffix not in OUTPUT_SUFFIXES:
-        raise UserError(f"{key} {path}: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}")
-    if path.is_dir():
-        raise UserError(f"{key} {path}: it is a folder")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{key} {path}: {folder} is not a folder to write to")
 
 
 Source = Annotated[str | dict[str, Any], BeforeValidator(_read_source)]  # see config.hyperparameters.DataSource
@@ -86,17 +73,6 @@ class Sampling(BaseModel):
     """sample from the likeliest tokens that have this probability together"""
     seed: int = 0
     """seed of the sampling; the same seed and --batch-size give the same answers"""
-
-    @property
-    def greedy(self) -> bool:
-        """Whether every token is the likeliest one."""
-        return self.temperature == 0
-
-    @property
-    def generate_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for transformers' `generate`."""
-        sampled = {} if self.greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": not self.greedy, **sampled}
 
 
 class ComparisonOptions(Sampling):
@@ -167,7 +143,7 @@ class ComparisonOptions(Sampling):
         for field in comparing if self.chat else ():
             if getattr(self, field):
                 raise UserError(f"{key(field)} has no effect with {key('chat')}")
-        if self.top_p < 1 and self.greedy:
+        if self.top_p < 1 and self.temperature == 0:
             raise UserError(f"{key('top_p')} {self.top_p:g} has no effect without a {key('temperature')} above 0")
         if not all(map(str.strip, self.prompt)):
             raise UserError(f"{key('prompt')} is empty")
@@ -175,8 +151,16 @@ class ComparisonOptions(Sampling):
             raise UserError(f"{key('number_of_samples')} has no effect on your own questions: all are asked")
         if own and self.number_of_pairs and not self.dataset:
             raise UserError(f"{key('number_of_pairs')} needs a {key('dataset')} beside your own questions")
-        for path in self.output_file:
-            _check_output(Path(path), key("output_file"))
+        for path in map(Path, self.output_file):
+            folder = next(folder for folder in path.absolute().parents if folder.exists())
+            if path.suffix not in OUTPUT_SUFFIXES:
+                raise UserError(
+                    f"{key('output_file')} {path}: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}"
+                )
+            if path.is_dir():
+                raise UserError(f"{key('output_file')} {path}: it is a folder")
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise UserError(f"{key('output_file')} {path}: {folder} is not a folder to write to")
 
 
 def _make_options(values: dict[str, Any], strict: bool, spell: Callable[[str], str]) -> ComparisonOptions:
@@ -185,9 +169,7 @@ def _make_options(values: dict[str, Any], strict: bool, spell: Callable[[str], s
     def name_key(path: KeyPath) -> str:
         return dotted(spell(str(path[0])), path[1:] if strict else ())
 
-    options: ComparisonOptions = validate(
-        ComparisonOptions, values, "options", strict=strict, name_key=name_key, noun="an option"
-    )
+    options = validate(ComparisonOptions, values, "options", strict=strict, name_key=name_key, noun="an option")
     options._spell = spell
     options.check_together()
     return options
@@ -210,10 +192,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_command_line(arguments: list[str] | None, description: str | None) -> ComparisonOptions:
-    """Return the options of a command line (None: this process's). `--help` prints the description, and ends it.
+    """Return the options of a command line (None: this process's). Raises `UserError`; `--help` prints `description`.
 
-    The parser is made from the fields above, by us: HfArgumentParser takes 0.9 s to import and knows no option that can
-    be repeated, and typer reads no YAML. Raises `UserError`.
+    The parser is made from the fields above. (HfArgumentParser takes 0.9 s to import, and knows no option that can be
+    repeated; typer reads no YAML.)
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=raw, argument_default=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
-"""Measure how well a model's probabilities agree with people's preferences, with intervals, no judge and no sampling.
+"""Measure how well a model's probabilities agree with people's preferences. This needs no judge and no sampling.
 
-A model reads a prompt and the two answers that people have compared, and says how likely each one is. `score_batch`
-returns the log-probs that TRL's DPOTrainer computes; the metrics are arithmetic on them.
+A model reads a prompt and two answers that people have compared, and says how likely each one is. `score_batch`
+returns the log-probs that TRL's DPOTrainer computes; the metrics are arithmetic on them, with 95% intervals.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,7 @@ class Estimate(NamedTuple):
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Tokenize `load_dpo_dataset`'s pairs: the prompt and each answer get half of `max_length`, as in dpo.yaml.
 
-    Returns a row for each pair with `prompt_ids`, `chosen_ids` and `rejected_ids`, whether the pair `fits` at all, and
-    whether it was `cut` to fit.
+    Returns a row for each pair: `prompt_ids`, `chosen_ids`, `rejected_ids`, whether it `fits` at all, or is `cut`.
     """
     half = max_length // 2
     limits = {"max_length": max_length, "max_prompt_length": half, "max_target_length": half}
@@ -64,12 +63,11 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
 
 def batch_pairs(tokenized: Dataset, batch_size: int) -> list[list[int]]:
     """Return the indices of the pairs that fit, in batches of at most `BATCH_TOKENS` tokens, the longest first."""
-    fitting = np.flatnonzero(tokenized["fits"][:])
-    prompt, chosen, rejected = (
-        np.array(list(map(len, tokenized[f"{of}_ids"]))) for of in ("prompt", "chosen", "rejected")
-    )
-    lengths = (prompt + np.maximum(chosen, rejected))[fitting]
-    return [fitting[batch].tolist() for batch in batch_by_length(lengths, batch_size, BATCH_TOKENS / 2)]
+    fitting = [index for index, fits in enumerate(tokenized["fits"][:]) if fits]
+    rows = tokenized.select(fitting)
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    batches = batch_by_length(lengths, batch_size, BATCH_TOKENS / 2)
+    return [[fitting[position] for position in batch] for batch in batches]
 
 
 @torch.inference_mode()
@@ -85,15 +83,14 @@ def score_batch(
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     logps = model(**batch, labels=labels, fused_lm_head=True).log_probs.double()
-    chosen, rejected = logps.sum(dim=1).chunk(2)
+    sums = logps.sum(dim=1).view(2, -1).T.tolist()  # of each pair: chosen, rejected
     scores = []
     spans = answer_spans(tokenizer, [pair["chosen_ids"] for pair in pairs])
-    for index, (pair, (begin, end)) in enumerate(zip(pairs, spans, strict=True)):
+    for pair, (chosen, rejected), row, (begin, end) in zip(pairs, sums, logps.chunk(2)[0], spans, strict=True):
         offset = len(pair["prompt_ids"]) - 1  # position t holds the log-prob of token t + 1
-        text = logps[index, offset + begin : offset + end].sum()
+        text = row[offset + begin : offset + end].sum().item()
         lengths = len(pair["chosen_ids"]), len(pair["rejected_ids"])
-        logp = chosen[index].item(), rejected[index].item()
-        scores.append(PairScore(*logp, *lengths, text.item(), end - begin, pair["cut"]))
+        scores.append(PairScore(chosen, rejected, *lengths, text, end - begin, pair["cut"]))
     return scores
 
 
@@ -110,23 +107,22 @@ def preference_metrics(
     if not scores:
         return {}
     chosen, rejected, chosen_tokens, rejected_tokens, text, text_tokens, _ = np.array(scores, dtype=float).T
-    metrics: dict[str, Estimate | None] = {
-        "preference_accuracy": estimate(chosen > rejected),
-        "preference_accuracy_by_token": estimate(chosen / chosen_tokens > rejected / rejected_tokens),
-        "reward_accuracy": None,
-        "reward_margin": None,
-        "perplexity": estimate(-text, text_tokens, np.exp),
-    }
+    margins = np.array([])  # for which `estimate` returns None
     if reference is not None:
         base = np.array(reference, dtype=float)
         margins = beta * ((chosen - base[:, 0]) - (rejected - base[:, 1]))
-        metrics |= {"reward_accuracy": estimate(margins > 0), "reward_margin": estimate(margins)}
-    return metrics
+    return {
+        "preference_accuracy": estimate(chosen > rejected),
+        "preference_accuracy_by_token": estimate(chosen / chosen_tokens > rejected / rejected_tokens),
+        "reward_accuracy": estimate(margins > 0),
+        "reward_margin": estimate(margins),
+        "perplexity": estimate(-text, text_tokens, np.exp),
+    }
 
 
 def answer_metrics(answers: list[Answer]) -> dict[str, Estimate | None]:
-    """Return metrics of generated answers: mean length in tokens, the share that ended before the limit, and the mean
-    share of distinct word 3-grams (distinct-n, https://arxiv.org/abs/1510.03055). None if no answer counts."""
+    """Return metrics of generated answers (see `files.METRICS`). The last one is distinct-n of
+    https://arxiv.org/abs/1510.03055, as the mean over the answers; None if all are too short for it."""
     return {
         "answer_tokens": estimate([answer.tokens for answer in answers]),
         "stopped": estimate([answer.stopped for answer in answers]),
@@ -146,8 +142,8 @@ def estimate(
 ) -> Estimate | None:
     """Return `transform(sum(values) / sum(weights))` with a 95% bootstrap interval; `transform` must be monotonic.
 
-    The interval is between percentiles over `RESAMPLES` samples of the rows, with replacement. If all rows are equal,
-    so are all samples, and the interval has no width. Rows of weight 0 are left out; None if there are no others.
+    The interval is between percentiles over `RESAMPLES` samples of the rows, with replacement. It has no width if all
+    rows are equal. Rows of weight 0 are left out. Returns None if there are no others.
     """
     values = np.asarray(values, dtype=float)
     weights = np.ones_like(values) if weights is None else weights

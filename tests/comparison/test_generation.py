@@ -19,7 +19,7 @@ from dataset_utils import load_dpo_dataset
 from errors import UserError
 
 GREEDY = Sampling(max_new_tokens=12)
-DRAWN = Sampling(max_new_tokens=12, temperature=1.5, top_p=0.9)
+SAMPLED = Sampling(max_new_tokens=12, temperature=1.5, top_p=0.9)
 
 
 @pytest.fixture
@@ -40,38 +40,38 @@ def test_a_models_own_generation_config_has_no_effect(model, tokenizer, prompts)
     """Or models would be compared under different rules."""
     expected = answer_batch(model, tokenizer, prompts, GREEDY)
     torch.manual_seed(0)
-    drawn = answer_batch(model, tokenizer, prompts, DRAWN)
+    sampled = answer_batch(model, tokenizer, prompts, SAMPLED)
     model.generation_config.update(do_sample=True, temperature=9.0, top_k=2, top_p=0.1, repetition_penalty=5.0)
     model.generation_config.update(no_repeat_ngram_size=1, num_beams=4, max_time=1e-6, min_new_tokens=9, min_p=0.5)
     assert answer_batch(model, tokenizer, prompts, GREEDY) == expected
     torch.manual_seed(0)
-    assert answer_batch(model, tokenizer, prompts, DRAWN) == drawn
+    assert answer_batch(model, tokenizer, prompts, SAMPLED) == sampled
 
 
 def test_sampling_repeats_with_the_same_seed(model, tokenizer, prompts):
-    def draw(seed):
+    def sample(seed):
         torch.manual_seed(batch_seed(seed, 0))
-        return answer_batch(model, tokenizer, prompts, DRAWN)
+        return answer_batch(model, tokenizer, prompts, SAMPLED)
 
-    assert draw(0) == draw(0) != draw(1)
-    assert draw(0) != answer_batch(model, tokenizer, prompts, GREEDY)
-    assert all(answer.tokens == 12 for answer in draw(0) if not answer.stopped)
+    assert sample(0) == sample(0) != sample(1)
+    assert sample(0) != answer_batch(model, tokenizer, prompts, GREEDY)
+    assert all(answer.tokens == 12 for answer in sample(0) if not answer.stopped)
     assert len({batch_seed(seed, number) for seed in range(3) for number in range(3)}) == 9
 
 
 def test_an_answer_ends_at_a_stop_or_at_the_limit(model, tokenizer, prompts):
-    def draw():
+    def sample():
         ids = []
         torch.manual_seed(0)
-        (answer,) = answer_batch(model, tokenizer, prompts[:1], DRAWN, ids.extend)
+        (answer,) = answer_batch(model, tokenizer, prompts[:1], SAMPLED, ids.extend)
         return answer, ids
 
-    cut, ids = draw()
+    cut, ids = sample()
     assert not cut.stopped
     assert len(ids) == 12
     later = next(n for n in range(3, 12) if ids[n] not in ids[:n])
     model.generation_config.eos_token_id = ids[later]  # one of the model's own, beside the tokenizer's
-    short, fewer = draw()
+    short, fewer = sample()
     assert short.stopped
     assert fewer == ids[: later + 1]
     assert short.tokens == later  # the stop is none of the answer, and not in its text

@@ -152,10 +152,12 @@ def test_pairs_that_do_not_fit_one_model_are_left_out_for_all(call, tiny, tmp_pa
     assert "preference accuracy" not in out
 
 
-@pytest.mark.parametrize("drawn", [(), ("--temperature", 1.2, "--top-p", 0.9, "--seed", 3)], ids=["greedy", "drawn"])
-def test_an_interrupted_comparison_continues_to_the_same_result(compare, tmp_path, monkeypatch, drawn):
+@pytest.mark.parametrize(
+    "sampled", [(), ("--temperature", 1.2, "--top-p", 0.9, "--seed", 3)], ids=["greedy", "sampled"]
+)
+def test_an_interrupted_comparison_continues_to_the_same_result(compare, tmp_path, monkeypatch, sampled):
     """Interrupted after each of its batches in turn, with a line of the file torn: in the end nothing is different."""
-    arguments = ("--batch-size", 2, *drawn, "--output_file")
+    arguments = ("--batch-size", 2, *sampled, "--output_file")
     untouched, output = tmp_path / "untouched.json", tmp_path / "out.json"  # answers and numbers
     assert compare(*arguments, untouched)[0] == 0
     unfinished = tmp_path / "out.json.unfinished"

@@ -245,8 +245,8 @@ def test_models_with_the_same_answer_share_a_column_and_a_vote(visit):
     move_on(page, 3)
     page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#reveal").click()
-    told = "You liked sft and dpo best: 1 of 2 votes each, 1 tie. Too few to be sure"
-    expect(page.locator("#verdict")).to_have_text(told)
+    verdict = "You liked sft and dpo best: 1 of 2 votes each, 1 tie. Too few to be sure"
+    expect(page.locator("#verdict")).to_have_text(verdict)
     expect(page.locator("#pairs tr", has_text="sft").locator("td").nth(2)).to_contain_text("50%")
 
 
