@@ -1,8 +1,8 @@
-"""What trials make once and then find: tokenized data, reference log-probs, the checkpoint they start from.
+"""Make once what trials share: tokenized data, reference log-probs, the checkpoint they start from.
 
 Trials may run beside each other on one disk. So a result appears whole or not at all, one process makes it while the
-others that need it wait, and it is found again by a fingerprint of all that it depends on. If the process that makes
-it dies, its lock goes with it and the next process in line makes it.
+others wait, and it is found again by a fingerprint of all that it depends on. If the process that makes it dies, its
+lock goes with it and the next process makes it.
 """
 
 import shutil
@@ -23,8 +23,8 @@ def make_once(
 ) -> bool:
     """Have `make` fill `folder` unless it is whole already, or another process is making it just now.
 
-    `on_wait` is called before waiting for that other process. Returns whether this process had to make it. Raises
-    `UserError` where the folder cannot be made.
+    `on_wait` is called before a wait for that process. Returns whether this process made it. Raises `UserError` if the
+    folder cannot be made.
     """
     if is_whole(folder):
         return False
@@ -32,7 +32,7 @@ def make_once(
     with locked(folder.with_name(f"{folder.name}.lock"), on_wait):
         if is_whole(folder):
             return False
-        for leftover in (scratch, folder):  # of a process that was killed, or of a cleaner of old files
+        for leftover in (scratch, folder):  # left by a process that was killed, or by a cleaner of old files
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             make(scratch)
@@ -65,7 +65,7 @@ def one_trial_at_a_time(
 ) -> Iterator[None]:
     """Let one trial in while the others that use `lock_file` wait. All ranks of a trial on one machine enter together.
 
-    A trial that has to wait calls `on_wait` once, and `while_waiting` again and again: it may raise, to end the wait.
+    A trial that has to wait calls `on_wait` once, and `while_waiting` again and again: it may raise to end the wait.
     """
     locks: list[FileLock] = []
     once_per_node(distributed, lambda: locks.append(open_lock(lock_file)))
@@ -73,7 +73,7 @@ def one_trial_at_a_time(
     while not distributed.broadcast(try_to_lock(locks[0]) if distributed.rank == 0 else None):
         if not waiting:
             on_wait()
-            waiting = True
+        waiting = True
         while_waiting()
         time.sleep(0.2)
     try:
