@@ -128,12 +128,13 @@ class _DownloadProgress(Progress):
     """A progress bar that follows the files in `folder` while they grow to `total` bytes."""
 
     def __init__(self, description: str, folder: Path, total: int) -> None:
-        super().__init__(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self.folder = folder
+        super().__init__(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self.add_task(description, total=total)
 
     def get_renderables(self) -> Iterable[RenderableType]:  # rich calls it ten times a second
-        with suppress(OSError):  # a file that gets its final name meanwhile
-            sizes = [file.stat().st_size for file in self.folder.rglob("*") if file.is_file()]
-            self.update(self.task_ids[0], completed=sum(sizes))
+        for task in self.task_ids:
+            with suppress(OSError):  # a file that gets its final name meanwhile
+                sizes = [file.stat().st_size for file in self.folder.rglob("*") if file.is_file()]
+                self.update(task, completed=sum(sizes))
         return super().get_renderables()
