@@ -82,13 +82,9 @@ class TrainerArgs(Generic[TrlConfig]):
     added_tokens: list[str] | None = None  # to add to the model's own
     packing: bool = False  # whether TRL packs several rows into one sequence
     model_ckpt: str | None = None  # only DPO starts from a checkpoint
+    start: str | None = None  # a line for the log on what DPO starts from; None for SFT
     # TRL reports these at an evaluation, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
-
-    @property
-    def start(self) -> str | None:
-        """A line for the log on the model that DPO starts from; None for SFT."""
-        return None
 
     @property
     def split_seed(self) -> int:
@@ -187,8 +183,10 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
             raise UserError("datasets is empty")
         if not (self.model_ckpt or self.model_name):
             raise UserError("give model_ckpt (the UUID of an SFT checkpoint) or model_name")
+        self.start = f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
         if self.model_ckpt:
             check_uuid(self.model_ckpt, "model_ckpt")
+            self.start = f"DPO starts from checkpoint {self.model_ckpt}"
         from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
 
         own = {name: (name, getattr(self, name)) for name in ("max_length", "precompute_ref_log_probs")}
@@ -210,12 +208,6 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
         """Keyword arguments for `tokenize_dpo_dataset`."""
         limits = {"max_prompt_length": self.max_prompt_length, "max_target_length": self.max_target_length}
         return {"max_length": self.args.max_length, **limits}
-
-    @property
-    def start(self) -> str:
-        if self.model_ckpt:
-            return f"DPO starts from checkpoint {self.model_ckpt}"
-        return f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
 
 
 Hyperparameters = TypeVar("Hyperparameters", bound="TrainerArgs[Any]")

@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,11 +27,9 @@ def open_lock(path: Path) -> FileLock:
 
 def try_to_lock(lock: FileLock) -> bool:
     """Take the lock if no other process holds it. Returns whether this process holds it now."""
-    try:
+    with suppress(Timeout):
         lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
+    return lock.is_locked
 
 
 @contextmanager

@@ -51,8 +51,7 @@ def once_per_node(distributed: core.DistributedContext, work: Callable[[], objec
             work()
         except UserError as error:
             mistake = error
-    mistake = distributed.broadcast_local(mistake)
-    if mistake is not None:
+    if mistake := distributed.broadcast_local(mistake):
         raise mistake
 
 
