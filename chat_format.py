@@ -55,7 +55,7 @@ def encode(tokenizer: Tokenizer, prompt: list[Message], answer: str | None = Non
     The answer is tokenized separately from the prompt, and so are earlier answers with our template. So no merge across
     the boundary can make the prompt of training differ from the prompt of inference. BOS, EOS and the turn markers come
     from `tokenizer.chat_template`. Without a template, as with a base model's tokenizer, the prompt is its plain text
-    and the answer is the next line. Raises `UserError` if the template renders a prompt differently once it is answered.
+    and the answer is the next line. Raises `UserError` if the template renders an answered prompt differently.
     """
     if tokenizer.chat_template is None:
         ids, stop = tokenizer(plain_text(prompt))["input_ids"], [tokenizer.eos_token_id]
@@ -132,7 +132,7 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens
     import torch
 
     old_size = len(tokenizer)
-    added = {"additional_special_tokens": special_tokens}
+    added: dict[str, Any] = {"additional_special_tokens": special_tokens}
     new = tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     if new == 0:
         return 0

@@ -82,7 +82,7 @@ class TrainerArgs(Generic[TrlConfig]):
     added_tokens: list[str] | None = None  # to add to the model's own
     packing: bool = False  # whether TRL packs several rows into one sequence
     model_ckpt: str | None = None  # only DPO starts from a checkpoint
-    start: str | None = None  # a line for the log on what DPO starts from; None for SFT
+    start: str = ""  # a line for the log on what DPO starts from; empty for SFT
     # TRL reports these at an evaluation, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 

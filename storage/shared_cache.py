@@ -17,10 +17,10 @@ from filelock import FileLock
 from errors import UserError
 from storage.locks import locked, open_lock, try_to_lock
 
+Action = Callable[[], object]  # its result is not used
 
-def make_once(
-    folder: Path, make: Callable[[Path], object], is_whole: Callable[[Path], bool], on_wait: Callable[[], object]
-) -> bool:
+
+def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[Path], bool], on_wait: Action) -> bool:
     """Have `make` fill `folder` unless it is whole already, or another process is making it just now.
 
     `on_wait` is called before a wait for that process. Returns whether this process made it. Raises `UserError` if the
@@ -43,7 +43,7 @@ def make_once(
     return True
 
 
-def once_per_node(distributed: core.DistributedContext, work: Callable[[], object]) -> None:
+def once_per_node(distributed: core.DistributedContext, work: Action) -> None:
     """Run `work` on the first rank of each node while the others wait. All ranks raise its `UserError`."""
     mistake = None
     if distributed.local_rank == 0:
@@ -57,10 +57,7 @@ def once_per_node(distributed: core.DistributedContext, work: Callable[[], objec
 
 @contextmanager
 def one_trial_at_a_time(
-    lock_file: Path,
-    distributed: core.DistributedContext,
-    on_wait: Callable[[], object],
-    while_waiting: Callable[[], object],
+    lock_file: Path, distributed: core.DistributedContext, on_wait: Action, while_waiting: Action
 ) -> Iterator[None]:
     """Let one trial in while the others that use `lock_file` wait. All ranks of a trial on one machine enter together.
 

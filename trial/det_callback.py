@@ -86,9 +86,8 @@ class DetCallback(determined.transformers.DetCallback):
             self.load_last_checkpoint(trainer.args)
         # Upstream polls for preemption only where something is logged. That may be late, and it may then stop without
         # a checkpoint. Here it sees what on_step_end saw. This can go once it polls at every step and saves.
-        self.core_context: Any = SimpleNamespace(
-            train=trial.core_context.train, preempt=SimpleNamespace(should_preempt=lambda: self.preempted)
-        )
+        preempt = SimpleNamespace(should_preempt=lambda: self.preempted)
+        self.core_context: Any = SimpleNamespace(train=trial.core_context.train, preempt=preempt)
 
     def load_last_checkpoint(self, args: TrainingArguments) -> None:
         """Download the latest checkpoint into a folder of its own and point `args.resume_from_checkpoint` at it.
@@ -113,9 +112,7 @@ class DetCallback(determined.transformers.DetCallback):
         args.resume_from_checkpoint = str(saved)
         logger.info("resuming from checkpoint %s, %s", latest, saved.name)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Make up for what was pending at the step of the checkpoint."""
         if args.resume_from_checkpoint is not None:
             self.last_save = state.global_step
@@ -160,9 +157,7 @@ class DetCallback(determined.transformers.DetCallback):
             if self.trial.core_context.distributed.local_rank == 0:
                 shutil.rmtree(_resumed_from(args), ignore_errors=True)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save what is pending, and leave evaluations to the trial's next start when preempted.
 
         Upstream gets the number of steps instead of `args`, which also tells it when training ends. From `args` it
