@@ -65,7 +65,7 @@ class DataCollator:
 
 @dataclass(config=FORBID_UNKNOWN)
 class ChatTokens:
-    """Whether the turn markers get token ids of their own, or stay text that the tokenizer splits."""
+    """Whether the turn markers get token ids of their own, or remain text that the tokenizer splits."""
 
     add_chat_tokens: bool = False  # add special_tokens to the vocabulary, with new embeddings
     special_tokens: list[str] = field(default_factory=lambda: [IM_START, IM_END])
