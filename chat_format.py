@@ -1,7 +1,6 @@
 """Turn conversations into token ids. The chat template and its special tokens are defined here and nowhere else.
 
-`encode` and `encode_conversation` render every conversation of this project: for SFT, for DPO and for inference. With
-ChatML a row is
+`encode` and `encode_conversation` render every conversation: for SFT, for DPO and for inference. With ChatML a row is
 
     <bos><|im_start|>system            \\
     Be brief.<|im_end|>                 | the prompt: exactly the tokens that inference feeds the model
@@ -10,9 +9,8 @@ ChatML a row is
     <|im_start|>assistant              /
     A drink made from leaves.<|im_end|><eos>     the completion: what the model learns to say, with both stop tokens
 
-The newline stands *before* each later turn, not after it, so nothing follows the final `<eos>`. A marker inside a
-turn's content is written with a space after its first character, so no content can end its turn, open another turn or
-end the answer.
+Each later turn begins with a newline, rather than ending with one, so nothing follows the final `<eos>`. A marker in a
+turn's content gets a space after its first character, so no content can end its turn or open another one.
 """
 
 from __future__ import annotations
@@ -25,14 +23,13 @@ from jinja2 import TemplateError
 
 from errors import UserError
 
-if TYPE_CHECKING:  # transformers and torch are slow to import, and a command needs only the constants to read a YAML
+if TYPE_CHECKING:  # slow to import, and a command needs only the constants to read a YAML
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
-# The text that every prompt ends with.
-RESPONSE_TEMPLATE = f"{IM_START}assistant\n"
+RESPONSE_TEMPLATE = f"{IM_START}assistant\n"  # every prompt ends with it
 
 # Saved with the tokenizer, so that a server that does not know this project prompts the model in the same way.
 CHAT_ML_TEMPLATE = (
@@ -53,20 +50,16 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 
 def encode(tokenizer: Tokenizer, prompt: list[Message], answer: str | None = None) -> tuple[list[int], list[int]]:
-    """Return the token ids of a prompt and the token ids of the answer to it (empty without an answer).
+    """Return the token ids of a prompt and of the answer to it (empty without an answer).
 
-    The answer is tokenized separately from the prompt; with our template, earlier answers are too. No merge across the
-    boundary can therefore make the prompt of training differ from the prompt of inference. BOS, EOS and the turn
-    markers all come from `tokenizer.chat_template`. Without a template, as with a base model's tokenizer, the prompt is
-    its plain text and the answer is the next line.
-
-    Raises `UserError` if the template renders a prompt differently once it is answered.
+    The answer is tokenized separately from the prompt, and so are earlier answers with our template. So no merge across
+    the boundary can make the prompt of training differ from the prompt of inference. BOS, EOS and the turn markers come
+    from `tokenizer.chat_template`. Without a template, as with a base model's tokenizer, the prompt is its plain text
+    and the answer is the next line. Raises `UserError` if the template renders an answered prompt differently.
     """
     if tokenizer.chat_template is None:
-        ids = tokenizer(plain_text(prompt))["input_ids"]
-        if answer is None:
-            return ids, []
-        return ids, [*_tokenize(tokenizer, "\n"), *_tokenize(tokenizer, answer), tokenizer.eos_token_id]
+        ids, stop = tokenizer(plain_text(prompt))["input_ids"], [tokenizer.eos_token_id]
+        return ids, ([] if answer is None else _tokenize(tokenizer, "\n") + _tokenize(tokenizer, answer) + stop)
     if answer is None:
         return [token for ids, _ in _segments(tokenizer, prompt, add_generation_prompt=True) for token in ids], []
     *before, (completion, is_answer) = _segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
@@ -78,8 +71,7 @@ def encode(tokenizer: Tokenizer, prompt: list[Message], answer: str | None = Non
 def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """Return the token ids of a whole conversation and a mask of the same length: True for the answers' tokens.
 
-    An answer includes its stop tokens. Its ids are those that `encode` returns for it, and so are the ids of the prompt
-    before it.
+    An answer includes its stop tokens. The ids of an answer and of the prompt before it are those of `encode`.
     """
     ids, answer_mask = [], []
     for segment, is_answer in _segments(tokenizer, messages):
@@ -89,9 +81,9 @@ def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[
 
 
 def _segments(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> Iterator[tuple[list[int], bool]]:
-    """Split a rendered conversation at its answers; yield each part's token ids and whether the part is an answer.
+    """Yield the token ids of each part of a rendered conversation, and whether the part is an answer.
 
-    With another template than ours only the last answer is a part of its own.
+    With a template other than ours, only the last answer is a part of its own.
     """
     text, position = _render(tokenizer, messages, **kwargs), 0
     if tokenizer.chat_template == CHAT_ML_TEMPLATE:
@@ -118,7 +110,7 @@ def _render(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> str
     try:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
     except TemplateError as error:
-        # Some models' own templates (gemma-2b-it's) refuse a system turn. Its text then opens the user turn.
+        # The templates of some models, such as gemma-2b-it, refuse a system turn. Its text then opens the user turn.
         if messages[0]["role"] == "system":
             system, user, *rest = messages
             merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
@@ -127,7 +119,7 @@ def _render(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> str
 
 
 def plain_text(prompt: list[Message]) -> str:
-    """Return a prompt for a model without a chat template: the turns' contents, one a line, without markers."""
+    """Return a prompt for a model without a chat template: each turn's content on a line, without markers."""
     return "\n".join(message["content"] for message in prompt)
 
 
@@ -140,9 +132,8 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens
     import torch
 
     old_size = len(tokenizer)
-    new = tokenizer.add_special_tokens(
-        {"additional_special_tokens": special_tokens}, replace_extra_special_tokens=False
-    )
+    added: dict[str, Any] = {"additional_special_tokens": special_tokens}
+    new = tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     if new == 0:
         return 0
     if len(tokenizer) > cast(int, model.get_input_embeddings().num_embeddings):
@@ -158,8 +149,8 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens
 def set_chat_format(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens: list[str] | None = None) -> None:
     """Set the tokenizer's template to ChatML and add both stop tokens to the model's generation config.
 
-    `special_tokens`, if given, first get ids and embeddings. Raises `UserError` if the tokenizer has no EOS token: a
-    model trained without one cannot learn to stop.
+    `special_tokens`, if given, first get ids and embeddings. Raises `UserError` if the tokenizer has no EOS token,
+    without which a model cannot learn to stop.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so answers would never end")
@@ -176,8 +167,7 @@ def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def generation_stops(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return keyword arguments that make `generate` stop at EOS, at the model's own stop tokens and at `<|im_end|>`,
-    whether that is one token or several."""
+    """Return arguments that make `generate` stop at EOS, at the model's own stop tokens and at any `<|im_end|>`."""
     own = model.generation_config.eos_token_id
     own = [own] if isinstance(own, int) else own or []
     ours = stop_token_ids(tokenizer)
@@ -188,10 +178,10 @@ def generation_stops(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, 
 
 
 def read_answer(tokenizer: Tokenizer, completion_ids: list[int], stops: list[int]) -> tuple[str, int, bool]:
-    """Decode a generated completion without its stop tokens and padding.
+    """Return a generated completion's text, its number of tokens, and whether it ended by itself.
 
-    Returns its text, its number of tokens, and whether it ended by itself. `stops` are the ids of stop tokens; an
-    `<|im_end|>` of several tokens ends the answer too.
+    Stop tokens and padding are left out. `stops` are the ids of stop tokens; an `<|im_end|>` of several tokens ends the
+    answer too.
     """
     end = next((n for n, token in enumerate(completion_ids) if token in (*stops, tokenizer.pad_token_id)), None)
     ids = completion_ids[:end]
@@ -203,7 +193,7 @@ def read_answer(tokenizer: Tokenizer, completion_ids: list[int], stops: list[int
 def answer_spans(tokenizer: Tokenizer, completions: list[list[int]]) -> list[tuple[int, int]]:
     """Return where (start, end) the answer's own tokens are in each completion that `encode` returned.
 
-    Left out are the stop tokens and, without a template, the line break before the answer. (A token that holds both the
+    They exclude the stop tokens and, without a template, the line break before the answer. (A token that holds both the
     end of an answer and the beginning of a stop counts as the answer's.)
     """
     # Two different answers have only their stop tokens in common, counted from the end.

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization (DPO): from a model that answers to one whose answers are preferred.
+"""Direct Preference Optimization (DPO): make a model prefer the chosen answers to the rejected ones.
 
 `det e create dpo.yaml . --config hyperparameters.model_ckpt=UUID` runs it from the SFT checkpoint of that UUID.
 """
@@ -20,7 +20,6 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
     from trial.models import load_model_and_tokenizer
 
     hparams, args = trial.hparams, trial.hparams.args
-
     rows = load_dpo_dataset(**hparams.loading)
 
     trial.status(hparams.start)

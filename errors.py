@@ -1,15 +1,17 @@
-"""Errors that are a user's mistake: one line on stderr that names the mistake, and exit status 2.
+"""A user's mistakes, on the command line too: one line on stderr that names the mistake, and exit status 2.
 
 The `log_policies` of the YAMLs match a line that begins with `error: `. The cluster then does not restart the trial.
 """
 
+import argparse
 import functools
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -35,6 +37,25 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(2)
 
     return wrapper
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The options of a command. A mistake in them is a `UserError`, and an unknown option is told its nearest one."""
+
+    def __init__(self, description: str | None, **kwargs: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        words, known = list(sys.argv[1:] if args is None else args), self._option_string_actions
+        # argparse would first report what is missing, which is often what the misspelled option should have given.
+        for word in itertools.takewhile("--".__ne__, words):
+            name = word.partition("=")[0]
+            if name.startswith("--") and " " not in name and not any(option.startswith(name) for option in known):
+                raise UserError(f"{name}: no such option{nearest(name, known)}")
+        return super().parse_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def one_line(error: object) -> str:

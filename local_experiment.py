@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.experiment import entrypoint_script, read_experiment_config
-from errors import UserError, exit_on_user_error
+from errors import CommandLine, UserError, exit_on_user_error
 
 if TYPE_CHECKING:
     from experiment.results import Experiment
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("config_file", metavar="CONFIG.yaml", help="the experiment, as for det e create")
     add("model_def", metavar="MODEL_DEF", nargs="?", default=".", help="folder the entrypoint runs in (default: .)")

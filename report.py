@@ -12,13 +12,13 @@ trial's curves, and a table. An experiment that still runs, or lost some of its 
 import argparse
 from pathlib import Path
 
-from errors import UserError, exit_on_user_error
+from errors import CommandLine, UserError, exit_on_user_error
 from storage.files import write_atomically
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument(
         "experiment", metavar="EXPERIMENT", help="a local experiment's folder, or a cluster's exp:NUMBER"
     )

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): from a pre-trained model to one that answers. `det e create sft.yaml .` runs it."""
+"""Supervised fine-tuning (SFT): turn a pre-trained model into one that answers. `det e create sft.yaml .` runs it."""
 
 from config.hyperparameters import SFTHyperparameters
 from errors import exit_on_user_error
@@ -17,7 +17,6 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     from trial.models import load_model_and_tokenizer
 
     hparams, args = trial.hparams, trial.hparams.args
-
     rows = load_sft_dataset(**hparams.loading)
 
     trial.status(f"loading {hparams.model_name}")
@@ -28,13 +27,8 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     dataset = tokenize_once(trial, tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
     suit_hardware(trial, model, dataset, pairs=False)
     trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["test"],
-        processing_class=tokenizer,
+        model=model, args=args, train_dataset=dataset["train"], eval_dataset=dataset["test"], processing_class=tokenizer
     )
-
     train_until_preempted(trainer, trial)
 
 

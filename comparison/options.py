@@ -4,13 +4,13 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field
 
 from config.validation import KeyPath, dotted, validate
-from errors import UserError, nearest, one_line
+from errors import CommandLine, UserError, nearest, one_line
 
 DEFAULT_DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")  # dpo.yaml's: their held-out rows are asked
 OUTPUT_SUFFIXES = (".html", ".csv", ".jsonl", ".md", ".json")
@@ -184,21 +184,13 @@ def parse_hyperparameters(values: dict[str, Any]) -> ComparisonOptions:
     return _make_options(values, strict=True, spell="hyperparameters.{}".format)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, as the rest of this project does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse_command_line(arguments: list[str] | None, description: str | None) -> ComparisonOptions:
     """Return the options of a command line (None: this process's). Raises `UserError`; `--help` prints `description`.
 
     The parser is made from the fields above. (HfArgumentParser takes 0.9 s to import, and knows no option that can be
     repeated; typer reads no YAML.)
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=description, formatter_class=raw, argument_default=argparse.SUPPRESS)
+    parser = CommandLine(description, argument_default=argparse.SUPPRESS)
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
@@ -216,8 +208,4 @@ def parse_command_line(arguments: list[str] | None, description: str | None) -> 
             text = f"short for --model {kind}:N={kind}:N; repeatable"
             as_model = f"{kind}:{{0}}={kind}:{{0}}".format
             group.add_argument(*names, dest="model", action="append", type=as_model, metavar="N", help=text)
-    values, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        option = unknown[0].partition("=")[0]
-        raise UserError(f"{option}: no such option{nearest(option, parser._option_string_actions)}")
-    return _make_options(vars(values), strict=False, spell=flag)
+    return _make_options(vars(parser.parse_args(arguments)), strict=False, spell=flag)

@@ -1,4 +1,4 @@
-"""Experiment YAMLs read as Determined reads them: the CLI's loader and overrides, the master's grid, the entrypoint."""
+"""Read experiment YAMLs as Determined does: the CLI's loader and overrides, the master's grid, the entrypoint."""
 
 import itertools
 import math
@@ -23,10 +23,8 @@ EXPERIMENT_KEYS = (
     "reproducibility", "resources", "retention_policy", "scheduling_unit", "searcher", "security", "slurm",
     "tensorboard_storage", "workspace",
 )  # fmt: skip
-NEEDED: Any = dict.fromkeys(("hyperparameters", "searcher"), dict)
-EXPERIMENT = create_model(
-    "Experiment", __config__=FORBID_UNKNOWN, **(dict.fromkeys(EXPERIMENT_KEYS, (Any, None)) | NEEDED)
-)
+FIELDS: Any = dict.fromkeys(EXPERIMENT_KEYS, (Any, None)) | {"hyperparameters": dict, "searcher": dict}
+EXPERIMENT = create_model("Experiment", __config__=FORBID_UNKNOWN, **FIELDS)
 # The keys of each type of hyperparameter that a search varies, beside `type`.
 RANGE = create_model("Range", __config__=FORBID_UNKNOWN, minval=float, maxval=float, count=(Count | None, None))
 SPACES = {
@@ -42,7 +40,7 @@ def read_experiment_config(path: str, overrides: Sequence[str] = ()) -> dict[str
     """Return the YAML at `path` with `--config key=value` overrides, read by the functions that `det e create` calls.
 
     They read YAML 1.2: `1e-7` is a float, where PyYAML would see text. Raises `UserError` for a file that is missing
-    or not an experiment, and for an override without `=`.
+    or not an experiment, and for an override that is not `key=value`.
     """
     try:
         config = yaml_safe_load(Path(path).read_text(encoding="utf-8"))
@@ -52,9 +50,8 @@ def read_experiment_config(path: str, overrides: Sequence[str] = ()) -> dict[str
         raise UserError(f"config {path}: not YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise UserError(f"config {path}: not a mapping of keys")
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"--config {override!r} is not key=value")
+    if wrong := [override for override in overrides if "=" not in override]:
+        raise UserError(f"--config {wrong[0]!r} is not key=value")
     try:
         config = parse_config_overrides(config, overrides)
     except Exception as error:
@@ -76,8 +73,8 @@ def entrypoint_script(config: dict[str, Any]) -> list[str]:
 def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the hyperparameters of each trial of a `single` or `grid` search, in the master's order.
 
-    The master (determined/master/pkg/searcher/grid.go) walks the keys of each level in sorted order, the last one
-    fastest. A list is a constant, a mapping with a `type` is a hyperparameter, and one without is a level of its own.
+    The master (determined/master/pkg/searcher/grid.go) sorts the keys of each level and varies the last one fastest. A
+    list is a constant, a mapping with a `type` is a hyperparameter, and one without is a level of its own.
     """
     searcher = config["searcher"].get("name", "single")
     if searcher not in ("single", "grid"):

@@ -1,8 +1,4 @@
-"""The hyperparameters of SFT and DPO experiments: what a YAML may say, checked before anything is loaded or written.
-
-`parse_hyperparameters` makes one of the classes below of the `hyperparameters` of a trial. An unknown key, a value of
-the wrong type and two keys that contradict each other raise a `UserError` that names the key.
-"""
+"""The hyperparameters of SFT and DPO experiments, checked before anything is loaded or written."""
 
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -63,14 +59,13 @@ class DataCollator:
     response_template: str = RESPONSE_TEMPLATE  # the text before each answer; ChatML's is the only choice
 
     def __post_init__(self) -> None:
-        if self.response_template != RESPONSE_TEMPLATE:
-            given = f"response_template {self.response_template!r}"
-            raise UserError(f"{given} is not what answers follow in ChatML: {RESPONSE_TEMPLATE!r}")
+        if (given := self.response_template) != RESPONSE_TEMPLATE:
+            raise UserError(f"response_template {given!r} is not what answers follow in ChatML: {RESPONSE_TEMPLATE!r}")
 
 
 @dataclass(config=FORBID_UNKNOWN)
 class ChatTokens:
-    """Whether the turn markers get token ids of their own, or stay text that the tokenizer splits."""
+    """Whether the turn markers get token ids of their own, or remain text that the tokenizer splits."""
 
     add_chat_tokens: bool = False  # add special_tokens to the vocabulary, with new embeddings
     special_tokens: list[str] = field(default_factory=lambda: [IM_START, IM_END])
@@ -80,24 +75,20 @@ TrlConfig = TypeVar("TrlConfig", "SFTConfig", "DPOConfig")
 
 
 class TrainerArgs(Generic[TrlConfig]):
-    """What the hyperparameters of both kinds of experiment have in common."""
+    """Hyperparameters that SFT and DPO experiments have in common."""
 
     args: TrlConfig  # TRL's config of the run
     training_args: dict[str, Any]  # as the YAML has them
     added_tokens: list[str] | None = None  # to add to the model's own
     packing: bool = False  # whether TRL packs several rows into one sequence
     model_ckpt: str | None = None  # only DPO starts from a checkpoint
-    # What TRL reports at an evaluation, and so what searcher.metric can be.
+    start: str = ""  # a line for the log on what DPO starts from; empty for SFT
+    # TRL reports these at an evaluation, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
     @property
-    def start(self) -> str | None:
-        """What DPO starts from, in a line for the log; None for SFT."""
-        return None
-
-    @property
     def split_seed(self) -> int:
-        """Seed for the samples and the held-out 20%; not `seed`, so trials that differ in that share their rows."""
+        """Seed for the samples and the held-out 20%. It is not `seed`, so trials that differ in `seed` share rows."""
         return DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
 
     @property
@@ -105,15 +96,13 @@ class TrainerArgs(Generic[TrlConfig]):
         """What the YAML says about activation checkpointing, or about FSDP's own; None if it says nothing."""
         from config.training_args import sets_fsdp_checkpointing
 
-        names = ("activation_checkpointing", "gradient_checkpointing")
-        by_fsdp = self.args.fsdp and sets_fsdp_checkpointing(self.training_args)
-        if by_fsdp or any(name in self.training_args for name in names):
-            return self.args.activation_checkpointing
-        return None
+        said = {"activation_checkpointing", "gradient_checkpointing"} & self.training_args.keys()
+        said_for_fsdp = self.args.fsdp and sets_fsdp_checkpointing(self.training_args)
+        return self.args.activation_checkpointing if said or said_for_fsdp else None
 
     @property
     def model_init_kwargs(self) -> dict[str, Any]:
-        """For `from_pretrained`: TRL would ignore them where, as here, the model is built before the trainer."""
+        """Keyword arguments for `from_pretrained`. TRL ignores them here, as the model is built before the trainer."""
         given: Any = self.args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
         return {**given, "trust_remote_code": self.args.trust_remote_code}
 
@@ -134,13 +123,13 @@ class SFTHyperparameters(TrainerArgs["SFTConfig"]):
     training_args: dict[str, Any] = field(default_factory=dict)  # keys of TRL's SFTConfig
 
     def __post_init__(self) -> None:
-        from config.training_args import build_sft_config  # torch and TRL: only once everything else is right
-
         if not self.dataset_subsets:
             raise UserError("dataset_subsets is empty; for all rows of the data set write [{ratio: 1.0}]")
         if self.streaming and any(share.number_of_samples is None for share in self.dataset_subsets):
             example = "[{number_of_samples: 1000}]; a ratio needs all rows downloaded (streaming: false)"
             raise UserError(f"streaming: true needs a number_of_samples for each of dataset_subsets, as in {example}")
+        from config.training_args import build_sft_config  # torch and TRL: only once everything else is right
+
         self.args = build_sft_config(self.training_args, {"max_length": ("max_seq_length", self.max_seq_length)})
         self.packing = self.args.packing
         self.added_tokens = self.chat_tokens.special_tokens if self.chat_tokens.add_chat_tokens else None
@@ -190,20 +179,18 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
     training_args: dict[str, Any] = field(default_factory=dict)  # keys of TRL's DPOConfig
 
     def __post_init__(self) -> None:
-        from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
-
         if not self.datasets:
             raise UserError("datasets is empty")
         if not (self.model_ckpt or self.model_name):
             raise UserError("give model_ckpt (the UUID of an SFT checkpoint) or model_name")
+        self.start = f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
         if self.model_ckpt:
             check_uuid(self.model_ckpt, "model_ckpt")
-        own = {
-            "beta": ("dpo_beta", self.dpo_beta),
-            "loss_type": ("dpo_loss", self.dpo_loss),
-            "max_length": ("max_length", self.max_length),
-            "precompute_ref_log_probs": ("precompute_ref_log_probs", self.precompute_ref_log_probs),
-        }
+            self.start = f"DPO starts from checkpoint {self.model_ckpt}"
+        from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
+
+        own = {name: (name, getattr(self, name)) for name in ("max_length", "precompute_ref_log_probs")}
+        own |= {"beta": ("dpo_beta", self.dpo_beta), "loss_type": ("dpo_loss", self.dpo_loss)}
         self.args = build_dpo_config(self.training_args, own)
 
     @property
@@ -219,21 +206,18 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
     @property
     def tokenizing(self) -> dict[str, Any]:
         """Keyword arguments for `tokenize_dpo_dataset`."""
-        names = ("max_prompt_length", "max_target_length")
-        return {"max_length": self.args.max_length, **{name: getattr(self, name) for name in names}}
-
-    @property
-    def start(self) -> str:
-        if self.model_ckpt:
-            return f"DPO starts from checkpoint {self.model_ckpt}"
-        return f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
+        limits = {"max_prompt_length": self.max_prompt_length, "max_target_length": self.max_target_length}
+        return {"max_length": self.args.max_length, **limits}
 
 
 Hyperparameters = TypeVar("Hyperparameters", bound="TrainerArgs[Any]")
 
 
 def parse_hyperparameters(cls: type[Hyperparameters], values: dict[str, Any]) -> Hyperparameters:
-    """Return the `hyperparameters` of a trial as a `cls`. Raises `UserError` that names the key that is wrong."""
+    """Return the `hyperparameters` of a trial as a `cls`.
+
+    Raises `UserError`, which names the key, for an unknown one, a value of the wrong type and a contradiction.
+    """
     return validate(cls, values, "hyperparameters")
 
 

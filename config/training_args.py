@@ -1,4 +1,4 @@
-"""Build TRL's config of a run from the `training_args` of a YAML: every key is known, and has the right type."""
+"""Build TRL's config of a run from the `training_args` of a YAML, whose keys and types are checked."""
 
 import dataclasses
 import functools
@@ -57,26 +57,26 @@ OwnKeys = dict[str, tuple[str, Any]]  # TRL's name: the key of ours that sets it
 
 
 def build_sft_config(training_args: dict[str, Any], own: OwnKeys) -> SFTConfig:
-    """Return the SFTConfig that `training_args` and our own keys describe. Raises `UserError` for what is wrong."""
+    """Return the SFTConfig of `training_args` and of our own keys. Raises `UserError` for what is wrong in them."""
     args = build_training_args(SFTConfig, check_training_args(SFTConfig, training_args, own, REFUSED_BY_SFT))
     if args.packing and args.max_length is None:
         raise UserError("training_args.packing needs max_seq_length, the length of a pack")
     if args.packing and args.packing_strategy != "bfd" and args.eval_packing is False:
         # TRL would cut the evaluation's rows itself, without a warning.
-        strategy = f"training_args.packing_strategy {args.packing_strategy!r}"
+        reason = "splits long rows, which eval_packing: false would have to cut"
         remedy = "leave eval_packing out, or use packing_strategy: bfd"
-        raise UserError(f"{strategy} splits long rows, which eval_packing: false would have to cut; {remedy}")
+        raise UserError(f"training_args.packing_strategy {args.packing_strategy!r} {reason}; {remedy}")
     return args
 
 
 def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
-    """Return the DPOConfig that `training_args` and our own keys describe. Raises `UserError` for what is wrong."""
+    """Return the DPOConfig of `training_args` and of our own keys. Raises `UserError` for what is wrong in them."""
     values = check_training_args(DPOConfig, training_args, own, REFUSED_BY_DPO)
     args = build_training_args(DPOConfig, resolve_dpo_loss(values))
     machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if args.precompute_ref_log_probs and machines > 1:
-        # TRL 1.16 writes them beside the dataset's file on the first machine, and reads them there on all. This can go
-        # once it gathers them.
+        # TRL 1.16 writes them to the first machine's disk and reads them there on every one. This can go once it
+        # gathers them.
         raise UserError(f"precompute_ref_log_probs: true needs a trial on one machine; this one runs on {machines}")
     return args
 
@@ -89,11 +89,12 @@ def check_training_args(
         raise UserError(f"training_args.{name} has no effect here: {refused[name]}")
     model = _model_of(cls)  # type: ignore[arg-type]  # mypy takes a dataclass's own hash for its class's
     checked = validate(model, training_args, "training_args")
+    values = {name: getattr(checked, name) for name in training_args}
     for name, (key, value) in own.items():
         if name in training_args and value is not None:
             raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
-    ours = {name: value for name, (_, value) in own.items() if value is not None}
-    return {name: getattr(checked, name) for name in training_args} | ours
+        values |= {} if value is None else {name: value}
+    return values
 
 
 @functools.cache
@@ -121,7 +122,7 @@ def _narrow(hint: Any) -> Any:
 
 
 def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
-    """Return `training_args` with a `loss_type` that TRL computes as asked. Raises `UserError` where it cannot.
+    """Return `training_args` with a `loss_type` for TRL. Raises `UserError` for a loss that it cannot compute.
 
     Two published names are no longer TRL's. `cdpo` (Mitchell 2023, "A note on DPO with noisy preferences") is
     (1 - e) A + e B with A = -logsigmoid(beta h), B = -logsigmoid(-beta h) and e the label smoothing. TRL's `robust`
@@ -154,7 +155,7 @@ def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
-    """Return a `cls`, TRL's config of a run, of checked `values` and of defaults that suit the hardware.
+    """Return TRL's config of a run, of checked `values` and of defaults that suit the hardware.
 
     Precision: weights, gradients and AdamW's state are always float32. At the learning rates of DPO a step is smaller
     than the spacing of bf16 numbers (1e-4 near 0.02), so plain bf16 weights would never move. Where the hardware has
@@ -168,17 +169,17 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
         if old in values:
             values.setdefault(old.replace("gradient", "activation"), values.pop(old))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if values.get("fsdp") and processes > 1 and not torch.accelerator.is_available():
-        logger.info("training_args.fsdp: accelerate ignores it on CPUs, where every process keeps a whole model")
     if values.get("fsdp") and processes == 1:
         logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
         values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
-    # TRL's own default under its new name, which the library refuses beside FSDP's. speed/hardware.py decides.
+    elif values.get("fsdp") and not torch.accelerator.is_available():
+        logger.info("training_args.fsdp: accelerate ignores it on CPUs, where every process keeps a whole model")
+    # TRL's default under its new name, which the library refuses beside FSDP's own. speed/hardware.py decides.
     values.setdefault("activation_checkpointing", not sets_fsdp_checkpointing(values))
     if not values.get("fp16"):
         values.setdefault("bf16", has_bf16(bool(values.get("use_cpu"))))
     if not torch.cuda.is_available():
-        # Without it the library refuses bf16 on a machine without a GPU, though its CPU may have it.
+        # Otherwise the library refuses bf16 on a machine without a GPU, though its CPU may have it.
         values.setdefault("use_cpu", not torch.backends.mps.is_available())
     try:
         args = cls(**values)
@@ -193,8 +194,8 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise UserError(f"{key} {dtype!r} is not a dtype of torch")
         if dtype != "float32":
-            reason = "weights stay float32, or small learning rates would not move them"
-            raise UserError(f"{key} {dtype!r}: {reason}; for autocast set training_args.bf16 or .fp16")
+            remedy = "for autocast set training_args.bf16 or .fp16"
+            raise UserError(f"{key} {dtype!r}: weights stay float32, or small steps would not move them; {remedy}")
     return args
 
 

@@ -1,4 +1,4 @@
-"""Check values from a YAML, from JSON or from a command line with pydantic, and word a mistake in one line."""
+"""Check values from a YAML, from JSON or from a command line with pydantic, and report a mistake in one line."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ _adapter = functools.cache(TypeAdapter)
 
 
 def check_uuid(value: str, key: str) -> None:
-    """Raise `UserError` unless `value` is a UUID: Determined's storage would take `""` for the whole store."""
+    """Raise `UserError` unless `value` is a UUID: to Determined's storage, `""` would mean the whole store."""
     if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value, re.IGNORECASE):
         raise UserError(f"{key} {value!r} is not a checkpoint UUID (32 hexadecimal digits as 8-4-4-4-12)")
 
@@ -60,16 +60,15 @@ def validate(
         key: The name of `value`. A part of it is named as in `key.part[0]`, or as `name_key` names its path.
         strict: Accept values of the right type only, as YAML and JSON have them: a whole number is also a number, and
             an enum's value stands for its member. Otherwise text is converted, as for a command line.
-        noun: What an unknown key is said not to be.
+        noun: What an unknown key fails to be, as in "x is not a hyperparameter".
 
-    Raises:
-        UserError: The first mistake, in one line that names its key.
+    Raises `UserError` for the first mistake, in one line that names its key.
     """
     adapter = _adapter(type_)
     try:
         try:
             text = json.dumps(value)
-        except TypeError:  # it holds something that JSON cannot express, such as a date: no field accepts one
+        except TypeError:  # it holds something that JSON cannot express, such as a date
             return adapter.validate_python(value)
         return adapter.validate_json(text, strict=strict)
     except ValidationError as error:

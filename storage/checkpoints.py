@@ -1,4 +1,4 @@
-"""Checkpoints by UUID: Determined's storage on a cluster, and the folder that stands in for it on this machine."""
+"""Checkpoints by UUID: in Determined's storage on a cluster, and in a folder instead of it on this machine."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from errors import PassingError, UserError
 from storage.files import BUNDLE
 from storage.shared_cache import make_once, once_per_node
 
-# What a model folder needs to load: weights, configuration, tokenizer and chat template. The rest of a checkpoint
+# The files from which a model loads: weights, configuration, tokenizer and chat template. The rest of a checkpoint
 # (optimizer.pt, rng_state.pth, training_args.bin) is large, or a pickle that could run code, or both.
 MODEL_FILES = (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
@@ -26,31 +26,29 @@ MODEL_FILES = (
 def local_checkpoint_storage() -> Path:
     """Return the folder in which local runs keep their checkpoints, as `<uuid>/checkpoint-<step>/`.
 
-    There is one for all experiments, as on a cluster. The environment variable LOCAL_CHECKPOINT_STORAGE moves it, to a
-    larger disk for instance.
+    All experiments share it, as on a cluster. The environment variable LOCAL_CHECKPOINT_STORAGE moves it.
     """
     return Path(os.environ.get("LOCAL_CHECKPOINT_STORAGE", BUNDLE / "local_runs" / "checkpoints")).resolve()
 
 
 def is_model_file(path: str) -> bool:
-    """Return whether `path` within a checkpoint belongs to the model. Downloads of models use it as their selector."""
+    """Return whether `path` within a checkpoint belongs to the model; a selector for downloads."""
     return any(fnmatch(Path(path).name, pattern) for pattern in MODEL_FILES)
 
 
 def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
     """Download the model files of a checkpoint and return the folder that `from_pretrained` loads.
 
-    The files are kept under $HF_HOME/determined/<uuid>, beside the hub's downloads, so the trials of a grid that share
-    that folder download them once. Every rank may call this; one rank a node downloads. Raises `UserError` for an id
-    that is not a UUID, an unknown one and a checkpoint without weights.
+    They are kept under $HF_HOME/determined/<uuid>, so the trials of a grid that share that folder download them once.
+    Call it on every rank; one rank of each node downloads. Raises `UserError` for an id that is not a UUID, an unknown
+    one and a checkpoint without weights.
     """
     check_uuid(ckpt_uuid, "model_ckpt")
 
     def download(folder: Path) -> None:
         try:
-            core_context.checkpoint.download(
-                ckpt_uuid, folder, download_mode=core.DownloadMode.NoSharedDownload, selector=is_model_file
-            )
+            mode = core.DownloadMode.NoSharedDownload
+            core_context.checkpoint.download(ckpt_uuid, folder, download_mode=mode, selector=is_model_file)
         except CheckpointNotFound:
             raise PassingError(f"model_ckpt {ckpt_uuid}: no such checkpoint in the storage") from None
 
@@ -59,7 +57,7 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
 
 
 def agent_cache() -> Path:
-    """Return where a machine keeps what its trials need not download or make again: beside the hub's downloads."""
+    """Return the folder for what trials of this machine share, beside the hub's downloads."""
     return Path(HF_HOME) / "determined"
 
 
@@ -71,7 +69,7 @@ def cached_checkpoint(ckpt_uuid: str) -> Path:
 def fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:
     """Have `fetch` fill the checkpoint's folder, unless it is there or another process is fetching it just now.
 
-    Raises `UserError` where the checkpoint holds no weights, and whatever `fetch` raises.
+    Raises `UserError` if the checkpoint holds no weights.
     """
 
     def make(scratch: Path) -> None:
@@ -92,13 +90,12 @@ def local_checkpoint(ckpt_uuid: str, key: str) -> Path:
 
 
 def has_weights(folder: Path) -> bool:
-    """Return whether a checkpoint's folder holds weights of a model."""
-    return next(folder.rglob("*.safetensors"), None) is not None
+    """Return whether a checkpoint's folder holds a model's weights."""
+    return any(folder.rglob("*.safetensors"))
 
 
 def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt") -> Path:
     """Return the folder within a checkpoint that holds its model. Raises `UserError` if none does."""
-    weights = sorted(checkpoint.rglob("*.safetensors"))
-    if not weights:
+    if not has_weights(checkpoint):
         raise UserError(f"{key} {ckpt_uuid}: the checkpoint holds no model weights (*.safetensors)")
-    return weights[0].parent
+    return min(checkpoint.rglob("*.safetensors")).parent

@@ -1,8 +1,7 @@
-"""Checkpoints that a cluster's master is asked for, from any machine: `exp:12`, `trial:34` and `ckpt:UUID`."""
+"""Find and download checkpoints of a cluster from any machine: `exp:12`, `trial:34` and `ckpt:UUID`."""
 
 import tarfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
@@ -11,6 +10,7 @@ import determined as det
 from determined.common import api, storage
 from determined.common.constants import SHARED_FS_CONTAINER_PATH
 from determined.experimental import Determined, client
+from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from urllib3.exceptions import HTTPError
 
@@ -27,7 +27,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
 
     `source` is `exp:12` or `trial:34`, for the best checkpoint by the experiment's searcher metric, or `ckpt:UUID`.
     Only the model files are downloaded, once, to where `download_ckpt` keeps them. Raises `UserError` if there is no
-    such checkpoint or no master to ask.
+    such checkpoint or no master.
     """
     kind, _, name = source.partition(":")
     if kind == "ckpt":
@@ -51,7 +51,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
 
 @contextmanager
 def one_line_cluster_errors(what: str, kind: str) -> Iterator[None]:
-    """Turn what the SDK raises, without a master or where it refuses, into a `UserError` about `what`, of a `kind`."""
+    """Turn the SDK's errors, such as a missing or refusing master, into a `UserError` about `what`, a `kind`."""
     master = api.get_default_master_url()
     try:
         master = api.canonicalize_master_url(master)
@@ -70,15 +70,12 @@ def one_line_cluster_errors(what: str, kind: str) -> Iterator[None]:
 
 
 def _find_checkpoint(kind: str, name: str) -> client.Checkpoint | None:
-    """Return the checkpoint that a source names; None for an experiment or a trial of which none can be ranked.
-
-    Raises what the SDK raises: see `one_line_cluster_errors`.
-    """
+    """Return the checkpoint that a source names, the best one of an experiment or trial; None if none can be ranked."""
     cluster = Determined()
     if kind == "ckpt":
         return cluster.get_checkpoint(name)
     owner = cluster.get_experiment(int(name)) if kind == "exp" else cluster.get_trial(int(name))
-    # Without a sort key the API sorts by the searcher's metric, the best first.
+    # Without a sort key the API sorts by the searcher's metric, with the best first.
     return next(filter(_can_be_ranked, owner.list_checkpoints()), None)
 
 
@@ -95,59 +92,49 @@ def _download(checkpoint: client.Checkpoint, folder: Path, key: str) -> None:
     """Download the model files from the storage, or through the master if this machine cannot reach the storage.
 
     The SDK's own `download` has no selector: it would download the optimizer's state too, twice the model's size.
-    Raises `UserError` if neither works.
     """
-    wanted = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name)}
-    with _show_download(f"checkpoint {checkpoint.uuid}", folder, sum(wanted.values())):
+    sizes = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name)}
+    with _DownloadProgress(f"checkpoint {checkpoint.uuid}", folder, sum(sizes.values())):
         try:
             if checkpoint.training is None:
                 raise LookupError("its experiment is not known")
             # In a container a shared file system is mounted in a place of its own.
             mounted = SHARED_FS_CONTAINER_PATH if det.get_cluster_info() else None
             config = checkpoint.training.experiment_config["checkpoint_storage"]
-            manager = storage.build(config, container_path=mounted)
-            manager.download(checkpoint.uuid, str(folder), selector=is_model_file)
+            storage.build(config, mounted).download(checkpoint.uuid, str(folder), selector=is_model_file)
         except Exception as from_storage:  # each kind of storage raises its own
             try:
-                _download_through_master(checkpoint, folder, set(wanted))
+                _download_through_master(checkpoint, folder, set(sizes))
             except (api.errors.BadRequestException, OSError, tarfile.TarError, HTTPError) as error:
                 reasons = f"{one_line(error)} (and from its storage: {one_line(from_storage)})"
                 raise UserError(f"{key}: checkpoint {checkpoint.uuid} cannot be downloaded: {reasons}") from error
 
 
-def _download_through_master(checkpoint: client.Checkpoint, folder: Path, wanted: set[str]) -> None:
-    """Read the archive that the master makes of the checkpoint, up to the last of the `wanted` files."""
-    response = checkpoint._session.get(
-        f"/checkpoints/{checkpoint.uuid}", headers={"Accept": "application/gzip"}, stream=True
-    )
+def _download_through_master(checkpoint: client.Checkpoint, folder: Path, missing: set[str]) -> None:
+    """Extract the `missing` files from the archive that the master makes of the checkpoint; stop after the last one."""
+    url, headers = f"/checkpoints/{checkpoint.uuid}", {"Accept": "application/gzip"}
+    response = checkpoint._session.get(url, headers=headers, stream=True)
     with response, tarfile.open(fileobj=response.raw, mode="r|*") as archive:
         for member in archive:
             name = member.name.removeprefix("./")
-            if name in wanted:
+            if name in missing:
                 archive.extract(member, folder, filter="data")
-                wanted.remove(name)
-            if not wanted:
+                missing.remove(name)
+            if not missing:
                 return
 
 
-@contextmanager
-def _show_download(description: str, folder: Path, total: int) -> Iterator[None]:
-    """Show a progress bar while the files in `folder` grow to `total` bytes."""
-    done = threading.Event()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(description, total=total)
+class _DownloadProgress(Progress):
+    """A progress bar that follows the files in `folder` while they grow to `total` bytes."""
 
-        def watch() -> None:
-            while not done.wait(timeout=0.2):
-                with suppress(OSError):  # a file that gets its final name meanwhile
-                    progress.update(task, completed=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+    def __init__(self, description: str, folder: Path, total: int) -> None:
+        self.folder = folder
+        super().__init__(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self.add_task(description, total=total)
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()
-        progress.update(task, completed=total)
+    def get_renderables(self) -> Iterable[RenderableType]:  # rich calls it ten times a second
+        for task in self.task_ids:
+            with suppress(OSError):  # a file that gets its final name meanwhile
+                sizes = [file.stat().st_size for file in self.folder.rglob("*") if file.is_file()]
+                self.update(task, completed=sum(sizes))
+        return super().get_renderables()

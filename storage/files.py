@@ -11,7 +11,7 @@ BUNDLE = Path(__file__).resolve().parent.parent  # the project's own folder, whe
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a restart after a kill, finds either the old text or the new one."""
+    """Write a text file so that a reader, even after a kill, finds either the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -29,7 +29,7 @@ def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read the whole lines of a JSON Lines file and skip one that a kill cut short. Returns [] if there is no file."""
+    """Return the rows of a JSON Lines file without a line that a kill cut short; [] if there is no file."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Fingerprints of what a cached result depends on: rows, a tokenizer, options, and the libraries' releases."""
+"""Hash what a cached result depends on: rows, a tokenizer, options, and the libraries' releases."""
 
 import hashlib
 import tempfile
@@ -21,7 +21,7 @@ def fingerprint(*parts: Any) -> str:
 def hash_rows(dataset: Dataset) -> str:
     """Return the SHA-256 of a data set's columns and rows, in their order.
 
-    (The fingerprint that `datasets` keeps is of the steps that led to the rows. Some of these change no row.)
+    (The fingerprint that `datasets` keeps is of the steps that led to the rows; some steps change no row.)
     """
     table = dataset.with_format("arrow")[:].select(sorted(dataset.column_names)).replace_schema_metadata()
     written = pa.BufferOutputStream()

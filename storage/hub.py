@@ -1,4 +1,4 @@
-"""Names that may be a local path or a hub id, and the hub's libraries while they look one up."""
+"""Tell local paths from hub ids, and keep the hub's libraries quiet while they look one up."""
 
 import logging
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ def looks_like_path(name: str) -> bool:
 
 @contextmanager
 def quiet_lookup() -> Iterator[None]:
-    """Keep the libraries' own messages on failures and retries from stderr: the caller says it in one line."""
-    from datasets.utils import logging as datasets_logging  # it takes seconds
+    """Keep the libraries' messages on failures and retries from stderr: the caller reports them in one line."""
+    from datasets.utils import logging as datasets_logging  # takes seconds
     from huggingface_hub.utils import logging as hub_logging
 
     verbosity, hub_verbosity = datasets_logging.get_verbosity(), hub_logging.get_verbosity()

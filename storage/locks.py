@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,7 +16,7 @@ from errors import UserError
 
 
 def open_lock(path: Path) -> FileLock:
-    """Return the lock whose file is `path`, not yet held. Raises `UserError` where the file cannot be made."""
+    """Return the lock whose file is `path`, not yet held. Raises `UserError` if the file cannot be made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -27,40 +27,36 @@ def open_lock(path: Path) -> FileLock:
 
 def try_to_lock(lock: FileLock) -> bool:
     """Take the lock if no other process holds it. Returns whether this process holds it now."""
-    try:
+    with suppress(Timeout):
         lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
+    return lock.is_locked
 
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
     """Hold the lock `path`. `on_wait` is called once if another process has to release it first."""
     lock = open_lock(path)
-    if not try_to_lock(lock):
-        on_wait()
-        lock.acquire()
     try:
+        acquired = lock.acquire(blocking=False)
+    except Timeout:
+        on_wait()
+        acquired = lock.acquire()
+    with acquired:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def only_writer(folder: Path, patience: float = 0) -> Iterator[None]:
     """Be the only process of this user and machine that writes to `folder`.
 
-    The lock's file is elsewhere: a run that finds a mistake should leave nothing there, not even the folder. Raises
-    `UserError` if another process still writes there after `patience` seconds.
+    The lock's file is elsewhere, so that a run that finds a mistake leaves nothing in `folder`, nor the folder itself.
+    Raises `UserError` if another process still writes there after `patience` seconds.
     """
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     lock = open_lock(Path(tempfile.gettempdir()) / f"determined-locks-{os.getuid()}" / name)
     try:
-        lock.acquire(timeout=patience)
+        acquired = lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"{folder}: another process is at work there") from None
-    try:
+    with acquired:
         yield
-    finally:
-        lock.release()

@@ -1,8 +1,8 @@
-"""What trials make once and then find: tokenized data, reference log-probs, the checkpoint they start from.
+"""Make once what trials share: tokenized data, reference log-probs, the checkpoint they start from.
 
 Trials may run beside each other on one disk. So a result appears whole or not at all, one process makes it while the
-others that need it wait, and it is found again by a fingerprint of all that it depends on. If the process that makes
-it dies, its lock goes with it and the next process in line makes it.
+others wait, and it is found again by a fingerprint of all that it depends on. If the process that makes it dies, its
+lock goes with it and the next process makes it.
 """
 
 import shutil
@@ -17,14 +17,14 @@ from filelock import FileLock
 from errors import UserError
 from storage.locks import locked, open_lock, try_to_lock
 
+Action = Callable[[], object]  # its result is not used
 
-def make_once(
-    folder: Path, make: Callable[[Path], object], is_whole: Callable[[Path], bool], on_wait: Callable[[], object]
-) -> bool:
+
+def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[Path], bool], on_wait: Action) -> bool:
     """Have `make` fill `folder` unless it is whole already, or another process is making it just now.
 
-    `on_wait` is called before waiting for that other process. Returns whether this process had to make it. Raises
-    `UserError` where the folder cannot be made.
+    `on_wait` is called before a wait for that process. Returns whether this process made it. Raises `UserError` if the
+    folder cannot be made.
     """
     if is_whole(folder):
         return False
@@ -32,7 +32,7 @@ def make_once(
     with locked(folder.with_name(f"{folder.name}.lock"), on_wait):
         if is_whole(folder):
             return False
-        for leftover in (scratch, folder):  # of a process that was killed, or of a cleaner of old files
+        for leftover in (scratch, folder):  # left by a process that was killed, or by a cleaner of old files
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             make(scratch)
@@ -43,7 +43,7 @@ def make_once(
     return True
 
 
-def once_per_node(distributed: core.DistributedContext, work: Callable[[], object]) -> None:
+def once_per_node(distributed: core.DistributedContext, work: Action) -> None:
     """Run `work` on the first rank of each node while the others wait. All ranks raise its `UserError`."""
     mistake = None
     if distributed.local_rank == 0:
@@ -51,21 +51,17 @@ def once_per_node(distributed: core.DistributedContext, work: Callable[[], objec
             work()
         except UserError as error:
             mistake = error
-    mistake = distributed.broadcast_local(mistake)
-    if mistake is not None:
+    if mistake := distributed.broadcast_local(mistake):
         raise mistake
 
 
 @contextmanager
 def one_trial_at_a_time(
-    lock_file: Path,
-    distributed: core.DistributedContext,
-    on_wait: Callable[[], object],
-    while_waiting: Callable[[], object],
+    lock_file: Path, distributed: core.DistributedContext, on_wait: Action, while_waiting: Action
 ) -> Iterator[None]:
     """Let one trial in while the others that use `lock_file` wait. All ranks of a trial on one machine enter together.
 
-    A trial that has to wait calls `on_wait` once, and `while_waiting` again and again: it may raise, to end the wait.
+    A trial that has to wait calls `on_wait` once, and `while_waiting` again and again: it may raise to end the wait.
     """
     locks: list[FileLock] = []
     once_per_node(distributed, lambda: locks.append(open_lock(lock_file)))
@@ -73,7 +69,7 @@ def one_trial_at_a_time(
     while not distributed.broadcast(try_to_lock(locks[0]) if distributed.rank == 0 else None):
         if not waiting:
             on_wait()
-            waiting = True
+        waiting = True
         while_waiting()
         time.sleep(0.2)
     try:

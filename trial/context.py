@@ -1,4 +1,4 @@
-"""What a trial is given: its hyperparameters and its Core API context, on a Determined cluster and off it."""
+"""Open a trial on a Determined cluster or off it: its hyperparameters, its Core API context and its cache."""
 
 import argparse
 import contextlib
@@ -19,12 +19,11 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from errors import UserError
+from errors import CommandLine, UserError
 from storage.checkpoints import agent_cache, local_checkpoint_storage
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
-from trial.events import read_events
-from trial.local import LocalCheckpointContext, LocalTrainContext
+from trial.events import LocalCheckpointContext, LocalTrainContext, read_events
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +47,26 @@ class Trial(Generic[Hyperparameters]):
             self.core_context.train.set_status(text)
 
     def should_preempt(self) -> bool:
-        """Return whether the cluster wants its slots back. Every rank asks, in step with the others.
+        """Return whether the cluster needs the trial's slots. Call it on every rank, in step with the others.
 
-        Once the answer was yes, the cluster starts the trial again when there is room, however this process ends.
+        After a True the cluster starts the trial again when there is room, however this process ends.
         """
         return self.core_context.preempt.should_preempt()
 
     def stop_if_preempted(self) -> None:
-        """End the trial here if the cluster wants its slots back. For where there is nothing to save."""
+        """End the trial here if the cluster needs its slots. Call it where there is nothing to save."""
         if self.should_preempt():
             logger.info("preempted, with nothing new to save")
             raise TrialStopped
 
 
 class TrialStopped(Exception):
-    """Ends a trial early, in good order, from within the libraries' loops. `open_trial` catches it."""
+    """Ends a trial early and in good order from within a library's loop. `open_trial` catches it."""
 
 
 @contextmanager
 def open_trial(cls: type[Hyperparameters], default_config: str, description: str) -> Iterator[Trial[Hyperparameters]]:
-    """Open the trial that this process runs: the cluster's, or that of the YAML and folder on the command line."""
+    """Open the trial of this process: the cluster's, or the one that the command line names by a YAML and a folder."""
     info = det.get_cluster_info()
     on_cluster = info is not None and info.task_type == "TRIAL"
     arguments = None if on_cluster else _parse_arguments(default_config, description)
@@ -83,7 +82,7 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
     with opened as trial:
         with contextlib.suppress(TrialStopped):
             yield trial
-        # Core API's sockets drop, once closed, what the first rank has just sent. The others would wait for ever.
+        # When Core API closes its sockets, it drops what the first rank has just sent; the others would wait for ever.
         trial.hparams.args.distributed_state.wait_for_everyone()
 
 
@@ -95,8 +94,7 @@ def _open_on_cluster(
     hparams = parse_hyperparameters(cls, info.trial.hparams)
     metric = info.trial._config["searcher"]["metric"]
     check_searcher_metric(cls, metric)
-    slots = len(info.slot_ids) * len(info.container_addrs)
-    if distributed is None and slots > 1:
+    if distributed is None and (slots := len(info.slot_ids) * len(info.container_addrs)) > 1:
         launcher = "python -m determined.launch.torch_distributed"
         raise UserError(f"the trial has {slots} slots and one process: begin the YAML's entrypoint with {launcher}")
     # Metrics go to the Web UI. AUTO would import tensorboard, which nothing here needs.
@@ -110,42 +108,33 @@ def _open_locally(
     cls: type[Hyperparameters], arguments: argparse.Namespace, distributed: core.DistributedContext | None
 ) -> Iterator[Trial[Hyperparameters]]:
     config = read_experiment_config(arguments.config)
-    trials = expand_trials(config)
-    if len(trials) > 1:
+    values, *others = expand_trials(config)
+    if others:
         command = f"python local_experiment.py {arguments.config}"
-        raise UserError(f"{arguments.config} is a search of {len(trials)} trials; run {command}")
+        raise UserError(f"{arguments.config} is a search of {1 + len(others)} trials; run {command}")
     hide_progress_bars_in_logs()
-    hparams = parse_hyperparameters(cls, trials[0])
-    output, storage = Path(arguments.output), local_checkpoint_storage()
-    events = output / "events.jsonl"
+    hparams = parse_hyperparameters(cls, values)
+    metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
+    cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
     hparams.args.output_dir = str(output / "trainer")
     with contextlib.ExitStack() as stack:
-        # A trial whose local_experiment.py was killed lives on for some milliseconds. The one started again waits.
+        # A trial whose local_experiment.py was killed lives on for some milliseconds; its successor waits for it.
         lock = only_writer(output, patience=30 if multiprocessing.parent_process() else 0)
         once_per_node(distributed or core.DummyDistributedContext(), lambda: stack.enter_context(lock))
-        earlier = read_events(events)
-        as_written = json.loads(json.dumps(trials[0]))
+        earlier, as_written = read_events(events), json.loads(json.dumps(values))
         if any(event["kind"] == "hparams" and event["hparams"] != as_written for event in earlier):
             raise UserError(f"{output} holds a trial with other hyperparameters; remove it, or choose another --output")
-        checkpoints = [event["uuid"] for event in earlier if event["kind"] == "checkpoint"]
+        latest = next((event["uuid"] for event in reversed(earlier) if event["kind"] == "checkpoint"), None)
         core_context = stack.enter_context(core.init(distributed=distributed, checkpoint_storage=str(storage)))
-        core_context.train = LocalTrainContext(events, trials[0])
+        core_context.train = LocalTrainContext(events, values)
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, events)
-        yield Trial(
-            hparams,
-            core_context,
-            arguments.trial_id,
-            searcher_metric=config["searcher"].get("metric"),
-            latest_checkpoint=checkpoints[-1] if checkpoints else None,
-            cache=Path(arguments.cache or output / "cache"),
-            on_cluster=False,
-        )
+        yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, on_cluster=False)
         if core_context.distributed.local_rank == 0:  # every checkpoint in it is in the storage by now
             shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
 
 
 def hide_progress_bars_in_logs() -> None:
-    """Have the libraries show progress bars on a terminal only: bars that redraw themselves would fill a log file."""
+    """Hide the libraries' progress bars unless stderr is a terminal: bars that redraw themselves would fill a log."""
     if not sys.stderr.isatty():
         import datasets
         import transformers
@@ -156,19 +145,12 @@ def hide_progress_bars_in_logs() -> None:
 
 
 def _parse_arguments(default_config: str, description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="A Determined trial takes no options: hyperparameters and checkpoints come from the cluster. Off the"
-        " cluster, python local_experiment.py runs a whole experiment through this script.",
-    )
-    output = f"local_runs/{Path(sys.argv[0]).stem}"
-    add = parser.add_argument
+    epilog = """On a cluster there are no options: hyperparameters and checkpoints come from the experiment.
+Off the cluster, python local_experiment.py runs a whole experiment through this script."""
+    parser = CommandLine(description, epilog=epilog)
+    add, output = parser.add_argument, f"local_runs/{Path(sys.argv[0]).stem}"
     add("--config", default=default_config, help="experiment YAML without a search (default: %(default)s)")
-    add(
-        "--output",
-        default=output,
-        help="the trial's folder; run again with the same one, it resumes (default: %(default)s)",
-    )
+    add("--output", default=output, help="the trial's folder, which is also resumed from (default: %(default)s)")
     add("--trial-id", type=int, default=1, help="number written to its checkpoints (default: 1)")
     add("--cache", help="folder for tokenized data and reference log-probs, to share (default: OUTPUT/cache)")
     return parser.parse_args()

@@ -1,7 +1,7 @@
 """Determined's callback for the Trainer, mended where release 0.38.1 and transformers 5 disagree.
 
-A trial resumes exactly. Stopped at any step, also in the middle of an evaluation, or killed at any moment, it ends with
-the weights and the logged metrics of one that was never touched (bit for bit where the hardware computes so).
+A trial resumes exactly. Whether it is stopped at a step, in the middle of an evaluation, or killed at any moment, it
+ends with the weights and logged metrics of an undisturbed one (bit for bit on deterministic hardware).
 """
 
 import json
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_until_preempted(trainer: Trainer, trial: Trial) -> None:
-    """Train to the end, or until the cluster wants its slots back: then save, and leave the rest to the next start."""
+    """Train to the end, or until the cluster needs the slots: then save, and leave the rest to the next start."""
     callback = DetCallback(trial, trainer)
     trainer.add_callback(callback)
     trial.status("training")
@@ -45,10 +45,10 @@ class Pending:
 
 
 class DetCallback(determined.transformers.DetCallback):
-    """Report metrics and progress, upload checkpoints, restore the latest one and heed preemption.
+    """Report metrics and progress, upload checkpoints, restore the latest one and stop when preempted.
 
-    It also serves off the cluster, with the contexts of `trial/local.py`. After construction
-    `args.resume_from_checkpoint` is the folder to resume from, or None: pass it to `trainer.train()`, which does not
+    It works off the cluster too, with the contexts of `trial/events.py`. Construction sets
+    `args.resume_from_checkpoint` to the folder to resume from, or None: pass it to `trainer.train()`, which does not
     look there itself.
 
     | at                                | not preempted                        | preempted                           |
@@ -69,7 +69,7 @@ class DetCallback(determined.transformers.DetCallback):
         self.trial, self.trainer = trial, trainer
         self.preempted = False
         self.pending = Pending()
-        # Upstream appends to it for adaptive_asha and does not create it. This can go once it does.
+        # Upstream appends to this for adaptive_asha, but does not create it. This can go once it does.
         self.required_metrics: list[str] = []
         if trial.on_cluster:
             super().__init__(trial.core_context, trainer.args)
@@ -84,26 +84,23 @@ class DetCallback(determined.transformers.DetCallback):
             self.last_progress = 0
             self._force_final_save = self._force_final_evaluate = True
             self.load_last_checkpoint(trainer.args)
-        # Upstream looks for the signal only where something is logged. That may be late, and it may then stop without
-        # a checkpoint. Here it is shown what on_step_end saw. This can go once it polls at every step and saves.
-        self.core_context: Any = SimpleNamespace(
-            train=trial.core_context.train, preempt=SimpleNamespace(should_preempt=lambda: self.preempted)
-        )
+        # Upstream polls for preemption only where something is logged. That may be late, and it may then stop without
+        # a checkpoint. Here it sees what on_step_end saw. This can go once it polls at every step and saves.
+        preempt = SimpleNamespace(should_preempt=lambda: self.preempted)
+        self.core_context: Any = SimpleNamespace(train=trial.core_context.train, preempt=preempt)
 
     def load_last_checkpoint(self, args: TrainingArguments) -> None:
         """Download the latest checkpoint into a folder of its own and point `args.resume_from_checkpoint` at it.
 
         Upstream reads `args.overwrite_output_dir`, which transformers 5 has removed (AttributeError), and resumes
         from the highest `checkpoint-N` in `output_dir`, which may be an older run's. This can go once it does neither.
-
         Raises `UserError` where the storage no longer has the checkpoint.
         """
         args.resume_from_checkpoint = None
-        latest, folder = self.trial.latest_checkpoint, _resumed_from(args)
+        latest, folder, core_context = self.trial.latest_checkpoint, _resumed_from(args), self.trial.core_context
         if latest is None:
             return
-        core_context = self.trial.core_context
-        # Whatever an interrupted download left there.
+        # An interrupted download may have left files there.
         once_per_node(core_context.distributed, lambda: shutil.rmtree(folder, ignore_errors=True))
         try:
             core_context.checkpoint.download(latest, folder)
@@ -115,30 +112,28 @@ class DetCallback(determined.transformers.DetCallback):
         args.resume_from_checkpoint = str(saved)
         logger.info("resuming from checkpoint %s, %s", latest, saved.name)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take up what was pending at the step of the checkpoint."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Make up for what was pending at the step of the checkpoint."""
         if args.resume_from_checkpoint is not None:
             self.last_save = state.global_step
             args.eval_on_start = False  # the trial has started before
             self._load_log_state(Path(args.resume_from_checkpoint), args)
             if self.pending.evaluation:
-                # What the Trainer does where an evaluation is due. It has no public method for both.
+                # The Trainer does both where an evaluation is due, but has no public method for them.
                 self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
                 self.pending.evaluation = False
         self.trial.stop_if_preempted()
         if state.global_step >= state.max_steps:
-            # Killed between its last checkpoint and its end. The Trainer (5.23) would train a step more. This can go
-            # once it does not.
+            # It was killed between its last checkpoint and its end. The Trainer (5.23) would train a step more. This
+            # can go once it does not.
             logger.info("the checkpoint is that of the last step; nothing is left to train")
             raise TrialStopped
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report progress, look for the signal to stop, and keep a checkpoint from being saved too early.
+        """Report progress, poll for preemption, and postpone a checkpoint that would be saved too early.
 
         Upstream reports each whole percent only where `max_steps` is set, else each epoch. The Trainer logs the last
-        steps only if their number divides by `logging_steps`. These parts can go once both do better.
+        step only if it is a multiple of `logging_steps`. These parts can go once both do better.
         """
         percent = 100 * state.global_step // state.max_steps
         if state.is_world_process_zero and percent > self.last_progress:
@@ -153,8 +148,8 @@ class DetCallback(determined.transformers.DetCallback):
             control.should_evaluate = False
             control.should_training_stop = True
         if control.should_save and (last or self.preempted or float(state.epoch or 0).is_integer()):
-            # The Trainer goes to on_epoch_end next. What it logs and evaluates there belongs into this checkpoint: one
-            # that is saved now would never see it, if the trial is killed in between.
+            # on_epoch_end comes next, and its log and evaluation belong in this checkpoint: if it were saved now, a
+            # trial killed in between would never make up for them.
             control.should_save, self.pending.save = False, True
         self._remember_rng_state(control)
         if args.resume_from_checkpoint is not None:  # all of it is loaded by now
@@ -162,14 +157,12 @@ class DetCallback(determined.transformers.DetCallback):
             if self.trial.core_context.distributed.local_rank == 0:
                 shutil.rmtree(_resumed_from(args), ignore_errors=True)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save what is pending, and leave evaluations to the trial's next start when preempted.
 
-        Upstream is shown the number of steps instead of `args`, and tells the end of training by it just as well. Its
-        progress is `epoch / num_train_epochs`: fractional epochs take it above 1, which Core API refuses. This can go
-        once they do not.
+        Upstream gets the number of steps instead of `args`, which also tells it when training ends. From `args` it
+        would report `epoch / num_train_epochs`: fractional epochs take that above 1, which Core API refuses. This can
+        go once they do not.
         """
         control.should_save |= self.pending.save
         self.pending.save = False
@@ -188,15 +181,15 @@ class DetCallback(determined.transformers.DetCallback):
             self.pending.rng_state = torch.get_rng_state()
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """Break an evaluation off when preempted. The checkpoint then says that it is pending."""
+        """Break off an evaluation when preempted. The checkpoint then says that it is pending."""
         if self.trial.should_preempt():
             logger.info("preempted during an evaluation")
             raise TrialStopped
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Restore the random state: training goes on the same whether an evaluation is done now or made up for later.
+        """Restore the random state, so that training goes on the same if an evaluation is made up for later.
 
-        (A DataLoader draws a seed from the CPU's generator whether it shuffles or not.)
+        (A DataLoader draws a seed from the CPU's generator, whether it shuffles or not.)
         """
         if self.pending.rng_state is not None:
             torch.set_rng_state(self.pending.rng_state)
@@ -213,11 +206,11 @@ class DetCallback(determined.transformers.DetCallback):
         self.on_save(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Upload the checkpoint, once every rank has put its part of the logs' state beside it, and keep no copy.
+        """Upload the checkpoint with every rank's part of the log state, and keep no copy.
 
         Upstream has every rank of a node offer every file, and Core API then hashes all of them on each rank to find
-        them the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all. This can
-        go once upstream does so.
+        that they are the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all.
+        This can go once upstream does so.
         """
         core_context, name = self.trial.core_context, f"checkpoint-{state.global_step}"
         folder = Path(args.output_dir or ".") / name
@@ -233,7 +226,7 @@ class DetCallback(determined.transformers.DetCallback):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _save_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
-        """Write the sums since the last log, for the next logged means. The Trainer's checkpoints lack them."""
+        # The sums since the last log, for the next logged means: the Trainer's checkpoints lack them.
         trainer = self.trainer
         log_state = {
             "ranks": args.world_size,
@@ -246,13 +239,11 @@ class DetCallback(determined.transformers.DetCallback):
         _log_state_file(checkpoint, args.process_index).write_text(json.dumps(log_state))
 
     def _load_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
-        # All ranks take from the first what they must agree on.
+        # What all ranks must agree on is the first one's.
         log_state = json.loads(_log_state_file(checkpoint, 0).read_text())
         self.pending.evaluation = log_state["evaluation_due"]
         if log_state["ranks"] != args.world_size:
-            logger.info(
-                "resuming on %d ranks what %d ranks have saved: not exactly", args.world_size, log_state["ranks"]
-            )
+            logger.info("saved by %d ranks: resuming on %d is not exact", log_state["ranks"], args.world_size)
             return
         log_state, trainer = json.loads(_log_state_file(checkpoint, args.process_index).read_text()), self.trainer
         trainer._globalstep_last_logged = log_state["globalstep_last_logged"]
@@ -260,17 +251,10 @@ class DetCallback(determined.transformers.DetCallback):
         trainer._metrics["train"].update(log_state["metrics"])
         trainer._total_train_tokens = log_state["total_train_tokens"]
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Lend upstream a copy: it removes keys from `logs`, which later callbacks and TrainOutput then miss.
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        """Report a copy of `logs`: upstream removes keys from it, which later callbacks and TrainOutput would miss.
 
-        The closing summary is not reported: it is of this process, which may have resumed, and not of the trial.
+        The closing summary is not reported: it covers this process, which may have resumed, and not the whole trial.
         """
         if "train_loss" not in (logs or {}):
             super().on_log(args, state, control, logs=dict(logs or {}), **kwargs)

@@ -1,4 +1,4 @@
-"""What a trial off the cluster reports, in `events.jsonl` of its folder instead of to a master: a JSON object a line.
+"""Core API off the cluster: checkpoints go to a folder, and events to the trial's `events.jsonl`, an object a line.
 
 {"kind": "hparams", "hparams": {...}}
 {"kind": "training" | "validation", "steps_completed": 10, "metrics": {...}}
@@ -9,6 +9,9 @@
 
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, Unpack
+
+from determined import core
+from determined.common.storage import SharedFSStorageManager
 
 from storage.files import append_json_line, read_json_lines
 
@@ -37,6 +40,44 @@ def read_events(path: Path) -> list[TrialEvent]:
 
 
 def events_by_step(events: list[TrialEvent], kind: str) -> dict[int, TrialEvent]:
-    """Return the events of a kind in order of steps; of a step that was done twice, after a resume, the later one."""
-    found = {event["steps_completed"]: event for event in events if event["kind"] == kind}
-    return dict(sorted(found.items()))
+    """Return the events of a kind by step, in order. A step that was done twice, after a resume, has the later one."""
+    return dict(sorted({event["steps_completed"]: event for event in events if event["kind"] == kind}.items()))
+
+
+class LocalTrainContext(core.DummyTrainContext):
+    """Write what a trial reports to its `events.jsonl`.
+
+    The file begins with the first event, so a trial that finds a mistake before that has written nothing.
+    """
+
+    def __init__(self, events: Path, hparams: dict[str, Any]) -> None:
+        super().__init__()
+        self.events, self.hparams = events, hparams
+
+    def report_metrics(self, group: Any, steps_completed: int, metrics: dict[str, Any]) -> None:
+        self._append(kind=group, steps_completed=steps_completed, metrics=metrics)
+
+    def report_progress(self, progress: float) -> None:
+        self._append(kind="progress", progress=progress)
+
+    def set_status(self, status: str) -> None:
+        self._append(kind="status", status=status)
+
+    def _append(self, **event: Any) -> None:
+        if not self.events.exists():
+            append_event(self.events, kind="hparams", hparams=self.hparams)
+        append_event(self.events, **event)
+
+
+class LocalCheckpointContext(core.DummyCheckpointContext):
+    """Keep checkpoints in a folder and write an event for each once its upload is complete."""
+
+    def __init__(self, distributed: core.DistributedContext, storage: Path, events: Path) -> None:
+        super().__init__(distributed, SharedFSStorageManager(str(storage)))
+        self.events = events
+
+    def upload(self, ckpt_dir: Any, metadata: Any = None, **kwargs: Any) -> str:
+        uuid = super().upload(ckpt_dir, metadata, **kwargs)
+        if self._dist.rank == 0:
+            append_event(self.events, kind="checkpoint", uuid=uuid, **(metadata or {}))
+        return uuid

@@ -131,7 +131,7 @@ def test_a_trial_that_had_reached_its_end_trains_no_further(call, write_config, 
 DEATHS = [
     (("torch.save", 2), []),  # saving step 2: the optimizer's state is there, the rest not yet
     (("shutil.copy2", 4), []),  # uploading step 2
-    (("trial.local.append_event", 10), [2]),  # in step 3
+    (("trial.events.append_event", 10), [2]),  # in step 3
     (("shutil.copy2", 5), [2]),  # downloading step 2
     (("shutil.copy2", 17), [2]),  # uploading step 4
     (None, [2, 4]),
