@@ -76,9 +76,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def show_dry_run(experiment: "Experiment", trials: list[Any], examples: int, page: Path | None) -> None:
     """Print the sections of a dry run as they come, and write them to `page`, even if a mistake ends it early."""
-    from experiment.dry_run_output import print_section, write_page
-
     from experiment.dry_run import dry_run
+    from experiment.dry_run_output import print_section, write_page
     from experiment.runner import console
 
     if not console.is_terminal:
@@ -114,8 +113,7 @@ def main() -> int:
 
     if not args.dry_run:
         start_importing()
-    from experiment.next_steps import next_command
-
+    from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
     from storage.locks import only_writer
@@ -125,26 +123,24 @@ def main() -> int:
     hide_progress_bars_in_logs()
     started_in = Path.cwd()
     os.chdir(model_def)  # relative paths in the YAML are the script's
-    kind, trials = experiment.parse_trials()
+    trials = experiment.parse_trials()
     if args.dry_run:
-        if kind is None:
+        if experiment.kind is None:
             raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
         show_dry_run(experiment, trials, args.examples, started_in / args.output if args.output else None)
         return 0
-    if kind:
-        check_sources(kind, trials)
+    if experiment.kind:
+        check_sources(experiment.kind, trials)
     with only_writer(folder):
         experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
         failed = experiment.run(args.max_concurrent)
 
     os.chdir(started_in)
     console.print(results_table(experiment))
-    winner = experiment.winner()
-    if winner:
+    if winner := experiment.winner():
         console.print(winner)
     console.print(f"Report: {experiment.report_file}", markup=False)
-    command = next_command(experiment)
-    if command:
+    if command := dpo_command(experiment) or compare_command(experiment):
         console.print(f"Next: {command}", markup=False)
     return 1 if failed else 0
 

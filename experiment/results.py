@@ -1,7 +1,9 @@
 """The results of an experiment, on this machine or on a cluster: what each trial reported, and which one is best."""
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, TypedDict, TypeVar
 
 from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
 from errors import UserError
+from experiment.kinds import kind_of
 from trial.events import TrialEvent, events_by_step, read_events
 
 T = TypeVar("T")
@@ -55,15 +58,11 @@ class Experiment:
 
     def __init__(self, name: str, config: dict[str, Any], folder: Path | None = None) -> None:
         self.name, self.config, self.folder = name, config, folder
-        self.searcher = Searcher(config)
-        self.varying = varying_hyperparameters(config)
+        self.searcher, self.varying = Searcher(config), varying_hyperparameters(config)
+        self.script = Path(entrypoint_script(config)[0]).name  # the file name of the entrypoint
+        self.kind = kind_of(self.script)  # None for a script that is not this project's
         self.results: dict[int, TrialResult] = {}
         self.events: dict[int, list[TrialEvent]] = {}
-
-    @property
-    def script(self) -> str:
-        """The file name of the entrypoint."""
-        return Path(entrypoint_script(self.config)[0]).name
 
     def planned(self) -> list[dict[str, Any]]:
         """Return the hyperparameters of every trial, started or not; of those that started in a random search."""
@@ -101,9 +100,7 @@ class Experiment:
 
     def value(self, hparams: dict[str, Any], name: str) -> str:
         """Return the hyperparameter with this dotted name as a user would write it."""
-        value: Any = hparams
-        for key in name.split("."):
-            value = value[key]
+        value: Any = functools.reduce(operator.getitem, name.split("."), hparams)
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     def varied(self, hparams: dict[str, Any]) -> str:
@@ -114,6 +111,15 @@ class Experiment:
 def short_name(name: str) -> str:
     """Return the last part of a hyperparameter's or metric's name: `learning_rate`, `accuracies`."""
     return name.split(".")[-1].split("/")[-1]
+
+
+def flatten(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested dicts with its dotted name."""
+    for name, value in level.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def summarize(
@@ -180,14 +186,12 @@ def read_cluster(source: str) -> Experiment:
 def _cluster_events(trial: Any) -> Iterator[TrialEvent]:
     """Yield what a trial reported to its master, and those of its checkpoints that the cluster still has."""
     for kind in ("training", "validation"):
-        for report in trial.iter_metrics(kind):
+        for reported in trial.iter_metrics(kind):
             metrics = {}
-            for name, value in report.metrics.items():
-                with suppress(
-                    TypeError, ValueError
-                ):  # the master keeps NaN and Infinity as text; other text is no metric
-                    metrics[name] = value if isinstance(value, int | float) else float(value)
-            yield {"kind": kind, "steps_completed": report.steps_completed, "metrics": metrics}
+            for name, value in reported.metrics.items():
+                with suppress(TypeError, ValueError):  # NaN and Infinity come as text; any other text is not a metric
+                    metrics[name] = float(value)
+            yield {"kind": kind, "steps_completed": reported.steps_completed, "metrics": metrics}
     for checkpoint in trial.list_checkpoints():
         steps = (checkpoint.metadata or {}).get("steps_completed")  # there if one of this project's trials saved it
         if checkpoint.state is not None and checkpoint.state.name == "COMPLETED" and steps is not None:
