@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 from markupsafe import Markup
@@ -15,8 +14,9 @@ from plotly.offline import get_plotlyjs
 
 from experiment.charts import TrialView, choose_look, curves, heatmap, is_finite
 from experiment.next_steps import next_steps
-from experiment.results import Experiment, TrialResult, short_name
+from experiment.results import Experiment, TrialResult, flatten, short_name
 from pages.render import render_page
+from pages.terminal import plural
 
 TITLES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 ENDED = {"COMPLETED": "completed", "ERROR": "failed", "CANCELED": "canceled"}
@@ -39,7 +39,7 @@ class Page:
         self.experiment, self.searcher = experiment, experiment.searcher
         self.planned, self.axes = experiment.planned(), experiment.axes()
         self.expected = max(len(self.planned), experiment.config["searcher"].get("max_trials") or 0)
-        self.count = f"{self.expected} trial" + ("s" if self.expected != 1 else "")
+        self.count = plural(self.expected, "trial")
         self.beta = next((name for name in self.axes if short_name(name) in ("dpo_beta", "beta")), "")
         ranked = experiment.ranked()
         self.results = [*ranked, *(r for _, r in sorted(experiment.results.items()) if r not in ranked)]
@@ -64,12 +64,12 @@ class Page:
         title = "<br>".join([f"<b>trial {result['trial_id']}</b>", *(escape(line, quote=False) for line in varied)])
         metrics = [f"{escape(self.title(m), quote=False)} {self.format(m, result)}" for m in self.metrics]
         details = "<br>".join([title, *metrics, state])
-        return TrialView(result, tuple(values), state, str(rank or MISSING), mark, choose_look(places), title, details)
+        look, place = choose_look(places), str(rank or MISSING)
+        return TrialView(result["trial_id"], result, tuple(values), state, place, mark, look, title, details)
 
     def title(self, metric: str) -> str:
         """Return what the page calls a metric."""
-        name = metric.removeprefix("eval_")
-        return TITLES.get(name, name)
+        return TITLES.get(name := metric.removeprefix("eval_"), name)
 
     def values(self, metric: str) -> list[float]:
         """Return the trials' finite values of a metric."""
@@ -105,7 +105,7 @@ class Page:
 
     def verdict(self) -> str:
         """Say how far the best trial is ahead, and of which."""
-        ids, said = [str(trial.result["trial_id"]) for trial in self.trials if trial.mark == "tied"], []
+        ids, said = [str(trial.id) for trial in self.trials if trial.mark == "tied"], []
         if ids:
             as_good = f"Trials {', '.join(ids[:-1])} and {ids[-1]} are" if ids[1:] else f"Trial {ids[0]} is"
             said.append(f"{as_good} as good; the first is taken.")
@@ -168,7 +168,7 @@ class Page:
         said = f"Colour is {first}" + (f", dash and marker are {' and '.join(others)}." if others else ".")
         if len({trial.look for trial in self.trials}) < len(self.trials):
             said += " Some share a look: point at one to see which it is."
-        return said + (f" The thick line is trial {self.best.result['trial_id']}." if self.best else "")
+        return said + (f" The thick line is trial {self.best.id}." if self.best else "")
 
     def charts(self) -> Iterator[tuple[str, list[tuple[str, go.Figure]]]]:
         """Yield each metric that was reported, with its curves in training and evaluation and their titles."""
@@ -186,12 +186,3 @@ class Page:
         for name, value in flatten(self.planned[0] if self.planned else {}):
             if name not in self.axes and not name.endswith("token"):  # pages are sent to others
                 yield name, value if isinstance(value, str) else json.dumps(value)
-
-
-def flatten(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each value of nested dicts with its dotted name."""
-    for name, value in level.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
