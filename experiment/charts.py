@@ -33,6 +33,7 @@ LAYOUT["hoverlabel"] = {"align": "left", "bgcolor": "var(--paper)", "bordercolor
 LAYOUT["hoverlabel"]["font"] = FONT | {"size": 13, "color": "var(--ink)"}
 
 
+Grid = list[list["TrialView | None"]]  # None: a trial that has not started
 Axis = tuple[str, list[str]]  # its title and its values
 
 
@@ -71,14 +72,8 @@ def choose_look(places: list[tuple[int, int]]) -> Look:
     return Look(hue % HUES, *LINES[combination % len(LINES)])
 
 
-def heatmap(
-    grid: list[list[TrialView | None]],
-    shades: dict[int, float],
-    texts: dict[int, str],
-    down: Axis,
-    across: Axis,
-) -> go.Figure:
-    """Return the heatmap of a grid of trials, where None is a trial that has not started.
+def heatmap(grid: Grid, shades: dict[int, float], texts: dict[int, str], down: Axis, across: Axis) -> go.Figure:
+    """Return the heatmap of a grid of trials.
 
     `shades` has the strength of a cell's colour by trial id, from 0 to 1; a cell without one has no colour. `texts` has
     what stands in a cell instead of the trial's state.
@@ -95,18 +90,17 @@ def heatmap(
     )
     shapes = []
     for x, y, trial in ((x, y, trial) for y, row in enumerate(grid) for x, trial in enumerate(row)):
-        line, text, colour, trial_id = {"width": 1, "dash": "dot", "color": "var(--line)"}, "not started", "soft", None
+        line, text, colour = {"width": 1, "dash": "dot", "color": "var(--line)"}, "not started", "soft"
         if trial:
-            trial_id = trial.id
-            text = texts.get(trial_id, trial.state)
+            text = texts.get(trial.id, trial.state)
             text = f"<b>{text}</b>" if trial.mark == "best" else text
-            text = f"<span style='font-size: {15 if trial_id in texts else 12}px'>{text}</span><br>trial {trial_id}"
-            if trial_id in shades:
-                colour, width = "ink", {"best": 3, "tied": 1}.get(trial.mark, 0)
-                line = {"width": width, "color": "var(--ink)"}
+            text = f"<span style='font-size: {15 if trial.id in texts else 12}px'>{text}</span><br>trial {trial.id}"
+            if trial.id in shades:
+                line = {"width": {"best": 3, "tied": 1}.get(trial.mark, 0), "color": "var(--ink)"}
+                colour = "ink"
         label = {"text": text, "font": {"color": f"var(--{colour})"}}
         box = {"x0": x - 0.48, "x1": x + 0.48, "y0": y - 0.47, "y1": y + 0.47}
-        shapes.append({**box, "line": line, "label": label, "name": trial_id and str(trial_id)})
+        shapes.append({**box, "line": line, "label": label, "name": trial and str(trial.id)})
     axes: dict[str, dict[str, Any]] = {}
     for axis, (title, values) in {"xaxis": across, "yaxis": down}.items():
         ticks = {"tickvals": list(range(len(values))), "ticktext": [escape(value, quote=False) for value in values]}

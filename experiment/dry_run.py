@@ -324,10 +324,8 @@ def estimate_trial(
     data: TrainingData, hparams: Hyperparameters, slots: int, process: int
 ) -> Iterator[tuple[str, MemoryEstimate]]:
     """Yield the way of training and its memory: for one process on this machine, then for the slots as GPUs."""
-    args, pairs = hparams.args, data.kind.pairs
-    shapes = largest_batches(
-        args, data.remaining_rows, packing=hparams.packing, pairs=pairs, padding_free=data.padding_free
-    )
+    args, packing, pairs = hparams.args, hparams.packing, data.kind.pairs
+    shapes = largest_batches(args, data.remaining_rows, packing=packing, pairs=pairs, padding_free=data.padding_free)
     reference = pairs and not cast(DPOConfig, args).precompute_ref_log_probs
     here = TrainingSetup.from_args(args, reference, 1, "cuda" if torch.cuda.is_available() else "cpu")
 
