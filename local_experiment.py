@@ -15,14 +15,14 @@ receives
     best_checkpoint      the UUID of the best trial's checkpoint
     report.html          all of it as a page, to open in a browser
     trials/<trial_id>/   its config.yaml, log.txt and events.jsonl
-    cache/               what the trials share: tokenized data and reference log-probs. It may go once they are done
+    cache/               what the trials share: tokenized data and reference log-probs. Delete it once they are done
 
 checkpoint_uuid is the best by searcher.metric of the checkpoints that were validated when they were saved, and
 best_metrics are the metrics of that checkpoint: they rank the trial. (The last step is always validated and saved.)
 Checkpoints are kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start from.
 
-After an interruption of any kind (Ctrl-C, a kill, a power cut) the same command goes on: it keeps the finished trials
-and resumes the others from their latest checkpoints.
+After an interruption of any kind (Ctrl-C, a kill, a power cut) the same command continues: it keeps the finished
+trials and resumes the others from their latest checkpoints.
 """
 
 import argparse

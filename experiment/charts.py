@@ -72,7 +72,7 @@ def choose_look(places: list[tuple[int, int]]) -> Look:
     return Look(hue % HUES, *LINES[combination % len(LINES)])
 
 
-def heatmap(grid: Grid, shades: dict[int, float], texts: dict[int, str], down: Axis, across: Axis) -> go.Figure:
+def plot_heatmap(grid: Grid, shades: dict[int, float], texts: dict[int, str], down: Axis, across: Axis) -> go.Figure:
     """Return the heatmap of a grid of trials.
 
     `shades` has the strength of a cell's colour by trial id, from 0 to 1; a cell without one has no colour. `texts` has
@@ -110,7 +110,7 @@ def heatmap(grid: Grid, shades: dict[int, float], texts: dict[int, str], down: A
     return figure.update_layout(shapes=shapes, **axes)
 
 
-def curves(
+def plot_curves(
     trials: list[TrialView], events: dict[int, list[TrialEvent]], kind: str, metric: str, title: str
 ) -> go.Figure | None:
     """Return a metric's curves by step, or None if there are none.

@@ -3,8 +3,8 @@
     python local_experiment.py sft.yaml --dry-run
     python local_experiment.py dpo.yaml --dry-run --output dpo.html
 
-A dry run calls the functions that a training calls, up to the trainer, with a model that has shapes and no weights: of
-a model on the hub it downloads only the config and the tokenizer. Trials of a grid that use the same data share their
+A dry run calls the functions that a training calls, up to the trainer, with a model that has shapes and no weights. It
+downloads only the config and the tokenizer of a model on the hub. Trials of a grid that use the same data share their
 sections. dry_run_output.py shows them.
 """
 
@@ -42,7 +42,7 @@ LENGTH_LIMITS = {  # the YAML's key for each length of a row
     **{"chosen": "max_target_length", "rejected": "max_target_length", "total": "max_length"},
 }
 LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
-CHECKED_PROMPTS = 200  # at most so many are rendered a second time, in the way a server does
+CHECKED_PROMPTS = 200  # the first ones of the training data are rendered a second time, as a server does
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
 
 Hyperparameters = SFTHyperparameters | DPOHyperparameters
@@ -130,8 +130,8 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
             yield from show_examples(data, examples)
         for part, rows in data.remaining_rows.items():
             if not len(rows):
-                found = data.rows["truncations"][data.rows["part"] == part].explode()
-                reason = next(truncation for truncation in found if truncation.drops_row)
+                found = data.rows["truncations"][data.rows["part"] == part]
+                reason = next(each for truncations in found for each in truncations if each.drops_row)
                 raise UserError(f"{reason.limit} is too small: no {part} row is left ({reason.meaning})")
         for trial_id in trial_ids:
             facts[trial_id] = collect_facts(data, trials[trial_id - 1], slots)
@@ -248,7 +248,9 @@ def tabulate_training(experiment: Experiment, facts_of: dict[int, dict[str, str]
     facts = pd.DataFrame.from_dict(facts_of, orient="index").fillna("").sort_index()
     common = facts.columns[facts.nunique() == 1]
     if len(facts) > 1:
-        points = [[experiment.value(hparams, name) for name in experiment.varying] for hparams in experiment.planned()]
+        points = [
+            [experiment.value(hparams, name) for name in experiment.varying] for hparams in experiment.plan_trials()
+        ]
         searched = pd.DataFrame(points, facts.index, [short_name(name) for name in experiment.varying])
         table = pd.concat([searched, facts.drop(columns=common)], axis=1).rename_axis("trial").reset_index()
         yield Table(f"The {len(facts)} trials", table)

@@ -17,8 +17,8 @@ SHOWN_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int, now: float) -> Table:
     """Return a table of each trial's state and, once one has completed, of about how long the others will take.
 
-    Of more than `room` trials it has those that run, wait or ended last. `waiting` are the trials that have not
-    started; `now` is a time of `time.monotonic`.
+    If there are more than `room` trials, it shows those that run, wait or ended last. `waiting` are the trials that
+    have not started; `now` is a time of `time.monotonic`.
     """
     metric = experiment.searcher.metric
     running = experiment.running
@@ -40,8 +40,11 @@ def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int,
             trial = running[trial_id]
             share = trial.progress[-1][1] if trial.progress else 0.0
             state = trial.status + (f" {share:.0%}" if share else "")
-            step = str(trial.last("training").get("steps_completed", ""))
-            metrics, remaining = trial.last("validation").get("metrics", {}), format_minutes(trial.seconds_left(now))
+            step = str(trial.last_event("training").get("steps_completed", ""))
+            metrics, remaining = (
+                trial.last_event("validation").get("metrics", {}),
+                format_minutes(trial.seconds_left(now)),
+            )
         elif trial_id in experiment.results:
             result = experiment.results[trial_id]
             state, step, metrics = result["state"], str(result["steps_completed"]), result["best_metrics"]

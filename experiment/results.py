@@ -41,9 +41,9 @@ class Searcher:
 
     def best(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> T | None:
         """Return the item whose metrics are best, the first of equals; None if no item has a finite value."""
-        return next(iter(self.ranked(items, metrics_of)), None)
+        return next(iter(self.rank(items, metrics_of)), None)
 
-    def ranked(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> list[T]:
+    def rank(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> list[T]:
         """Return the items that have a finite value of the metric, best first, equals in the order given."""
         sign = 1 if self.smaller_is_better else -1
         scored = [item for item in items if math.isfinite(metrics_of(item).get(self.metric, math.nan))]
@@ -64,8 +64,8 @@ class Experiment:
         self.results: dict[int, TrialResult] = {}
         self.events: dict[int, list[TrialEvent]] = {}
 
-    def planned(self) -> list[dict[str, Any]]:
-        """Return the hyperparameters of every trial, started or not; of those that started in a random search."""
+    def plan_trials(self) -> list[dict[str, Any]]:
+        """Return the hyperparameters of every trial, started or not; in a random search, only of those that started."""
         try:
             return expand_trials(self.config)
         except UserError:  # only a cluster runs this search, and only the cluster knows its next trials
@@ -73,24 +73,24 @@ class Experiment:
 
     def axes(self) -> dict[str, list[str]]:
         """Return the different values of each hyperparameter that varies: numbers by size, others as they come."""
-        axes = {name: list(dict.fromkeys(self.value(h, name) for h in self.planned())) for name in self.varying}
+        axes = {name: list(dict.fromkeys(self.value(h, name) for h in self.plan_trials())) for name in self.varying}
         for values in axes.values():
             with suppress(ValueError):
                 values.sort(key=float)
         return axes
 
-    def ranked(self) -> list[TrialResult]:
+    def rank_trials(self) -> list[TrialResult]:
         """Return the results of the completed trials that have the searcher's metric, best first."""
         completed = [result for _, result in sorted(self.results.items()) if result["state"] == "COMPLETED"]
-        return self.searcher.ranked(completed, lambda result: result["best_metrics"])
+        return self.searcher.rank(completed, lambda result: result["best_metrics"])
 
     def best(self) -> TrialResult | None:
         """Return the best completed trial, the first of equals."""
-        return next(iter(self.ranked()), None)
+        return next(iter(self.rank_trials()), None)
 
     def ties(self) -> list[int]:
         """Return the ids of the other trials that are as good as the best one."""
-        ranked, metric = self.ranked(), self.searcher.metric
+        ranked, metric = self.rank_trials(), self.searcher.metric
         return [r["trial_id"] for r in ranked[1:] if r["best_metrics"][metric] == ranked[0]["best_metrics"][metric]]
 
     def step_of(self, result: TrialResult) -> int | None:
@@ -103,7 +103,7 @@ class Experiment:
         value: Any = functools.reduce(operator.getitem, name.split("."), hparams)
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    def varied(self, hparams: dict[str, Any]) -> str:
+    def describe_values(self, hparams: dict[str, Any]) -> str:
         """Return what tells a trial from the others: `dpo_beta 0.1, learning_rate 5e-07`."""
         return ", ".join(f"{short_name(name)} {self.value(hparams, name)}" for name in self.varying)
 

@@ -76,7 +76,7 @@ class RunningTrial:
                 if event["kind"] == "progress":
                     self.progress.append((time.monotonic(), event["progress"]))
 
-    def last(self, kind: str) -> dict[str, Any]:
+    def last_event(self, kind: str) -> dict[str, Any]:
         """Return the last event of a kind; an empty dict if there is none."""
         return next((dict(event) for event in reversed(self.events) if event["kind"] == kind), {})
 
@@ -171,7 +171,7 @@ class LocalExperiment(Experiment):
         process = PROCESSES.Process(target=run_script, args=command)
         process.start()
         trial = self.running[trial_id] = RunningTrial(process, slot, folder)
-        if saved := trial.last("checkpoint"):
+        if saved := trial.last_event("checkpoint"):
             console.print(f"{self.describe(trial_id)}: resumes from step {saved['steps_completed']}", markup=False)
         elif not console.is_terminal:  # without a table that shows it
             console.print(f"{self.describe(trial_id)}: started, log in {trial.log}", markup=False)
@@ -221,7 +221,7 @@ class LocalExperiment(Experiment):
 
     def describe(self, trial_id: int) -> str:
         """Return `trial 2 of 9 (dpo_beta 0.1, learning_rate 5e-07)`."""
-        varied = self.varied(self.trials[trial_id - 1])
+        varied = self.describe_values(self.trials[trial_id - 1])
         return f"trial {trial_id} of {len(self.trials)}" + (f" ({varied})" if varied else "")
 
     def winner(self) -> str | None:
