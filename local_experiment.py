@@ -26,15 +26,16 @@ trials and resumes the others from their latest checkpoints.
 """
 
 import argparse
-import os
+import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config.experiment import entrypoint_script, read_experiment_config
 from errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
+    from experiment.kinds import Hyperparameters
     from experiment.results import Experiment
 
 
@@ -74,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_dry_run(experiment: "Experiment", trials: list[Any], examples: int, page: Path | None) -> None:
+def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], examples: int, page: Path | None) -> None:
     """Print the sections of a dry run as they come, and write them to `page`, even if a mistake ends it early."""
     from experiment.dry_run import dry_run
     from experiment.dry_run_output import print_section, write_page
@@ -121,21 +122,19 @@ def main() -> int:
 
     experiment = LocalExperiment(name, config, folder, model_def)
     hide_progress_bars_in_logs()
-    started_in = Path.cwd()
-    os.chdir(model_def)  # relative paths in the YAML are the script's
-    trials = experiment.parse_trials()
-    if args.dry_run:
-        if experiment.kind is None:
-            raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
-        show_dry_run(experiment, trials, args.examples, started_in / args.output if args.output else None)
-        return 0
-    if experiment.kind:
-        check_sources(experiment.kind, trials)
-    with only_writer(folder):
-        experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
-        failed = experiment.run(args.max_concurrent)
+    with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
+        trials = experiment.parse_trials()
+        if args.dry_run:
+            if experiment.kind is None:
+                raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
+            show_dry_run(experiment, trials, args.examples, folder if args.output else None)
+            return 0
+        if experiment.kind:
+            check_sources(experiment.kind, trials)
+        with only_writer(folder):
+            experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
+            failed = experiment.run(args.max_concurrent)
 
-    os.chdir(started_in)
     console.print(results_table(experiment))
     if winner := experiment.winner():
         console.print(winner)

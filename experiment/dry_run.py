@@ -23,11 +23,11 @@ from trl import pack_dataset
 from trl.trainer.dpo_config import DPOConfig
 
 from chat_format import IM_END, IM_START, Message, encode, set_chat_format
-from config.hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
+from config.hyperparameters import DataSource
 from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
 from errors import UserError, one_line
 from experiment.dry_run_output import Example, Section, Table, Token
-from experiment.kinds import TrainingKind
+from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.results import Experiment, short_name
 from pages.terminal import plural, visible
 from speed.hardware import choose_checkpointing, free_memory, resident_memory
@@ -44,8 +44,6 @@ LENGTH_LIMITS = {  # the YAML's key for each length of a row
 LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
 CHECKED_PROMPTS = 200  # the first ones of the training data are rendered a second time, as a server does
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
-
-Hyperparameters = SFTHyperparameters | DPOHyperparameters
 
 
 class TrainingData:
@@ -248,9 +246,7 @@ def tabulate_training(experiment: Experiment, facts_of: dict[int, dict[str, str]
     facts = pd.DataFrame.from_dict(facts_of, orient="index").fillna("").sort_index()
     common = facts.columns[facts.nunique() == 1]
     if len(facts) > 1:
-        points = [
-            [experiment.value(hparams, name) for name in experiment.varying] for hparams in experiment.plan_trials()
-        ]
+        points = [experiment.values(hparams) for hparams in experiment.plan_trials()]
         searched = pd.DataFrame(points, facts.index, [short_name(name) for name in experiment.varying])
         table = pd.concat([searched, facts.drop(columns=common)], axis=1).rename_axis("trial").reset_index()
         yield Table(f"The {len(facts)} trials", table)

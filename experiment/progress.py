@@ -20,8 +20,7 @@ def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int,
     If there are more than `room` trials, it shows those that run, wait or ended last. `waiting` are the trials that
     have not started; `now` is a time of `time.monotonic`.
     """
-    metric = experiment.searcher.metric
-    running = experiment.running
+    metric, running = experiment.searcher.metric, experiment.running
     done = f"{len(experiment.results)} of {len(experiment.trials)} trials done"
     if experiment.durations and (waiting or running):
         each = sum(experiment.durations) / len(experiment.durations)
@@ -41,14 +40,12 @@ def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int,
             share = trial.progress[-1][1] if trial.progress else 0.0
             state = trial.status + (f" {share:.0%}" if share else "")
             step = str(trial.last_event("training").get("steps_completed", ""))
-            metrics, remaining = (
-                trial.last_event("validation").get("metrics", {}),
-                format_minutes(trial.seconds_left(now)),
-            )
+            metrics = trial.last_event("validation").get("metrics", {})
+            remaining = format_minutes(trial.seconds_left(now))
         elif trial_id in experiment.results:
             result = experiment.results[trial_id]
             state, step, metrics = result["state"], str(result["steps_completed"]), result["best_metrics"]
-        values = [experiment.value(experiment.trials[trial_id - 1], name) for name in experiment.varying]
+        values = experiment.values(experiment.trials[trial_id - 1])
         figure = f"{metrics[metric]:.4g}" if metric in metrics else ""
         style = "bold" if trial_id in running else "dim" if state == "waiting" else None
         table.add_row(str(trial_id), *values, state, step, figure, remaining, style=style)
@@ -67,9 +64,8 @@ def results_table(experiment: "LocalExperiment") -> Table:
         table.add_column(short_name(name), justify="right", no_wrap=name == "state", overflow="fold")
     best = experiment.best()
     for result in results:
-        values = [experiment.value(result["hparams"], name) for name in experiment.varying]
         figures = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
-        cells = [str(result["trial_id"]), *values, *([result["state"]] if state else [])]
+        cells = [str(result["trial_id"]), *experiment.values(result["hparams"]), *([result["state"]] if state else [])]
         style = "bold green" if best and result["trial_id"] == best["trial_id"] else None
         table.add_row(*cells, str(result["steps_completed"]), *figures, style=style)
     return table

@@ -54,7 +54,7 @@ class Page:
 
     def view(self, result: TrialResult, ranked: list[TrialResult]) -> TrialView:
         """Return a trial as the page shows it."""
-        values = [self.experiment.value(result["hparams"], name) for name in self.axes]
+        values = self.experiment.values(result["hparams"])
         places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
         scores = [other["best_metrics"][self.searcher.metric] for other in ranked]
         rank = scores.index(result["best_metrics"][self.searcher.metric]) + 1 if result in ranked else None

@@ -103,6 +103,10 @@ class Experiment:
         value: Any = functools.reduce(operator.getitem, name.split("."), hparams)
         return f"{value:g}" if isinstance(value, float) else str(value)
 
+    def values(self, hparams: dict[str, Any]) -> list[str]:
+        """Return the hyperparameters that vary, each as a user would write it."""
+        return [self.value(hparams, name) for name in self.varying]
+
     def describe_values(self, hparams: dict[str, Any]) -> str:
         """Return what tells a trial from the others: `dpo_beta 0.1, learning_rate 5e-07`."""
         return ", ".join(f"{short_name(name)} {self.value(hparams, name)}" for name in self.varying)

@@ -19,7 +19,7 @@ from rich.live import Live
 from config.experiment import entrypoint_script, expand_trials
 from config.hyperparameters import check_searcher_metric, parse_hyperparameters
 from errors import UserError
-from experiment.kinds import TrainingKind
+from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.progress import progress_table
 from experiment.report_page import render
 from experiment.results import Experiment, TrialResult, flatten, read_local, summarize
@@ -34,18 +34,17 @@ POLL_SECONDS = 0.2
 console = Console(soft_wrap=True, highlight=False)
 
 
-def check_sources(kind: TrainingKind, trials: list[Any]) -> None:
-    """Find mistakes in the data and the model of each trial's hyperparameters before anything is written."""
+def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
+    """Find mistakes in each trial's data and model before anything is written."""
     for hparams in trials:
         if hparams.model_ckpt:
             local_checkpoint(hparams.model_ckpt, "model_ckpt")
-        else:
+        elif hparams.model_name:
             check_source(hparams.model_name, "model_name")
     for loading in {str(hparams.loading): hparams.loading for hparams in trials}.values():
         kind.load(**loading)
-    for start in {hparams.start: None for hparams in trials}:
-        if start:
-            console.print(start, markup=False)
+    for start in filter(None, dict.fromkeys(hparams.start for hparams in trials)):
+        console.print(start, markup=False)
 
 
 class RunningTrial:
@@ -101,7 +100,7 @@ class LocalExperiment(Experiment):
         self.running: dict[int, RunningTrial] = {}
         self.durations: list[float] = []  # in seconds, of the trials that this process has seen complete
 
-    def parse_trials(self) -> list[Any]:
+    def parse_trials(self) -> list[Hyperparameters]:
         """Return each trial's hyperparameters, checked; [] for a script that is not this project's."""
         if self.kind is None:
             return []
