@@ -15,26 +15,27 @@ receives
     best_checkpoint      the UUID of the best trial's checkpoint
     report.html          all of it as a page, to open in a browser
     trials/<trial_id>/   its config.yaml, log.txt and events.jsonl
-    cache/               what the trials share: tokenized data and reference log-probs. It may go once they are done
+    cache/               what the trials share: tokenized data and reference log-probs. Delete it once they are done
 
 checkpoint_uuid is the best by searcher.metric of the checkpoints that were validated when they were saved, and
 best_metrics are the metrics of that checkpoint: they rank the trial. (The last step is always validated and saved.)
 Checkpoints are kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start from.
 
-After an interruption of any kind (Ctrl-C, a kill, a power cut) the same command goes on: it keeps the finished trials
-and resumes the others from their latest checkpoints.
+After an interruption of any kind (Ctrl-C, a kill, a power cut) the same command continues: it keeps the finished
+trials and resumes the others from their latest checkpoints.
 """
 
 import argparse
-import os
+import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config.experiment import entrypoint_script, read_experiment_config
 from errors import CommandLine, UserError, exit_on_user_error
 
 if TYPE_CHECKING:
+    from experiment.kinds import Hyperparameters
     from experiment.results import Experiment
 
 
@@ -74,11 +75,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_dry_run(experiment: "Experiment", trials: list[Any], examples: int, page: Path | None) -> None:
+def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], examples: int, page: Path | None) -> None:
     """Print the sections of a dry run as they come, and write them to `page`, even if a mistake ends it early."""
-    from experiment.dry_run_output import print_section, write_page
-
     from experiment.dry_run import dry_run
+    from experiment.dry_run_output import print_section, write_page
     from experiment.runner import console
 
     if not console.is_terminal:
@@ -114,8 +114,7 @@ def main() -> int:
 
     if not args.dry_run:
         start_importing()
-    from experiment.next_steps import next_command
-
+    from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
     from storage.locks import only_writer
@@ -123,28 +122,24 @@ def main() -> int:
 
     experiment = LocalExperiment(name, config, folder, model_def)
     hide_progress_bars_in_logs()
-    started_in = Path.cwd()
-    os.chdir(model_def)  # relative paths in the YAML are the script's
-    kind, trials = experiment.parse_trials()
-    if args.dry_run:
-        if kind is None:
-            raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
-        show_dry_run(experiment, trials, args.examples, started_in / args.output if args.output else None)
-        return 0
-    if kind:
-        check_sources(kind, trials)
-    with only_writer(folder):
-        experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
-        failed = experiment.run(args.max_concurrent)
+    with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
+        trials = experiment.parse_trials()
+        if args.dry_run:
+            if experiment.kind is None:
+                raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
+            show_dry_run(experiment, trials, args.examples, folder if args.output else None)
+            return 0
+        if experiment.kind:
+            check_sources(experiment.kind, trials)
+        with only_writer(folder):
+            experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
+            failed = experiment.run(args.max_concurrent)
 
-    os.chdir(started_in)
     console.print(results_table(experiment))
-    winner = experiment.winner()
-    if winner:
+    if winner := experiment.winner():
         console.print(winner)
     console.print(f"Report: {experiment.report_file}", markup=False)
-    command = next_command(experiment)
-    if command:
+    if command := dpo_command(experiment) or compare_command(experiment):
         console.print(f"Next: {command}", markup=False)
     return 1 if failed else 0
 

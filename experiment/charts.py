@@ -33,6 +33,10 @@ LAYOUT["hoverlabel"] = {"align": "left", "bgcolor": "var(--paper)", "bordercolor
 LAYOUT["hoverlabel"]["font"] = FONT | {"size": 13, "color": "var(--ink)"}
 
 
+Grid = list[list["TrialView | None"]]  # None: a trial that has not started
+Axis = tuple[str, list[str]]  # its title and its values
+
+
 class Look(NamedTuple):
     """How a trial's curve is drawn."""
 
@@ -45,6 +49,7 @@ class Look(NamedTuple):
 class TrialView(NamedTuple):
     """A trial as the page shows it."""
 
+    id: int
     result: TrialResult
     values: tuple[str, ...]  # of the axes
     state: str
@@ -67,20 +72,14 @@ def choose_look(places: list[tuple[int, int]]) -> Look:
     return Look(hue % HUES, *LINES[combination % len(LINES)])
 
 
-def heatmap(
-    grid: list[list[TrialView | None]],
-    shades: dict[int, float],
-    texts: dict[int, str],
-    down: tuple[str, list[str]],
-    across: tuple[str, list[str]],
-) -> go.Figure:
-    """Return the heatmap of a grid of trials, where None is a trial that has not started.
+def plot_heatmap(grid: Grid, shades: dict[int, float], texts: dict[int, str], down: Axis, across: Axis) -> go.Figure:
+    """Return the heatmap of a grid of trials.
 
     `shades` has the strength of a cell's colour by trial id, from 0 to 1; a cell without one has no colour. `texts` has
-    what stands in a cell instead of the trial's state. `down` and `across` are the title and the values of an axis.
+    what stands in a cell instead of the trial's state.
     """
     figure = go.Figure(layout={"template": {"layout": LAYOUT}, "height": 60 * len(grid) + 68})
-    ids = [[trial.result["trial_id"] if trial else None for trial in row] for row in grid]
+    ids = [[trial.id if trial else None for trial in row] for row in grid]
     figure.add_heatmap(
         z=[[shades.get(trial_id or 0) for trial_id in row] for row in ids],
         customdata=ids,
@@ -91,28 +90,27 @@ def heatmap(
     )
     shapes = []
     for x, y, trial in ((x, y, trial) for y, row in enumerate(grid) for x, trial in enumerate(row)):
-        line, text, colour, trial_id = {"width": 1, "dash": "dot", "color": "var(--line)"}, "not started", "soft", None
+        line, text, colour = {"width": 1, "dash": "dot", "color": "var(--line)"}, "not started", "soft"
         if trial:
-            trial_id = trial.result["trial_id"]
-            text = texts.get(trial_id, trial.state)
+            text = texts.get(trial.id, trial.state)
             text = f"<b>{text}</b>" if trial.mark == "best" else text
-            text = f"<span style='font-size: {15 if trial_id in texts else 12}px'>{text}</span><br>trial {trial_id}"
-            if trial_id in shades:
-                colour, width = "ink", {"best": 3, "tied": 1}.get(trial.mark, 0)
-                line = {"width": width, "color": "var(--ink)"}
+            text = f"<span style='font-size: {15 if trial.id in texts else 12}px'>{text}</span><br>trial {trial.id}"
+            if trial.id in shades:
+                line = {"width": {"best": 3, "tied": 1}.get(trial.mark, 0), "color": "var(--ink)"}
+                colour = "ink"
         label = {"text": text, "font": {"color": f"var(--{colour})"}}
         box = {"x0": x - 0.48, "x1": x + 0.48, "y0": y - 0.47, "y1": y + 0.47}
-        shapes.append({**box, "line": line, "label": label, "name": trial_id and str(trial_id)})
-    axes = {}
+        shapes.append({**box, "line": line, "label": label, "name": trial and str(trial.id)})
+    axes: dict[str, dict[str, Any]] = {}
     for axis, (title, values) in {"xaxis": across, "yaxis": down}.items():
         ticks = {"tickvals": list(range(len(values))), "ticktext": [escape(value, quote=False) for value in values]}
         axes[axis] = {"title": {"text": escape(title, quote=False)}, "range": [-0.5, len(values) - 0.5], **ticks}
-    axes["xaxis"] |= {"side": "top"}
-    axes["yaxis"] |= {"range": [len(grid) - 0.5, -0.5]}
+    axes["xaxis"]["side"] = "top"
+    axes["yaxis"]["range"].reverse()  # the first row on top
     return figure.update_layout(shapes=shapes, **axes)
 
 
-def curves(
+def plot_curves(
     trials: list[TrialView], events: dict[int, list[TrialEvent]], kind: str, metric: str, title: str
 ) -> go.Figure | None:
     """Return a metric's curves by step, or None if there are none.
@@ -121,7 +119,7 @@ def curves(
     """
     figure, shown = go.Figure(), []
     for trial in reversed(trials):
-        points = series(events.get(trial.result["trial_id"], []), kind, metric)
+        points = series(events.get(trial.id, []), kind, metric)
         finite = [value for _, value in points if is_finite(value)]
         if not finite:
             continue
@@ -135,7 +133,7 @@ def curves(
             y=[value if is_finite(value) else None for _, value in points],
             line={"color": colour, "width": width, "dash": trial.look.dash},
             marker=marker,
-            name=str(trial.result["trial_id"]),
+            name=str(trial.id),
             meta=f"{trial.title}<br>{escape(title, quote=False)}",
             hovertemplate="%{meta} %{y:.4g}<br>step %{x}<extra></extra>",
             **{"mode": "lines+markers", "cliponaxis": False},

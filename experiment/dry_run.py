@@ -3,32 +3,31 @@
     python local_experiment.py sft.yaml --dry-run
     python local_experiment.py dpo.yaml --dry-run --output dpo.html
 
-A dry run calls the functions that a training calls, up to the trainer, with a model that has shapes and no weights: of
-a model on the hub it downloads only the config and the tokenizer. Trials of a grid that use the same data share their
+A dry run calls the functions that a training calls, up to the trainer, with a model that has shapes and no weights. It
+downloads only the config and the tokenizer of a model on the hub. Trials of a grid that use the same data share their
 sections. dry_run_output.py shows them.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from datasets import concatenate_datasets
+from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.dpo_config import DPOConfig
 
 from chat_format import IM_END, IM_START, Message, encode, set_chat_format
-from config.experiment import expand_trials
-from config.hyperparameters import DataSource, DPOHyperparameters, SFTHyperparameters
+from config.hyperparameters import DataSource
 from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
-from errors import UserError
+from errors import UserError, one_line
 from experiment.dry_run_output import Example, Section, Table, Token
-from experiment.kinds import TrainingKind, kind_of
+from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.results import Experiment, short_name
 from pages.terminal import plural, visible
 from speed.hardware import choose_checkpointing, free_memory, resident_memory
@@ -43,42 +42,38 @@ LENGTH_LIMITS = {  # the YAML's key for each length of a row
     **{"chosen": "max_target_length", "rejected": "max_target_length", "total": "max_length"},
 }
 LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
-CHECKED_PROMPTS = 200  # at most so many are rendered a second time, in the way a server does
-CHECKPOINTING = ", activation checkpointing"
+CHECKED_PROMPTS = 200  # the first ones of the training data are rendered a second time, as a server does
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
 
-Hyperparameters = SFTHyperparameters | DPOHyperparameters
 
-
-@dataclass
 class TrainingData:
-    """The data that some trials are trained on, and their model without its weights."""
+    """The data that some trials are trained on, and their model without its weights.
 
-    kind: TrainingKind
-    hparams: Hyperparameters  # of the first of these trials
-    sources: list[tuple[DataSource, int | None, int]]  # with the rows found (None: streamed) and the rows used
-    conversations: Dataset  # the rows to train on, then those held out
-    tokenized: Dataset  # every row of `conversations`, dropped ones too
-    parts: pd.Series  # of each row: train or test
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    `hparams` are those of the first of these trials, `sources` have the rows found (None: streamed) and the rows used.
+    `conversations` are the rows to train on, then those held out, and `tokenized` are the same, dropped rows included.
+    `rows` has a line for each: its part, source, lengths and truncations, and whether these drop it or only cut it.
+    `remaining_rows` has the tokenized rows of each part that are not dropped.
+    """
 
-    @functools.cached_property
-    def rows(self) -> pd.DataFrame:
-        """A line for each row: its source, lengths and truncations, and whether these drop it or only cut it."""
+    def __init__(self, kind: TrainingKind, hparams: Hyperparameters) -> None:
+        self.kind, self.hparams = kind, hparams
+        self.sources: list[tuple[DataSource, int | None, int]] = []
+        parts = kind.load(**hparams.loading, on_source=lambda *source: self.sources.append(source))
+        model, tokenizer = load_model_and_tokenizer(find_model(hparams), weights=False, **hparams.model_init_kwargs)
+        set_chat_format(model, tokenizer, hparams.added_tokens)
+        self.model, self.tokenizer = model, tokenizer
+        num_proc = hparams.args.dataset_num_proc
+        tokenized = kind.tokenize(parts, tokenizer, num_proc, every_row=True, **hparams.tokenizing)
+        self.conversations, self.tokenized = (concatenate_datasets(list(each.values())) for each in (parts, tokenized))
         ids = [name for name in self.tokenized.column_names if name.endswith("ids") or name == "labels"]
-        rows = self.tokenized.remove_columns(ids).to_pandas()
+        self.rows = rows = self.tokenized.remove_columns(ids).to_pandas()
+        rows["part"] = np.repeat(list(parts), [len(each) for each in parts.values()])
         rows["truncations"] = [[Truncation(name) for name in names] for names in rows["truncations"]]
         rows["dropped"] = [any(truncation.drops_row for truncation in found) for found in rows["truncations"]]
         rows["cut"] = [any(truncation.cuts_row for truncation in found) for found in rows["truncations"]]
         rows["cut"] &= ~rows["dropped"]
-        return rows
-
-    @functools.cached_property
-    def remaining_rows(self) -> dict[str, Dataset]:
-        """By part, the tokenized rows that are not dropped."""
-        kept = {part: (self.parts == part) & ~self.rows["dropped"] for part in ("train", "test")}
-        return {part: self.tokenized.select(np.flatnonzero(mask)) for part, mask in kept.items()}
+        kept = {part: (rows["part"] == part) & ~rows["dropped"] for part in ("train", "test")}
+        self.remaining_rows = {part: self.tokenized.select(np.flatnonzero(mask)) for part, mask in kept.items()}
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -103,8 +98,8 @@ class TrainingData:
         tokenizer = self.tokenizer
         sizes = {marker: len(tokenizer(marker, add_special_tokens=False)["input_ids"]) for marker in (IM_START, IM_END)}
         spelled = [f"{marker} is {plural(size, 'token')}" for marker, size in sizes.items()]
-        checked = self.conversations.select(np.flatnonzero(self.parts == "train")[:CHECKED_PROMPTS])
-        prompts = [self.prompt(row) for row in checked]
+        train = np.flatnonzero(self.rows["part"] == "train")[:CHECKED_PROMPTS]
+        prompts = [self.prompt(row) for row in self.conversations.select(train)]
         same = sum(
             encode(tokenizer, prompt)[0]
             == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -118,12 +113,11 @@ class TrainingData:
 
 def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples: int) -> Iterator[Section]:
     """Yield the sections in order, with `examples` rows of each source. Raises `UserError` where a training would."""
-    kind = kind_of(experiment.script)
-    assert kind is not None, "the caller has parsed the trials by their kind"
+    assert experiment.kind, "the caller has parsed the trials by their kind"
     slots = max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
     process, facts, memory = 0, {}, []
     for trial_ids in group_trials(trials):
-        data = load_data(kind, trials[trial_ids[0] - 1])
+        data = TrainingData(experiment.kind, trials[trial_ids[0] - 1])
         process = process or resident_memory()  # with the data of one trial
         which = "" if len(trial_ids) == len(trials) else f", {name_trials(trial_ids)}"
         yield tabulate_sources(data, which)
@@ -134,8 +128,8 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
             yield from show_examples(data, examples)
         for part, rows in data.remaining_rows.items():
             if not len(rows):
-                truncations = (each for found in data.rows.loc[data.parts == part, "truncations"] for each in found)
-                reason = next(truncation for truncation in truncations if truncation.drops_row)
+                found = data.rows["truncations"][data.rows["part"] == part]
+                reason = next(each for truncations in found for each in truncations if each.drops_row)
                 raise UserError(f"{reason.limit} is too small: no {part} row is left ({reason.meaning})")
         for trial_id in trial_ids:
             facts[trial_id] = collect_facts(data, trials[trial_id - 1], slots)
@@ -144,28 +138,15 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
     yield tabulate_memory(memory, len(trials))
 
 
-def group_trials(trials: Sequence[Hyperparameters]) -> Iterator[list[int]]:
-    """Yield the ids of the trials that use the same data and the same model, together."""
+def group_trials(trials: Sequence[Hyperparameters]) -> list[list[int]]:
+    """Return the ids of the trials, those together that use the same data and the same model."""
     groups: dict[str, list[int]] = {}
     for trial_id, hparams in enumerate(trials, start=1):
         args = cast(Any, hparams.args)
         packing = (args.packing_strategy, args.max_length) if hparams.packing else None
         model = (find_model(hparams), hparams.model_init_kwargs, hparams.added_tokens)
         groups.setdefault(str((hparams.loading, hparams.tokenizing, packing, model)), []).append(trial_id)
-    yield from groups.values()
-
-
-def load_data(kind: TrainingKind, hparams: Hyperparameters) -> TrainingData:
-    """Load and tokenize what the trials are trained on, and their model without its weights."""
-    sources: list[tuple[DataSource, int | None, int]] = []
-    parts = kind.load(**hparams.loading, on_source=lambda *source: sources.append(source))
-    model, tokenizer = load_model_and_tokenizer(find_model(hparams), weights=False, **hparams.model_init_kwargs)
-    set_chat_format(model, tokenizer, hparams.added_tokens)
-    num_proc = hparams.args.dataset_num_proc
-    tokenized = kind.tokenize(parts, tokenizer, num_proc, every_row=True, **hparams.tokenizing)
-    rows, tokens = (concatenate_datasets(list(each.values())) for each in (parts, tokenized))
-    names = pd.Series(list(parts)).repeat([len(each) for each in parts.values()]).reset_index(drop=True)
-    return TrainingData(kind, hparams, sources, rows, tokens, names, model, tokenizer)
+    return list(groups.values())
 
 
 def find_model(hparams: Hyperparameters) -> str:
@@ -177,10 +158,9 @@ def find_model(hparams: Hyperparameters) -> str:
 
 def tabulate_sources(data: TrainingData, which: str) -> Table:
     """Return how many rows of each source are found, used, dropped, cut, trained on and held out."""
-    fates = data.rows[["dropped", "cut"]].copy()
-    for part, name in (("train", "train"), ("test", "held out")):
-        fates[name] = (data.parts == part) & ~fates["dropped"]
-    counts = fates.groupby(data.rows["source"]).sum()
+    rows, kept = data.rows, ~data.rows["dropped"]
+    parts = {"train": kept & (rows["part"] == "train"), "held out": kept & (rows["part"] == "test")}
+    counts = rows[["dropped", "cut"]].assign(**parts).groupby(rows["source"]).sum()
     lines = []
     for source, found, used in data.sources:
         share = "all" if source.ratio is None else f"{100 * source.ratio:g}%"
@@ -200,7 +180,9 @@ def tabulate_truncations(data: TrainingData, which: str) -> Table:
     for truncation in sorted(found, key=lambda truncation: (not truncation.drops_row, -len(found[truncation]))):
         first, share = data.conversations[found[truncation][0]], len(found[truncation]) / len(data.rows)
         effect = "dropped" if truncation.drops_row else "cut" if truncation.cuts_row else ""
-        example = f"{first['source']} row {first['row']}: {shorten(data.prompt(first)[-1]['content'], 60)}"
+        text = one_line(visible(data.prompt(first)[-1]["content"]))
+        text = text if len(text) <= 60 else text[:59] + "\N{HORIZONTAL ELLIPSIS}"
+        example = f"{first['source']} row {first['row']}: {text}"
         meaning = f"{effect}: {truncation.meaning}" if effect else truncation.meaning
         lines.append([meaning, len(found[truncation]), f"{share:.1%}", example])
         if truncation.limit and share > SHARE_TO_WARN:
@@ -264,14 +246,8 @@ def tabulate_training(experiment: Experiment, facts_of: dict[int, dict[str, str]
     facts = pd.DataFrame.from_dict(facts_of, orient="index").fillna("").sort_index()
     common = facts.columns[facts.nunique() == 1]
     if len(facts) > 1:
-        searched = pd.DataFrame(
-            [
-                [experiment.value(hparams, name) for name in experiment.varying]
-                for hparams in expand_trials(experiment.config)
-            ],
-            columns=[short_name(name) for name in experiment.varying],
-            index=facts.index,
-        )
+        points = [experiment.values(hparams) for hparams in experiment.plan_trials()]
+        searched = pd.DataFrame(points, facts.index, [short_name(name) for name in experiment.varying])
         table = pd.concat([searched, facts.drop(columns=common)], axis=1).rename_axis("trial").reset_index()
         yield Table(f"The {len(facts)} trials", table)
     shared = facts.loc[1, common].rename(" ").rename_axis("").reset_index()
@@ -332,27 +308,22 @@ def padding_share(lengths: np.ndarray, batch: int, seed: int, multiple: int) -> 
 def tabulate_memory(lines: list[tuple[Any, ...]], trials: int) -> Table:
     """Return the memory of each way of training, with the trials that use it. `lines` end with a trial id."""
     held = ["weights", "gradients", "optimizer", "activations", "process", "total"]
-    cells = [
-        [where, *(f"{size / 1e9:.2f}" if (size := getattr(estimate, name)) else "" for name in held), trial_id]
-        for where, estimate, trial_id in lines
-    ]
-    table = (
-        pd.DataFrame(cells, columns=["", *held, "ids"]).groupby(["", *held], sort=False)["ids"].agg(list).reset_index()
-    )
-    which = ["" if len(ids) == trials else f": {name_trials(ids)}" for ids in table.pop("ids")]
-    table[""] += which
+    trials_of: dict[tuple[str, ...], list[int]] = {}
+    for where, estimate, trial_id in lines:
+        sizes = [getattr(estimate, name) / 1e9 for name in held]
+        trials_of.setdefault((where, *(f"{size:.2f}" if size else "" for size in sizes)), []).append(trial_id)
+    which = ["" if len(ids) == trials else f": {name_trials(ids)}" for ids in trials_of.values()]
+    cells = [(where + ids, *sizes) for (where, *sizes), ids in zip(trials_of, which, strict=True)]
     note = "For a batch of the longest rows. On a GPU, CUDA itself takes another 0.5 GB. The formula is in memory.py."
-    return Table("Estimated peak memory, in GB", table, note)
+    return Table("Estimated peak memory, in GB", pd.DataFrame(cells, columns=["", *held]), note)
 
 
 def estimate_trial(
     data: TrainingData, hparams: Hyperparameters, slots: int, process: int
 ) -> Iterator[tuple[str, MemoryEstimate]]:
     """Yield the way of training and its memory: for one process on this machine, then for the slots as GPUs."""
-    args, pairs = hparams.args, data.kind.pairs
-    shapes = largest_batches(
-        args, data.remaining_rows, packing=hparams.packing, pairs=pairs, padding_free=data.padding_free
-    )
+    args, packing, pairs = hparams.args, hparams.packing, data.kind.pairs
+    shapes = largest_batches(args, data.remaining_rows, packing=packing, pairs=pairs, padding_free=data.padding_free)
     reference = pairs and not cast(DPOConfig, args).precompute_ref_log_probs
     here = TrainingSetup.from_args(args, reference, 1, "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -363,7 +334,7 @@ def estimate_trial(
     def choose(needed_and_free: Callable[[], tuple[int, int]]) -> bool:
         return choose_checkpointing(hparams.checkpointing, data.model, needed_and_free).on
 
-    label = CHECKPOINTING if hparams.checkpointing is None else ""  # only what was chosen is named
+    label = ", activation checkpointing" if hparams.checkpointing is None else ""  # only what was chosen is named
     checkpointing = choose(lambda: (estimate(here, False).total, free_memory(here.device_type)))
     yield f"{here.device_type.upper()} here" + label * checkpointing, estimate(here, checkpointing)
 
@@ -382,9 +353,3 @@ def estimate_trial(
 def name_trials(trial_ids: list[int]) -> str:
     """Return the trials as a phrase: `trial 1`, `trials 1, 3`."""
     return ("trial " if len(trial_ids) == 1 else "trials ") + ", ".join(map(str, trial_ids))
-
-
-def shorten(text: str, length: int) -> str:
-    """Return the text on one line, with an ellipsis if it is longer than `length` characters."""
-    text = " ".join(visible(text).split())
-    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -35,10 +35,7 @@ class Table(NamedTuple):
     @property
     def rows(self) -> list[list[str]]:
         """The cells as they are shown."""
-        return [
-            [c if isinstance(c, str) else f"{c:,}" for c in row]
-            for row in self.frame.itertuples(index=False, name=None)
-        ]
+        return self.frame.map(lambda cell: cell if isinstance(cell, str) else f"{cell:,}").to_numpy().tolist()
 
     def holds_text(self, column: str) -> bool:
         """Whether a column is aligned to the left."""

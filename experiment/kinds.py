@@ -8,13 +8,15 @@ from config.hyperparameters import DPOHyperparameters, SFTHyperparameters
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+Hyperparameters = SFTHyperparameters | DPOHyperparameters
+
 
 @dataclass(frozen=True)
 class TrainingKind:
     """A way of training: the entrypoint that does it, and what it reads."""
 
     script: str  # the entrypoint's file name
-    hyperparameters: type[SFTHyperparameters] | type[DPOHyperparameters]
+    hyperparameters: type[Hyperparameters]
     loader: str  # in dataset_utils, which takes seconds to import: so by name
     tokenize_function: str  # there, too
     pairs: bool  # a row is two sequences, the chosen and the rejected one

@@ -6,21 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError
-from experiment.kinds import DPO, SFT, kind_of
+from experiment.kinds import DPO, SFT
 from experiment.results import Experiment, TrialResult
 from storage.checkpoints import local_checkpoint
 from storage.files import read_json_lines
 
 
-def next_command(experiment: Experiment) -> str | None:
-    """Return the command to run after the experiment; None without a best trial, or for a script of the user's own."""
-    return dpo_command(experiment) or compare_command(experiment)
-
-
 def compare_command(experiment: Experiment) -> str | None:
     """Return the command that compares the best DPO model with the models it came from; None for other experiments."""
     best = experiment.best()
-    if best is None or kind_of(experiment.script) is not DPO:
+    if best is None or experiment.kind is not DPO:
         return None
     hparams, prefix = best["hparams"], "" if experiment.folder else "ckpt:"  # as inference.py --model takes it
     sft = hparams.get("model_ckpt")
@@ -42,7 +37,7 @@ def compare_command(experiment: Experiment) -> str | None:
 def dpo_command(experiment: Experiment) -> str | None:
     """Return the DPO experiment that starts from the best SFT model; None for other experiments."""
     best = experiment.best()
-    if best is None or kind_of(experiment.script) is not SFT:
+    if best is None or experiment.kind is not SFT:
         return None
     command, started = ["det", "e", "create"], {"config_file": "sft.yaml", "model_def": "."}
     if experiment.folder:

@@ -1,5 +1,6 @@
 """What a terminal shows of a local experiment: its trials while they run, and their results."""
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,52 +15,48 @@ SHOWN_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
 def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int, now: float) -> Table:
-    """Return a table of the state of each trial. Of more than `room` trials it has those that run, wait or ended last.
+    """Return a table of each trial's state and, once one has completed, of about how long the others will take.
 
-    `waiting` are the trials that have not started; `now` is a time of `time.monotonic`.
+    If there are more than `room` trials, it shows those that run, wait or ended last. `waiting` are the trials that
+    have not started; `now` is a time of `time.monotonic`.
     """
-    metric = experiment.searcher.metric
-    table = Table(box=box.SIMPLE, pad_edge=False, caption=_outlook(experiment, waiting, now), caption_justify="left")
+    metric, running = experiment.searcher.metric, experiment.running
+    done = f"{len(experiment.results)} of {len(experiment.trials)} trials done"
+    if experiment.durations and (waiting or running):
+        each = sum(experiment.durations) / len(experiment.durations)
+        left = len(waiting) * each + sum(max(0.0, each - (now - trial.started)) for trial in running.values())
+        done += f", about {format_minutes(left / max(1, len(running)))} left"
+    table = Table(box=box.SIMPLE, pad_edge=False, caption=done, caption_justify="left")
     for name in ("trial", *map(short_name, experiment.varying)):
         table.add_column(name, justify="right")
     table.add_column("state", no_wrap=True, max_width=34, overflow="ellipsis")
     for name in ("step", short_name(metric), "left"):
         table.add_column(name, justify="right")
-    order = [*experiment.running, *waiting, *sorted(experiment.results, reverse=True)]
-    for trial_id in sorted(order[: max(room, len(experiment.running))]):
-        state, step, metrics, left = "waiting", "", {}, ""
-        if trial_id in experiment.running:
-            trial = experiment.running[trial_id]
+    order = [*running, *waiting, *sorted(experiment.results, reverse=True)]
+    for trial_id in sorted(order[: max(room, len(running))]):
+        state, step, metrics, remaining = "waiting", "", {}, ""
+        if trial_id in running:
+            trial = running[trial_id]
             share = trial.progress[-1][1] if trial.progress else 0.0
             state = trial.status + (f" {share:.0%}" if share else "")
-            step = str(trial.last("training").get("steps_completed", ""))
-            metrics, left = trial.last("validation").get("metrics", {}), format_minutes(trial.seconds_left(now))
+            step = str(trial.last_event("training").get("steps_completed", ""))
+            metrics = trial.last_event("validation").get("metrics", {})
+            remaining = format_minutes(trial.seconds_left(now))
         elif trial_id in experiment.results:
             result = experiment.results[trial_id]
             state, step, metrics = result["state"], str(result["steps_completed"]), result["best_metrics"]
-        values = [experiment.value(experiment.trials[trial_id - 1], name) for name in experiment.varying]
+        values = experiment.values(experiment.trials[trial_id - 1])
         figure = f"{metrics[metric]:.4g}" if metric in metrics else ""
-        style = "bold" if trial_id in experiment.running else "dim" if state == "waiting" else None
-        table.add_row(str(trial_id), *values, state, step, figure, left, style=style)
+        style = "bold" if trial_id in running else "dim" if state == "waiting" else None
+        table.add_row(str(trial_id), *values, state, step, figure, remaining, style=style)
     return table
-
-
-def _outlook(experiment: "LocalExperiment", waiting: list[int], now: float) -> str:
-    """Return how many trials are done and, once one has shown it, about how long the others will take."""
-    done = f"{len(experiment.results)} of {len(experiment.trials)} trials done"
-    running = experiment.running.values()
-    if not experiment.durations or not (waiting or running):
-        return done
-    each = sum(experiment.durations) / len(experiment.durations)
-    left = len(waiting) * each + sum(max(0.0, each - (now - trial.started)) for trial in running)
-    return f"{done}, about {format_minutes(left / max(1, len(running)))} left"
 
 
 def results_table(experiment: "LocalExperiment") -> Table:
     """Return a table of the metrics of each trial's best checkpoint, the best trial in green."""
-    metrics = list(dict.fromkeys([experiment.searcher.metric, *SHOWN_METRICS]))
     results = [result for _, result in sorted(experiment.results.items())]
-    metrics = [metric for metric in metrics if any(metric in result["best_metrics"] for result in results)]
+    shown = dict.fromkeys([experiment.searcher.metric, *SHOWN_METRICS])
+    metrics = [metric for metric in shown if any(metric in result["best_metrics"] for result in results)]
     title = f"{experiment.name}: validations best by {experiment.searcher.metric}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     state = ["state"] if {result["state"] for result in results} != {"COMPLETED"} else []
@@ -67,9 +64,8 @@ def results_table(experiment: "LocalExperiment") -> Table:
         table.add_column(short_name(name), justify="right", no_wrap=name == "state", overflow="fold")
     best = experiment.best()
     for result in results:
-        values = [experiment.value(result["hparams"], name) for name in experiment.varying]
         figures = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
-        cells = [str(result["trial_id"]), *values, *([result["state"]] if state else [])]
+        cells = [str(result["trial_id"]), *experiment.values(result["hparams"]), *([result["state"]] if state else [])]
         style = "bold green" if best and result["trial_id"] == best["trial_id"] else None
         table.add_row(*cells, str(result["steps_completed"]), *figures, style=style)
     return table
@@ -77,8 +73,4 @@ def results_table(experiment: "LocalExperiment") -> Table:
 
 def format_minutes(seconds: float | None) -> str:
     """Return `0:05`, `12:34` or `1:02:03`; an empty text for None."""
-    if seconds is None:
-        return ""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return "" if seconds is None else str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")

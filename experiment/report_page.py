@@ -7,16 +7,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from experiment.charts import TrialView, choose_look, curves, heatmap, is_finite
+from experiment.charts import TrialView, choose_look, is_finite, plot_curves, plot_heatmap
 from experiment.next_steps import next_steps
-from experiment.results import Experiment, TrialResult, short_name
+from experiment.results import Experiment, TrialResult, flatten, short_name
 from pages.render import render_page
+from pages.terminal import plural
 
 TITLES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 ENDED = {"COMPLETED": "completed", "ERROR": "failed", "CANCELED": "canceled"}
@@ -37,11 +37,11 @@ class Page:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment, self.searcher = experiment, experiment.searcher
-        self.planned, self.axes = experiment.planned(), experiment.axes()
+        self.planned, self.axes = experiment.plan_trials(), experiment.axes()
         self.expected = max(len(self.planned), experiment.config["searcher"].get("max_trials") or 0)
-        self.count = f"{self.expected} trial" + ("s" if self.expected != 1 else "")
+        self.count = plural(self.expected, "trial")
         self.beta = next((name for name in self.axes if short_name(name) in ("dpo_beta", "beta")), "")
-        ranked = experiment.ranked()
+        ranked = experiment.rank_trials()
         self.results = [*ranked, *(r for _, r in sorted(experiment.results.items()) if r not in ranked)]
         shown = dict.fromkeys([self.searcher.metric, *REWARDS, "eval_loss"])
         self.metrics = [metric for metric in shown if self.values(metric)]
@@ -54,7 +54,7 @@ class Page:
 
     def view(self, result: TrialResult, ranked: list[TrialResult]) -> TrialView:
         """Return a trial as the page shows it."""
-        values = [self.experiment.value(result["hparams"], name) for name in self.axes]
+        values = self.experiment.values(result["hparams"])
         places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
         scores = [other["best_metrics"][self.searcher.metric] for other in ranked]
         rank = scores.index(result["best_metrics"][self.searcher.metric]) + 1 if result in ranked else None
@@ -64,12 +64,12 @@ class Page:
         title = "<br>".join([f"<b>trial {result['trial_id']}</b>", *(escape(line, quote=False) for line in varied)])
         metrics = [f"{escape(self.title(m), quote=False)} {self.format(m, result)}" for m in self.metrics]
         details = "<br>".join([title, *metrics, state])
-        return TrialView(result, tuple(values), state, str(rank or MISSING), mark, choose_look(places), title, details)
+        look, place = choose_look(places), str(rank or MISSING)
+        return TrialView(result["trial_id"], result, tuple(values), state, place, mark, look, title, details)
 
     def title(self, metric: str) -> str:
         """Return what the page calls a metric."""
-        name = metric.removeprefix("eval_")
-        return TITLES.get(name, name)
+        return TITLES.get(name := metric.removeprefix("eval_"), name)
 
     def values(self, metric: str) -> list[float]:
         """Return the trials' finite values of a metric."""
@@ -105,13 +105,13 @@ class Page:
 
     def verdict(self) -> str:
         """Say how far the best trial is ahead, and of which."""
-        ids, said = [str(trial.result["trial_id"]) for trial in self.trials if trial.mark == "tied"], []
+        ids, said = [str(trial.id) for trial in self.trials if trial.mark == "tied"], []
         if ids:
             as_good = f"Trials {', '.join(ids[:-1])} and {ids[-1]} are" if ids[1:] else f"Trial {ids[0]} is"
             said.append(f"{as_good} as good; the first is taken.")
         for behind in [trial.result for trial in self.ranked if not trial.mark][:1]:
             best, next_best = (r["best_metrics"][self.searcher.metric] for r in (self.results[0], behind))
-            which = f"trial {behind['trial_id']} ({self.experiment.varied(behind['hparams'])})"
+            which = f"trial {behind['trial_id']} ({self.experiment.describe_values(behind['hparams'])})"
             value, gap = self.format(self.searcher.metric, behind), abs(best - next_best)
             said.append(f"Next is {which} with {value}: {gap:.3g} behind.")
         return " ".join(said)
@@ -127,10 +127,11 @@ class Page:
         least a tenth: one more pair must not look like a landslide.
         """
         groups: dict[str, dict[int, float]] = defaultdict(dict)
+        scaled = self.scaled_by_beta(metric)
         for result in self.results:
             value = result["best_metrics"].get(metric)
             if result["state"] == "COMPLETED" and is_finite(value):
-                beta = self.experiment.value(result["hparams"], self.beta) if self.scaled_by_beta(metric) else ""
+                beta = self.experiment.value(result["hparams"], self.beta) if scaled else ""
                 groups[beta][result["trial_id"]] = value
         shades: dict[int, float] = {}
         worst = best = math.nan
@@ -142,7 +143,7 @@ class Page:
                 worst = min(worst, best - 0.1)
             shades |= {i: (v - worst) / (best - worst) if worst != best else 0.5 for i, v in group.items()}
         low, high = ("worst", "best") if metric == self.searcher.metric else ("low", "high")
-        if self.scaled_by_beta(metric):
+        if scaled:
             return shades, low, f"{high}, each {short_name(self.beta)} by itself"
         return shades, f"{low} {self.format(metric, worst)}", f"{self.format(metric, best)} {high}"
 
@@ -159,16 +160,15 @@ class Page:
         for rest in itertools.product(*(self.axes[name] for name in others)):
             grid = [[trials.get((row, column, *rest)[-len(names) :]) for column in columns] for row in rows]
             label = ", ".join(f"{short_name(name)} {value}" for name, value in zip(others, rest, strict=True))
-            sides = (short_name(down), rows), (short_name(across), columns)
-            yield label, heatmap(grid, shades, texts, *sides)
+            yield label, plot_heatmap(grid, shades, texts, (short_name(down), rows), (short_name(across), columns))
 
     def encoding(self) -> str:
         """Say what a curve's colour, dash, marker and thickness mean."""
         first, *others = map(short_name, self.axes)
-        said = f"Colour is {first}" + (f", dash and marker are {' and '.join(others)}." if others else ".")
+        said = f"Colour is {first}" + (f", dash and marker are {' and '.join(others)}" if others else "") + "."
         if len({trial.look for trial in self.trials}) < len(self.trials):
             said += " Some share a look: point at one to see which it is."
-        return said + (f" The thick line is trial {self.best.result['trial_id']}." if self.best else "")
+        return said + (f" The thick line is trial {self.best.id}." if self.best else "")
 
     def charts(self) -> Iterator[tuple[str, list[tuple[str, go.Figure]]]]:
         """Yield each metric that was reported, with its curves in training and evaluation and their titles."""
@@ -176,7 +176,7 @@ class Page:
         for metric in dict.fromkeys([*TITLES, self.searcher.metric.removeprefix("eval_")]):
             panels = []
             for title, (kind, prefix) in kinds.items():
-                figure = curves(self.trials, self.experiment.events, kind, prefix + metric, self.title(metric))
+                figure = plot_curves(self.trials, self.experiment.events, kind, prefix + metric, self.title(metric))
                 panels += [(title, figure)] if figure else []
             if panels:
                 yield metric, panels
@@ -186,12 +186,3 @@ class Page:
         for name, value in flatten(self.planned[0] if self.planned else {}):
             if name not in self.axes and not name.endswith("token"):  # pages are sent to others
                 yield name, value if isinstance(value, str) else json.dumps(value)
-
-
-def flatten(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each value of nested dicts with its dotted name."""
-    for name, value in level.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -1,7 +1,9 @@
 """The results of an experiment, on this machine or on a cluster: what each trial reported, and which one is best."""
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, TypedDict, TypeVar
 
 from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
 from errors import UserError
+from experiment.kinds import kind_of
 from trial.events import TrialEvent, events_by_step, read_events
 
 T = TypeVar("T")
@@ -38,9 +41,9 @@ class Searcher:
 
     def best(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> T | None:
         """Return the item whose metrics are best, the first of equals; None if no item has a finite value."""
-        return next(iter(self.ranked(items, metrics_of)), None)
+        return next(iter(self.rank(items, metrics_of)), None)
 
-    def ranked(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> list[T]:
+    def rank(self, items: Iterable[T], metrics_of: Callable[[T], dict[str, float]]) -> list[T]:
         """Return the items that have a finite value of the metric, best first, equals in the order given."""
         sign = 1 if self.smaller_is_better else -1
         scored = [item for item in items if math.isfinite(metrics_of(item).get(self.metric, math.nan))]
@@ -55,18 +58,14 @@ class Experiment:
 
     def __init__(self, name: str, config: dict[str, Any], folder: Path | None = None) -> None:
         self.name, self.config, self.folder = name, config, folder
-        self.searcher = Searcher(config)
-        self.varying = varying_hyperparameters(config)
+        self.searcher, self.varying = Searcher(config), varying_hyperparameters(config)
+        self.script = Path(entrypoint_script(config)[0]).name  # the file name of the entrypoint
+        self.kind = kind_of(self.script)  # None for a script that is not this project's
         self.results: dict[int, TrialResult] = {}
         self.events: dict[int, list[TrialEvent]] = {}
 
-    @property
-    def script(self) -> str:
-        """The file name of the entrypoint."""
-        return Path(entrypoint_script(self.config)[0]).name
-
-    def planned(self) -> list[dict[str, Any]]:
-        """Return the hyperparameters of every trial, started or not; of those that started in a random search."""
+    def plan_trials(self) -> list[dict[str, Any]]:
+        """Return the hyperparameters of every trial, started or not; in a random search, only of those that started."""
         try:
             return expand_trials(self.config)
         except UserError:  # only a cluster runs this search, and only the cluster knows its next trials
@@ -74,24 +73,24 @@ class Experiment:
 
     def axes(self) -> dict[str, list[str]]:
         """Return the different values of each hyperparameter that varies: numbers by size, others as they come."""
-        axes = {name: list(dict.fromkeys(self.value(h, name) for h in self.planned())) for name in self.varying}
+        axes = {name: list(dict.fromkeys(self.value(h, name) for h in self.plan_trials())) for name in self.varying}
         for values in axes.values():
             with suppress(ValueError):
                 values.sort(key=float)
         return axes
 
-    def ranked(self) -> list[TrialResult]:
+    def rank_trials(self) -> list[TrialResult]:
         """Return the results of the completed trials that have the searcher's metric, best first."""
         completed = [result for _, result in sorted(self.results.items()) if result["state"] == "COMPLETED"]
-        return self.searcher.ranked(completed, lambda result: result["best_metrics"])
+        return self.searcher.rank(completed, lambda result: result["best_metrics"])
 
     def best(self) -> TrialResult | None:
         """Return the best completed trial, the first of equals."""
-        return next(iter(self.ranked()), None)
+        return next(iter(self.rank_trials()), None)
 
     def ties(self) -> list[int]:
         """Return the ids of the other trials that are as good as the best one."""
-        ranked, metric = self.ranked(), self.searcher.metric
+        ranked, metric = self.rank_trials(), self.searcher.metric
         return [r["trial_id"] for r in ranked[1:] if r["best_metrics"][metric] == ranked[0]["best_metrics"][metric]]
 
     def step_of(self, result: TrialResult) -> int | None:
@@ -101,12 +100,14 @@ class Experiment:
 
     def value(self, hparams: dict[str, Any], name: str) -> str:
         """Return the hyperparameter with this dotted name as a user would write it."""
-        value: Any = hparams
-        for key in name.split("."):
-            value = value[key]
+        value: Any = functools.reduce(operator.getitem, name.split("."), hparams)
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    def varied(self, hparams: dict[str, Any]) -> str:
+    def values(self, hparams: dict[str, Any]) -> list[str]:
+        """Return the hyperparameters that vary, each as a user would write it."""
+        return [self.value(hparams, name) for name in self.varying]
+
+    def describe_values(self, hparams: dict[str, Any]) -> str:
         """Return what tells a trial from the others: `dpo_beta 0.1, learning_rate 5e-07`."""
         return ", ".join(f"{short_name(name)} {self.value(hparams, name)}" for name in self.varying)
 
@@ -114,6 +115,15 @@ class Experiment:
 def short_name(name: str) -> str:
     """Return the last part of a hyperparameter's or metric's name: `learning_rate`, `accuracies`."""
     return name.split(".")[-1].split("/")[-1]
+
+
+def flatten(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested dicts with its dotted name."""
+    for name, value in level.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def summarize(
@@ -180,14 +190,12 @@ def read_cluster(source: str) -> Experiment:
 def _cluster_events(trial: Any) -> Iterator[TrialEvent]:
     """Yield what a trial reported to its master, and those of its checkpoints that the cluster still has."""
     for kind in ("training", "validation"):
-        for report in trial.iter_metrics(kind):
+        for reported in trial.iter_metrics(kind):
             metrics = {}
-            for name, value in report.metrics.items():
-                with suppress(
-                    TypeError, ValueError
-                ):  # the master keeps NaN and Infinity as text; other text is no metric
-                    metrics[name] = value if isinstance(value, int | float) else float(value)
-            yield {"kind": kind, "steps_completed": report.steps_completed, "metrics": metrics}
+            for name, value in reported.metrics.items():
+                with suppress(TypeError, ValueError):  # NaN and Infinity come as text; any other text is not a metric
+                    metrics[name] = float(value)
+            yield {"kind": kind, "steps_completed": reported.steps_completed, "metrics": metrics}
     for checkpoint in trial.list_checkpoints():
         steps = (checkpoint.metadata or {}).get("steps_completed")  # there if one of this project's trials saved it
         if checkpoint.state is not None and checkpoint.state.name == "COMPLETED" and steps is not None:

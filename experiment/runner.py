@@ -1,13 +1,12 @@
 """Run the trials of an experiment on this machine, a process each, in a folder that an interrupted run continues in."""
 
-import copy
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from rich.live import Live
 from config.experiment import entrypoint_script, expand_trials
 from config.hyperparameters import check_searcher_metric, parse_hyperparameters
 from errors import UserError
-from experiment.kinds import TrainingKind, kind_of
+from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.progress import progress_table
 from experiment.report_page import render
-from experiment.results import Experiment, TrialResult, summarize
-from experiment.trial_process import start_trial
+from experiment.results import Experiment, TrialResult, flatten, read_local, summarize
+from experiment.trial_process import PROCESSES, run_script
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
 from storage.files import read_json_lines, write_atomically
-from trial.events import TrialEvent, read_events
+from trial.events import TrialEvent
 from trial.models import check_source
 
 POLL_SECONDS = 0.2
@@ -35,18 +34,17 @@ POLL_SECONDS = 0.2
 console = Console(soft_wrap=True, highlight=False)
 
 
-def check_sources(kind: TrainingKind, trials: list[Any]) -> None:
-    """Find a user's mistakes in each trial's data and model before anything is written. `trials`: hyperparameters."""
+def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
+    """Find mistakes in each trial's data and model before anything is written."""
     for hparams in trials:
         if hparams.model_ckpt:
             local_checkpoint(hparams.model_ckpt, "model_ckpt")
-        else:
+        elif hparams.model_name:
             check_source(hparams.model_name, "model_name")
     for loading in {str(hparams.loading): hparams.loading for hparams in trials}.values():
         kind.load(**loading)
-    for start in {hparams.start: None for hparams in trials}:
-        if start:
-            console.print(start, markup=False)
+    for start in filter(None, dict.fromkeys(hparams.start for hparams in trials)):
+        console.print(start, markup=False)
 
 
 class RunningTrial:
@@ -54,7 +52,7 @@ class RunningTrial:
 
     def __init__(self, process: BaseProcess, slot: int, folder: Path) -> None:
         self.process, self.slot, self.started = process, slot, time.monotonic()
-        self.file, self.offset = folder / "events.jsonl", 0
+        self.log, self.file, self.offset = folder / "log.txt", folder / "events.jsonl", 0
         self.events: list[TrialEvent] = []
         self.status = "starting"
         self.progress: list[tuple[float, float]] = []  # time in seconds, share that is done
@@ -70,16 +68,14 @@ class RunningTrial:
             *lines, rest = file.read().split(b"\n")
             self.offset = file.tell() - len(rest)
         for line in lines:
-            try:
-                event: TrialEvent = json.loads(line)
-            except ValueError:  # a kill cut it short
-                continue
-            self.events.append(event)
-            if event["kind"] == "progress":
-                self.progress.append((time.monotonic(), event["progress"]))
-            self.status = event.get("status", self.status)
+            with suppress(ValueError):  # a kill cut it short
+                event = json.loads(line)
+                self.events.append(event)
+                self.status = event.get("status", self.status)
+                if event["kind"] == "progress":
+                    self.progress.append((time.monotonic(), event["progress"]))
 
-    def last(self, kind: str) -> dict[str, Any]:
+    def last_event(self, kind: str) -> dict[str, Any]:
         """Return the last event of a kind; an empty dict if there is none."""
         return next((dict(event) for event in reversed(self.events) if event["kind"] == kind), {})
 
@@ -100,33 +96,28 @@ class LocalExperiment(Experiment):
     def __init__(self, name: str, config: dict[str, Any], folder: Path, model_def: Path) -> None:
         super().__init__(name, config, folder)
         self.trials, self.model_def = expand_trials(config), model_def
+        self.report_file = folder / "report.html"
         self.running: dict[int, RunningTrial] = {}
         self.durations: list[float] = []  # in seconds, of the trials that this process has seen complete
 
-    def parse_trials(self) -> tuple[TrainingKind | None, list[Any]]:
-        """Return what kind of training the trials are and each one's hyperparameters, checked.
-
-        The kind is None, and the list empty, for a script that is not this project's.
-        """
-        kind = kind_of(self.script)
-        if kind is None:
-            return None, []
-        check_searcher_metric(kind.hyperparameters, self.searcher.metric)
-        return kind, [parse_hyperparameters(kind.hyperparameters, hparams) for hparams in self.trials]
+    def parse_trials(self) -> list[Hyperparameters]:
+        """Return each trial's hyperparameters, checked; [] for a script that is not this project's."""
+        if self.kind is None:
+            return []
+        check_searcher_metric(self.kind.hyperparameters, self.searcher.metric)
+        return [parse_hyperparameters(self.kind.hyperparameters, hparams) for hparams in self.trials]
 
     def open_folder(self, command: dict[str, str]) -> None:
-        """Make the folder, or take up the run of the same experiment that is in it. `command` is kept in it."""
+        """Make the folder and keep `command` in it, or take up the run of the same experiment that is in it."""
         stored = self.folder / "experiment.json"
         if stored.exists():
-            config = json.loads(json.dumps(self.config))
-            key = first_difference(json.loads(stored.read_text(encoding="utf-8")), config)
+            old, new = json.loads(stored.read_text(encoding="utf-8")), json.loads(json.dumps(self.config))
+            key = first_difference(old, new)
             if key is not None:
                 raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
             for result in read_json_lines(self.folder / "trials.jsonl"):
                 if result["state"] == "COMPLETED":
-                    trial_id = result["trial_id"]
-                    self.results[trial_id] = result
-                    self.events[trial_id] = read_events(self.trial_folder(trial_id) / "events.jsonl")
+                    self.results[result["trial_id"]] = result
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "command.json", json.dumps(command) + "\n")
@@ -158,7 +149,7 @@ class LocalExperiment(Experiment):
 
     def start(self, trial_id: int, max_concurrent: int) -> None:
         """Start a trial's process: it resumes if it was started before."""
-        folder, log = self.trial_folder(trial_id), self.log_of(trial_id)
+        folder = self.folder / "trials" / str(trial_id)
         folder.mkdir(parents=True, exist_ok=True)
         searcher = {**self.config["searcher"], "name": "single"}
         config = {**self.config, "hyperparameters": self.trials[trial_id - 1], "searcher": searcher}
@@ -175,13 +166,14 @@ class LocalExperiment(Experiment):
             if gpus := torch.cuda.device_count():
                 devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
                 environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[slot % gpus]
-        process = start_trial(script, arguments, self.model_def, environment, threads, log)
+        command = (script, arguments, self.model_def, environment, threads, folder / "log.txt")
+        process = PROCESSES.Process(target=run_script, args=command)
+        process.start()
         trial = self.running[trial_id] = RunningTrial(process, slot, folder)
-        saved = trial.last("checkpoint")
-        if saved:
+        if saved := trial.last_event("checkpoint"):
             console.print(f"{self.describe(trial_id)}: resumes from step {saved['steps_completed']}", markup=False)
         elif not console.is_terminal:  # without a table that shows it
-            console.print(f"{self.describe(trial_id)}: started, log in {log}", markup=False)
+            console.print(f"{self.describe(trial_id)}: started, log in {trial.log}", markup=False)
 
     def finish(self, trial_id: int) -> TrialResult:
         """Write down what a trial whose process has ended leaves behind. Returns its line of `trials.jsonl`."""
@@ -190,13 +182,12 @@ class LocalExperiment(Experiment):
         result = summarize(trial_id, state, self.trials[trial_id - 1], trial.events, self.searcher)
         if state == "COMPLETED":
             delete_superseded(trial.events, best=result["checkpoint_uuid"])
-        self.results[trial_id], self.events[trial_id] = result, trial.events
+        self.results[trial_id] = result
         self.write_results()
         seconds = time.monotonic() - trial.started
         outcome = f"{self.describe(trial_id)}: {state} after {seconds:.0f} s"
         if trial.process.exitcode:
-            log = self.log_of(trial_id)
-            outcome += f": {read_failure(trial.process.exitcode, log)} (see {log})"
+            outcome += f": {read_failure(trial.process.exitcode, trial.log)} (see {trial.log})"
         else:
             self.durations.append(seconds)
             if self.searcher.metric in result["best_metrics"]:
@@ -216,40 +207,20 @@ class LocalExperiment(Experiment):
         """Write `trials.jsonl`, the best checkpoint so far and the report."""
         lines = [json.dumps(self.results[trial_id]) + "\n" for trial_id in sorted(self.results)]
         write_atomically(self.folder / "trials.jsonl", "".join(lines))
-        best = self.best()
-        if best:
+        if best := self.best():
             write_atomically(self.folder / "best_checkpoint", f"{best['checkpoint_uuid']}\n")
         self.write_report()
 
     def write_report(self) -> None:
-        """Write the report, with the events that the running trials have written so far."""
-        shown = copy.copy(self)
-        shown.results, shown.events = dict(self.results), dict(self.events)
-        for trial_id, trial in self.running.items():
-            shown.events[trial_id] = trial.events
-            hparams = self.trials[trial_id - 1]
-            shown.results[trial_id] = summarize(trial_id, "UNFINISHED", hparams, trial.events, self.searcher)
+        """Write the report, with what the running trials have written so far."""
         try:
-            write_atomically(self.report_file, render(shown))
+            write_atomically(self.report_file, render(read_local(self.folder)))
         except Exception as error:  # nothing that it shows would be lost: the trials must go on
             console.print(f"{self.report_file} cannot be written: {type(error).__name__}: {error}", markup=False)
 
-    @property
-    def report_file(self) -> Path:
-        """The page that shows the results."""
-        return self.folder / "report.html"
-
-    def trial_folder(self, trial_id: int) -> Path:
-        """Return the folder of a trial's config, log and events."""
-        return self.folder / "trials" / str(trial_id)
-
-    def log_of(self, trial_id: int) -> Path:
-        """Return the file that receives what a trial prints."""
-        return self.trial_folder(trial_id) / "log.txt"
-
     def describe(self, trial_id: int) -> str:
         """Return `trial 2 of 9 (dpo_beta 0.1, learning_rate 5e-07)`."""
-        varied = self.varied(self.trials[trial_id - 1])
+        varied = self.describe_values(self.trials[trial_id - 1])
         return f"trial {trial_id} of {len(self.trials)}" + (f" ({varied})" if varied else "")
 
     def winner(self) -> str | None:
@@ -271,15 +242,10 @@ def delete_superseded(events: list[TrialEvent], best: str | None) -> None:
         shutil.rmtree(local_checkpoint_storage() / superseded, ignore_errors=True)
 
 
-def first_difference(old: Any, new: Any, key: str = "") -> str | None:
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Return the dotted name of the first key in which two configs differ; None if they are the same."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in {**old, **new}:
-            found = first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    return None if old == new else key
+    before, after = dict(flatten(old)), dict(flatten(new))
+    return next((key for key in {**before, **after} if before.get(key) != after.get(key)), None)
 
 
 def read_failure(exitcode: int, log: Path) -> str:

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,18 @@ def start_importing() -> None:
     sys.warnoptions.append("ignore:resource_tracker")
     PROCESSES.set_forkserver_preload(IMPORTS)
     if PROCESSES.get_start_method() == "forkserver":
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process tells of Ctrl-C
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process to handle
         forkserver.ensure_running()
         signal.signal(signal.SIGINT, handler)
 
 
-def start_trial(
+def run_script(
     script: str, arguments: list[str], folder: Path, environment: dict[str, str], threads: int | None, log: Path
-) -> BaseProcess:
-    """Start `python SCRIPT ARGUMENTS >>LOG 2>&1` in `folder`, with `threads` of torch (None: its own choice)."""
-    process = PROCESSES.Process(target=_run, args=(script, arguments, str(folder), environment, threads, str(log)))
-    process.start()
-    return process
-
-
-def _run(
-    script: str, arguments: list[str], folder: str, environment: dict[str, str], threads: int | None, log: str
 ) -> None:
+    """Turn this process, one of `PROCESSES`, into `python SCRIPT ARGUMENTS >>LOG 2>&1` in `folder`.
+
+    `threads` are torch's (None: its own choice).
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -53,8 +47,8 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    path = Path(folder, script)
-    if Path(folder) != BUNDLE:  # its modules may have the names of ours: a Python of its own
+    path = folder / script
+    if folder != BUNDLE:  # its modules may have the names of ours: a Python of its own
         if threads is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         if sys.platform == "linux":
@@ -72,7 +66,7 @@ def _run(
     try:
         runpy.run_path(str(path), run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # multiprocessing's processes end without
+        atexit._run_exitfuncs()  # multiprocessing's processes skip them
 
 
 def _end_with_parent() -> None:
