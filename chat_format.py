@@ -147,7 +147,7 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens
 
 
 def set_chat_format(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens: list[str] | None = None) -> None:
-    """Set the tokenizer's template to ChatML and add both stop tokens to the model's generation config.
+    """Set the tokenizer's template to ChatML and the model's stop tokens to EOS and, if it is one token, `<|im_end|>`.
 
     `special_tokens`, if given, first get ids and embeddings. Raises `UserError` if the tokenizer has no EOS token,
     without which a model cannot learn to stop.

@@ -1,4 +1,4 @@
-"""All data loading: public SFT and preference data sets to checked conversations, and conversations to token ids.
+"""Load SFT and preference data sets as checked conversations, and tokenize them.
 
 A data set is a hub id, a local folder (anything that `load_dataset` opens) or a local .jsonl, .json, .csv or .parquet
 file. A folder holds files of one of these formats. The rows come from the `split` that the YAML names, else from
@@ -45,9 +45,9 @@ def load_sft_dataset(
 ) -> DatasetDict:
     """Load `train` and `test` (20%) rows for fine-tuning: `messages`, and the `source` and `row` they are from.
 
-    Each source gives its share, drawn without replacement. The shares are concatenated, then split. `seed` fixes both,
-    so every rank and every resume sees the same rows. With `streaming`, only `number_of_samples` rows of each source
-    are downloaded, the first of ten or more files in random order, and kept in the cache of `datasets`.
+    The requested rows of each source are drawn without replacement, concatenated and split. `seed` fixes the draw and
+    the split, so every rank and every resume sees the same rows. With `streaming`, a source is read only as far as its
+    `number_of_samples` rows need, which shuffles within about ten files at a time; `datasets` keeps them in its cache.
     """
     refuse_overlaps(sources)
     parts = []
@@ -65,8 +65,8 @@ def load_dpo_dataset(sources: list[DataSource], seed: int, on_source: OnSource |
     """Load `train` and `test` (20%) pairs: `prompt` (list of messages), `chosen` and `rejected` (texts of the answers),
     and the `source` and `row` they are from.
 
-    Each source is split on its own and gives its share of both parts. So every source has the same proportion of the
-    evaluation split, and the rows that are held out of a source do not depend on its share or on the other sources.
+    Each source is split on its own. So each has the same share of the evaluation split, and the rows that are held out
+    of a source do not depend on its share or on the other sources.
     """
     refuse_overlaps(sources)
     parts: dict[str, list[Dataset]] = {"train": [], "test": []}
@@ -193,19 +193,15 @@ def tokenize_dpo_dataset(
 
 
 def tokenize_once(
-    trial: "Trial",
-    tokenize: Callable[..., DatasetDict],
-    rows: DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    num_proc: int | None,
-    **options: Any,
+    trial: "Trial", tokenize: Callable[..., DatasetDict], rows: DatasetDict, tokenizer: PreTrainedTokenizerBase
 ) -> DatasetDict:
-    """Return `tokenize(rows, tokenizer, **options)`, made once for all trials and starts that share a cache folder.
+    """Tokenize with the trial's `tokenize_options`, once for all trials and starts that share a cache folder.
 
-    Every rank reads it from the disk. TRL stores beside it what it derives from it, such as reference log-probs. A
-    `UserError` of `tokenize` is raised on all ranks.
+    Every rank reads it from the disk. TRL caches the reference log-probs in the same folder. A `UserError` of
+    `tokenize` is raised on all ranks.
     """
-    distributed = trial.core_context.distributed
+    distributed, options = trial.core_context.distributed, trial.hparams.tokenize_options
+    num_proc = trial.hparams.args.dataset_num_proc
     key = None
     if distributed.local_rank == 0:
         # The formats need not be in the key: what they make of the data is in the rows.
@@ -227,11 +223,11 @@ def tokenize_once(
     once_per_node(distributed, work)
     dataset = DatasetDict.load_from_disk(folder)
     for part in dataset:
-        # TRL and datasets look up what they derive from it by this hash, which covers all that the token ids depend
-        # on. Their own fingerprint would be random.
+        # TRL and datasets key their caches by this fingerprint. Their own would be random.
         dataset[part]._fingerprint = fingerprint(key, part)
-        for line in truncation.describe_truncations(part, dataset[part]) if distributed.rank == 0 else ():
-            logger.warning(line)
+        if distributed.rank == 0:
+            for line in truncation.describe_truncations(part, dataset[part]):
+                logger.warning(line)
     return dataset
 
 

@@ -16,25 +16,29 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
     from speed.hardware import suit_hardware
     from speed.tokenized_dpo_trainer import TokenizedDPOTrainer
     from storage.checkpoints import download_ckpt
-    from trial.det_callback import train_until_preempted
+    from trial.det_callback import train_or_resume
     from trial.models import load_model_and_tokenizer
 
     hparams, args = trial.hparams, trial.hparams.args
-    rows = load_dpo_dataset(**hparams.loading)
+    rows = load_dpo_dataset(**hparams.load_options)
 
-    trial.status(hparams.start)
-    source = download_ckpt(hparams.model_ckpt, trial.core_context) if hparams.model_ckpt else str(hparams.model_name)
-    model, tokenizer = load_model_and_tokenizer(source, **hparams.model_init_kwargs)
-    set_chat_format(model, tokenizer)
+    trial.status(hparams.start_message)
+    if hparams.model_ckpt:
+        model_path = download_ckpt(hparams.model_ckpt, trial.core_context)
+    else:
+        model_path = str(hparams.model_name)
+    model, tokenizer = load_model_and_tokenizer(model_path, **hparams.model_init_kwargs)
+    set_chat_format(model, tokenizer)  # tokens that SFT added come with its tokenizer
     reference = None
-    # With precomputed log-probs TRL asks the policy for them before step 1 and loads no second model. (Under FSDP it
-    # loads one for that pass and lets it go.)
+    # With precompute_ref_log_probs TRL computes the reference log-probs with the policy before it is trained, so no
+    # second model is loaded (except under FSDP, for that pass only).
     if not args.precompute_ref_log_probs:
-        reference, _ = load_model_and_tokenizer(source, **hparams.model_init_kwargs)
+        reference, _ = load_model_and_tokenizer(model_path, **hparams.model_init_kwargs)
         reference.eval().requires_grad_(False)
 
     trial.status("preparing the training" + (", reference log-probs first" if reference is None else ""))
-    dataset = tokenize_once(trial, tokenize_dpo_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
+    # Token ids within max_prompt_length, max_target_length and max_length.
+    dataset = tokenize_once(trial, tokenize_dpo_dataset, rows, tokenizer)
     suit_hardware(trial, model, dataset, pairs=True, reference=reference)
     trainer = TokenizedDPOTrainer(
         trial,
@@ -46,12 +50,12 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         processing_class=tokenizer,
     )
 
-    train_until_preempted(trainer, trial)
+    train_or_resume(trainer, trial)
 
 
 @exit_on_user_error
 def main() -> None:
-    """Run the trial of this process."""
+    """Open this process's trial and train it."""
     with open_trial(DPOHyperparameters, "dpo.yaml", __doc__) as trial:
         train(trial)
 

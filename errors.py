@@ -18,7 +18,7 @@ class UserError(ValueError):
     """A mistake in a config, a file or a command line. The message is one line and names the key, file or row."""
 
 
-class PassingError(UserError):
+class TemporaryError(UserError):
     """An error that may pass by itself, such as a hub out of reach. It is worth another try."""
 
 
@@ -32,7 +32,7 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # most mistakes occur on every rank; rank 0 prints first, its launcher ends the others
-            temporary = " (may be temporary)" if isinstance(error, PassingError) else ""
+            temporary = " (may be temporary)" if isinstance(error, TemporaryError) else ""
             print(f"error{temporary}: {one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(2)
 

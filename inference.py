@@ -1,9 +1,9 @@
-"""Which model wins? Every model answers the same questions; then there are numbers, and a page for your own blind vote.
+"""Compare models on the same questions and preference pairs, with a page for a blind vote; or chat with one of them.
 
     python inference.py --model base=local_runs/tiny/base --model sft=UUID --model dpo=UUID \\
         --dataset local_runs/tiny/questions --output_file comparison.html
 
-A SOURCE is one of
+SOURCE, in --model NAME=SOURCE, is one of
 
     google/gemma-2b       a model on the hub, or a folder
     UUID                  a checkpoint of a local run

@@ -13,28 +13,29 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     from chat_format import set_chat_format
     from dataset_utils import load_sft_dataset, tokenize_once, tokenize_sft_dataset
     from speed.hardware import suit_hardware
-    from trial.det_callback import train_until_preempted
+    from trial.det_callback import train_or_resume
     from trial.models import load_model_and_tokenizer
 
     hparams, args = trial.hparams, trial.hparams.args
-    rows = load_sft_dataset(**hparams.loading)
+    rows = load_sft_dataset(**hparams.load_options)
 
     trial.status(f"loading {hparams.model_name}")
     model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
     set_chat_format(model, tokenizer, hparams.added_tokens)
 
     trial.status("preparing the training")
-    dataset = tokenize_once(trial, tokenize_sft_dataset, rows, tokenizer, args.dataset_num_proc, **hparams.tokenizing)
+    # Token ids, cut to max_seq_length, with labels of -100 where a token is not supervised.
+    dataset = tokenize_once(trial, tokenize_sft_dataset, rows, tokenizer)
     suit_hardware(trial, model, dataset, pairs=False)
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=dataset["train"], eval_dataset=dataset["test"], processing_class=tokenizer
     )
-    train_until_preempted(trainer, trial)
+    train_or_resume(trainer, trial)
 
 
 @exit_on_user_error
 def main() -> None:
-    """Run the trial of this process."""
+    """Open this process's trial and train it."""
     with open_trial(SFTHyperparameters, "sft.yaml", __doc__) as trial:
         train(trial)
 

@@ -105,7 +105,7 @@ def time_start(experiment: Path, started: str, output: str) -> None:
         seconds["the rest"] = time.time() - float(started) - known
         Path(output).write_text(json.dumps(seconds))
 
-    callback.train_until_preempted = train
+    callback.train_or_resume = train
     sys.argv = [f"{name}.py", "--config", str(experiment), "--output", str(experiment.parent / "out")]
     script.main()
 

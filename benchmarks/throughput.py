@@ -309,7 +309,7 @@ def work(spec: dict[str, Any]) -> None:
     config.write_text(json.dumps(make_experiment(spec)))
     script = importlib.import_module(f"{spec['kind']}_finetune")
     # The entrypoint imports these when it trains.
-    replaced = {("trial.det_callback", "train_until_preempted"): functools.partial(train, spec)}
+    replaced = {("trial.det_callback", "train_or_resume"): functools.partial(train, spec)}
     if spec["configuration"] != "ours":
         trainers = {"sft": ("trl", "SFTTrainer"), "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer")}
         replaced[trainers[spec["kind"]]] = functools.partial(trl_trainer, spec)
@@ -371,7 +371,7 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def train(spec: dict[str, Any], trainer: Any, trial: Any) -> None:
-    """Train like `train_until_preempted`, but save and evaluate nothing at the end."""
+    """Train like `train_or_resume`, but save and evaluate nothing at the end."""
     from trial.det_callback import DetCallback
 
     callback = DetCallback(trial, trainer)

@@ -4,7 +4,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat_format import IM_END, Message
-from comparison.generation import answer_batch, fit_prompt, run_in_halves
+from comparison.generation import answer_batch, run_in_halves, shorten_prompt
 from comparison.options import Sampling
 from pages.terminal import visible
 
@@ -34,7 +34,7 @@ def chat(
             console.print(HELP, markup=False)
         elif text:
             messages.append({"role": "user", "content": text})
-            ids, cut = fit_prompt(model, tokenizer, messages, sampling.max_new_tokens)
+            ids, cut = shorten_prompt(model, tokenizer, messages, sampling.max_new_tokens)
             if cut:
                 console.print("(the beginning of the conversation no longer fits, and is left out)", style="dim")
             console.print(f"{name}: ", end="", style="bold", markup=False)

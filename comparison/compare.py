@@ -27,13 +27,13 @@ from chat_format import Message
 from comparison import generation, preference_metrics
 from comparison.cluster_task import Task
 from comparison.files import Comparison
-from comparison.generation import Answer, batch_by_length, batch_seed, context_length, fit_prompt, run_in_halves
+from comparison.generation import Answer, batch_by_length, batch_seed, context_length, run_in_halves, shorten_prompt
 from comparison.options import ComparisonOptions, Sampling
 from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
 from comparison.questions import Questions
 from errors import UserError
 from pages.terminal import plural
-from speed.output_layer import fit_fused_head_to_cpu
+from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file, local_checkpoint
 from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
@@ -138,7 +138,7 @@ class ComparedModel:
         remove_padding(model, pairs=True)
         add_fused_lm_head(model)
         if self.device.type == "cpu":
-            fit_fused_head_to_cpu()
+            adapt_fused_head_to_cpu()
         return model, tokenizer
 
     def answer(self, questions: list[list[Message]]) -> list[Answer]:
@@ -149,7 +149,7 @@ class ComparedModel:
             keys = [self._key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
         if not self.store.keys() >= set(keys):
             model, tokenizer = self._loaded
-            fitted = [fit_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
+            fitted = [shorten_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
             if cut := sum(was_cut for _, was_cut in fitted):
                 text = f"{plural(cut, 'question')} cut at the beginning, to fit with an answer into the model's context"
                 self.progress.console.print(f"{escape(self.name)}: {text}")

@@ -50,7 +50,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def fit_prompt(
+def shorten_prompt(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[Message], max_new_tokens: int
 ) -> tuple[list[int], bool]:
     """Return a prompt's token ids, and whether its beginning was cut to leave an answer room in the context.

@@ -74,7 +74,7 @@ class ChatTokens:
 TrlConfig = TypeVar("TrlConfig", "SFTConfig", "DPOConfig")
 
 
-class TrainerArgs(Generic[TrlConfig]):
+class TrainingHyperparameters(Generic[TrlConfig]):
     """Hyperparameters that SFT and DPO experiments have in common."""
 
     args: TrlConfig  # TRL's config of the run
@@ -82,7 +82,7 @@ class TrainerArgs(Generic[TrlConfig]):
     added_tokens: list[str] | None = None  # to add to the model's own
     packing: bool = False  # whether TRL packs several rows into one sequence
     model_ckpt: str | None = None  # only DPO starts from a checkpoint
-    start: str = ""  # a line for the log on what DPO starts from; empty for SFT
+    start_message: str = ""  # a line for the log on what DPO starts from; empty for SFT
     # TRL reports these at an evaluation, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
@@ -92,7 +92,7 @@ class TrainerArgs(Generic[TrlConfig]):
         return DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
 
     @property
-    def checkpointing(self) -> bool | None:
+    def activation_checkpointing(self) -> bool | None:
         """What the YAML says about activation checkpointing, or about FSDP's own; None if it says nothing."""
         from config.training_args import sets_fsdp_checkpointing
 
@@ -108,7 +108,7 @@ class TrainerArgs(Generic[TrlConfig]):
 
 
 @dataclass(config=FORBID_UNKNOWN)
-class SFTHyperparameters(TrainerArgs["SFTConfig"]):
+class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     """`hyperparameters` of an SFT experiment. `args` is the SFTConfig that they describe."""
 
     model_name: str  # a hub id or a folder
@@ -143,12 +143,12 @@ class SFTHyperparameters(TrainerArgs["SFTConfig"]):
         ]
 
     @property
-    def loading(self) -> dict[str, Any]:
+    def load_options(self) -> dict[str, Any]:
         """Keyword arguments for `load_sft_dataset`."""
         return {"sources": self.sources, "seed": self.split_seed, "streaming": self.streaming}
 
     @property
-    def tokenizing(self) -> dict[str, Any]:
+    def tokenize_options(self) -> dict[str, Any]:
         """Keyword arguments for `tokenize_sft_dataset`."""
         splits_rows = self.args.packing and self.args.packing_strategy != "bfd"  # a long row fills several packs
         return {
@@ -158,11 +158,11 @@ class SFTHyperparameters(TrainerArgs["SFTConfig"]):
 
 
 @dataclass(config=FORBID_UNKNOWN)
-class DPOHyperparameters(TrainerArgs["DPOConfig"]):
+class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
     """`hyperparameters` of a DPO experiment. `args` is the DPOConfig that they describe."""
 
     eval_metrics: ClassVar[tuple[str, ...]] = (
-        *TrainerArgs.eval_metrics,
+        *TrainingHyperparameters.eval_metrics,
         *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),
         *(f"eval_{name}/{side}" for name in ("logps", "logits") for side in ("chosen", "rejected")),
     )
@@ -172,8 +172,8 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
     model_ckpt: str | None = None  # UUID of a Determined checkpoint of an SFT run
     dpo_beta: PositiveFloat | None = None  # penalty for leaving the reference; None: TRL's default, 0.1
     dpo_loss: str | list[str] | None = None  # name of a TRL loss, or cdpo; None: TRL's default, sigmoid
-    max_length: PositiveInt | None = None  # tokens of prompt and answer together; None: TRL's default, 1024
-    max_prompt_length: PositiveInt | None = None  # tokens of a prompt; None: no limit of its own
+    max_length: PositiveInt | None = None  # tokens of prompt and answer; None: 1024. See Truncation
+    max_prompt_length: PositiveInt | None = None  # tokens of a prompt; None: never cut, see max_length
     max_target_length: PositiveInt | None = None  # tokens of an answer; None: no limit of its own
     precompute_ref_log_probs: bool | None = None  # the reference's log-probs in one pass before training
     training_args: dict[str, Any] = field(default_factory=dict)  # keys of TRL's DPOConfig
@@ -183,10 +183,10 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
             raise UserError("datasets is empty")
         if not (self.model_ckpt or self.model_name):
             raise UserError("give model_ckpt (the UUID of an SFT checkpoint) or model_name")
-        self.start = f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
+        self.start_message = f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
         if self.model_ckpt:
             check_uuid(self.model_ckpt, "model_ckpt")
-            self.start = f"DPO starts from checkpoint {self.model_ckpt}"
+            self.start_message = f"DPO starts from checkpoint {self.model_ckpt}"
         from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
 
         own = {name: (name, getattr(self, name)) for name in ("max_length", "precompute_ref_log_probs")}
@@ -199,18 +199,18 @@ class DPOHyperparameters(TrainerArgs["DPOConfig"]):
         return [DataSource(given) if isinstance(given, str) else given for given in self.datasets]
 
     @property
-    def loading(self) -> dict[str, Any]:
+    def load_options(self) -> dict[str, Any]:
         """Keyword arguments for `load_dpo_dataset`."""
         return {"sources": self.sources, "seed": self.split_seed}
 
     @property
-    def tokenizing(self) -> dict[str, Any]:
+    def tokenize_options(self) -> dict[str, Any]:
         """Keyword arguments for `tokenize_dpo_dataset`."""
         limits = {"max_prompt_length": self.max_prompt_length, "max_target_length": self.max_target_length}
         return {"max_length": self.args.max_length, **limits}
 
 
-Hyperparameters = TypeVar("Hyperparameters", bound="TrainerArgs[Any]")
+Hyperparameters = TypeVar("Hyperparameters", bound="TrainingHyperparameters[Any]")
 
 
 def parse_hyperparameters(cls: type[Hyperparameters], values: dict[str, Any]) -> Hyperparameters:

@@ -123,7 +123,7 @@ def prompt_row(row: Row) -> dict[str, Any]:
 
 def _value(row: Row, column: str) -> Any:
     if column not in row:
-        raise MissingColumnError(f"column {column!r} is missing; it has {', '.join(row)}")
+        raise MissingColumnError(f"column {column!r} is missing; it has {', '.join(row)}; columns renames them")
     return row[column]
 
 

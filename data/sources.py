@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from config.hyperparameters import DataSource
 from data.formats import MissingColumnError
-from errors import PassingError, UserError, nearest, one_line
+from errors import TemporaryError, UserError, nearest, one_line
 from storage.fingerprints import fingerprint
 from storage.hub import looks_like_path, quiet_lookup
 
@@ -176,7 +176,7 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
         else:
             problem = f"{name}: no such file or folder, and the hub does not provide it ({one_line(error)})"
         # The hub and the network raise errors of many kinds, which may pass. A ValueError is the user's mistake.
-        raise (UserError if is_local or isinstance(cause, ValueError) else PassingError)(problem) from error
+        raise (UserError if is_local or isinstance(cause, ValueError) else TemporaryError)(problem) from error
 
 
 def _split_name(source: DataSource) -> str:

@@ -105,6 +105,7 @@ def cut_prompt(
         except UserError:  # some models' own templates refuse to begin with an answer
             return False
 
+    # The first turn of which a part may stay: all turns after it fit.
     first = next(n for n in range(len(prompt)) if n == len(prompt) - 1 or fits(prompt[n + 1 :]))
     turn, later = prompt[first], prompt[first + 1 :]
 
@@ -113,4 +114,4 @@ def cut_prompt(
 
     size = len(turn["content"])
     removed = bisect_left(range(size), True, key=lambda characters: fits(without(characters)))
-    return without(removed) if removed < size else later or None
+    return without(removed) if removed < size else later or None  # of a turn without content, no header stays

@@ -58,12 +58,12 @@ class TrainingData:
     def __init__(self, kind: TrainingKind, hparams: Hyperparameters) -> None:
         self.kind, self.hparams = kind, hparams
         self.sources: list[tuple[DataSource, int | None, int]] = []
-        parts = kind.load(**hparams.loading, on_source=lambda *source: self.sources.append(source))
+        parts = kind.load(**hparams.load_options, on_source=lambda *source: self.sources.append(source))
         model, tokenizer = load_model_and_tokenizer(find_model(hparams), weights=False, **hparams.model_init_kwargs)
         set_chat_format(model, tokenizer, hparams.added_tokens)
         self.model, self.tokenizer = model, tokenizer
         num_proc = hparams.args.dataset_num_proc
-        tokenized = kind.tokenize(parts, tokenizer, num_proc, every_row=True, **hparams.tokenizing)
+        tokenized = kind.tokenize(parts, tokenizer, num_proc, every_row=True, **hparams.tokenize_options)
         self.conversations, self.tokenized = (concatenate_datasets(list(each.values())) for each in (parts, tokenized))
         ids = [name for name in self.tokenized.column_names if name.endswith("ids") or name == "labels"]
         self.rows = rows = self.tokenized.remove_columns(ids).to_pandas()
@@ -145,7 +145,7 @@ def group_trials(trials: Sequence[Hyperparameters]) -> list[list[int]]:
         args = cast(Any, hparams.args)
         packing = (args.packing_strategy, args.max_length) if hparams.packing else None
         model = (find_model(hparams), hparams.model_init_kwargs, hparams.added_tokens)
-        groups.setdefault(str((hparams.loading, hparams.tokenizing, packing, model)), []).append(trial_id)
+        groups.setdefault(str((hparams.load_options, hparams.tokenize_options, packing, model)), []).append(trial_id)
     return list(groups.values())
 
 
@@ -194,7 +194,7 @@ def tabulate_truncations(data: TrainingData, which: str) -> Table:
 
 def tabulate_lengths(data: TrainingData, which: str) -> Table:
     """Return percentiles of the rows' lengths, and how many are over the limits."""
-    limits, columns = data.hparams.tokenizing, data.rows.columns
+    limits, columns = data.hparams.tokenize_options, data.rows.columns
     bounds = {name: limits.get(limit) for name, limit in LENGTH_LIMITS.items() if f"{name}_length" in columns}
     lengths = pd.DataFrame({name: data.rows[f"{name}_length"] for name in bounds})
     table = lengths.quantile(list(PERCENTILES.values()), interpolation="nearest").T.set_axis(list(PERCENTILES), axis=1)
@@ -332,9 +332,9 @@ def estimate_trial(
         return estimate_memory(data.model, setup, *shapes, process)
 
     def choose(needed_and_free: Callable[[], tuple[int, int]]) -> bool:
-        return choose_checkpointing(hparams.checkpointing, data.model, needed_and_free).on
+        return choose_checkpointing(hparams.activation_checkpointing, data.model, needed_and_free).on
 
-    label = ", activation checkpointing" if hparams.checkpointing is None else ""  # only what was chosen is named
+    label = ", activation checkpointing" if hparams.activation_checkpointing is None else ""
     checkpointing = choose(lambda: (estimate(here, False).total, free_memory(here.device_type)))
     yield f"{here.device_type.upper()} here" + label * checkpointing, estimate(here, checkpointing)
 

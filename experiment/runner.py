@@ -41,9 +41,9 @@ def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
             local_checkpoint(hparams.model_ckpt, "model_ckpt")
         elif hparams.model_name:
             check_source(hparams.model_name, "model_name")
-    for loading in {str(hparams.loading): hparams.loading for hparams in trials}.values():
+    for loading in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():
         kind.load(**loading)
-    for start in filter(None, dict.fromkeys(hparams.start for hparams in trials)):
+    for start in filter(None, dict.fromkeys(hparams.start_message for hparams in trials)):
         console.print(start, markup=False)
 
 

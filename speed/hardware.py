@@ -22,7 +22,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel
 
 from speed.memory import FLOAT32, TrainingSetup, decoder_layers, estimate_memory, largest_batches
-from speed.output_layer import add_embedding_gradient_in_place, fit_fused_head_to_cpu
+from speed.output_layer import adapt_fused_head_to_cpu, add_embedding_gradient_in_place
 from speed.padding_free import remove_padding, why_padded
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def suit_hardware(
         "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
         f"padded batches ({why})" if why else "no padding" + (", a pair's prompt once" if pairs else ""),
     ]
-    if args.device.type == "cpu" and not fit_fused_head_to_cpu():
+    if args.device.type == "cpu" and not adapt_fused_head_to_cpu():
         choices.append("logits at every position, as this release of TRL is not known here")
     if args.world_size == 1 and not (args.torch_compile or args.deepspeed):
         add_embedding_gradient_in_place(model)
@@ -113,7 +113,7 @@ def suit_hardware(
         ranks = trial.core_context.distributed.allgather((needed, free_memory(args.device.type)))
         return max(needed for needed, _ in ranks), min(free for _, free in ranks)
 
-    checkpointing = choose_checkpointing(hparams.checkpointing, model, measure)
+    checkpointing = choose_checkpointing(hparams.activation_checkpointing, model, measure)
     args.activation_checkpointing = args.gradient_checkpointing = checkpointing.on  # TRL 1.16 reads the latter
     choices.append(f"activation checkpointing {'on' if checkpointing.on else 'off'} ({checkpointing.reason})")
     if why is None and args.ddp_find_unused_parameters is None:

@@ -17,11 +17,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-TRL = "1.16"  # the release whose internals `fit_fused_head_to_cpu` changes
+TRL = "1.16"  # the release whose internals `adapt_fused_head_to_cpu` changes
 TILE_WORDS = 512  # of the vocabulary at a time: the logits of TRL's 4096 tokens then fit into a core's cache
 
 
-def fit_fused_head_to_cpu() -> bool:
+def adapt_fused_head_to_cpu() -> bool:
     """Adapt TRL's fused head to CPUs, for this process. Returns whether this release of TRL is known here.
 
     Without Triton kernels (they are for CUDA and XPU) TRL 1.16 does three things that do not suit a CPU:

@@ -21,6 +21,11 @@ class TokenizedDPOTrainer(DPOTrainer):
     TRL 1.16 tokenizes every preference row itself and no longer truncates prompts and answers separately
     (`max_prompt_length` and `max_target_length` are gone). SFTTrainer accepts tokenized rows; `_prepare_dataset` can go
     once DPOTrainer does too.
+
+    To change the loss beyond TRL's `loss_type`, override `_compute_loss(model, inputs, return_outputs)`, which has no
+    smaller part to override. A batch is the chosen sequences followed by the rejected ones; the model returns
+    `log_probs` (sequences, length - 1) of the labels instead of logits. A new metric in `self._metrics` is logged and
+    resumes by itself; name it in `DPOHyperparameters.eval_metrics` to use it as `searcher.metric`.
     """
 
     def __init__(self, trial: "Trial", **kwargs: Any) -> None:
@@ -36,7 +41,7 @@ class TokenizedDPOTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Have TRL (1.16) find an earlier pass if, and only if, it computed the same.
+        """Compute a split's reference log-probs, or have TRL (1.16) read those of an earlier trial.
 
         TRL looks it up by the data set's fingerprint and a hash of the weights. That key is hardly ever the same twice,
         and does not tell fp32 from bf16. This can go once TRL's key holds what `reference_key` does.
@@ -58,8 +63,10 @@ class TokenizedDPOTrainer(DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
-        """Stop here if the trial is preempted: TRL calls this for each batch of the pass before training, which
-        callbacks do not see. This can go once they do."""
+        """Compute a batch's reference log-probs, unless the trial is preempted.
+
+        TRL calls this for each batch of the pass before training, which callbacks do not see. This can go once they do.
+        """
         self.reference_batches += 1
         self.trial.stop_if_preempted()
         return super().compute_ref_log_probs(*args, **kwargs)

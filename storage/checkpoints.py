@@ -10,7 +10,7 @@ from determined.errors import CheckpointNotFound
 from huggingface_hub.constants import HF_HOME
 
 from config.validation import check_uuid
-from errors import PassingError, UserError
+from errors import TemporaryError, UserError
 from storage.files import BUNDLE
 from storage.shared_cache import make_once, once_per_node
 
@@ -50,7 +50,7 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
             mode = core.DownloadMode.NoSharedDownload
             core_context.checkpoint.download(ckpt_uuid, folder, download_mode=mode, selector=is_model_file)
         except CheckpointNotFound:
-            raise PassingError(f"model_ckpt {ckpt_uuid}: no such checkpoint in the storage") from None
+            raise TemporaryError(f"model_ckpt {ckpt_uuid}: no such checkpoint in the storage") from None
 
     once_per_node(core_context.distributed, lambda: fetch_once(ckpt_uuid, download, "model_ckpt"))
     return str(model_folder(cached_checkpoint(ckpt_uuid), ckpt_uuid))

@@ -1,7 +1,18 @@
-"""Determined's callback for the Trainer, mended where release 0.38.1 and transformers 5 disagree.
+"""Determined's callback for the Trainer, corrected where release 0.38.1 does not work with transformers 5.
 
 A trial resumes exactly. Whether it is stopped at a step, in the middle of an evaluation, or killed at any moment, it
 ends with the weights and logged metrics of an undisturbed one (bit for bit on deterministic hardware).
+What a start restores, and who does it:
+
+| what                                                  | from                                 | by                   |
+|-------------------------------------------------------|--------------------------------------|----------------------|
+| the UUID of the latest checkpoint                     | the master, or a local events.jsonl  | trial/context.py     |
+| its files                                             | the checkpoint storage               | load_last_checkpoint |
+| weights, optimizer, scheduler, random state, place in | model.safetensors, optimizer.pt, ... | the Trainer          |
+| the data                                              |                                      |                      |
+| sums for the next logged means, a pending evaluation  | log_state_<rank>.json                | on_train_begin       |
+
+Not exactly: on another number of ranks, or with the settings in `training_args.INEXACT`, each with a line in the log.
 """
 
 import json
@@ -17,15 +28,15 @@ import torch
 from determined.errors import CheckpointNotFound
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from errors import PassingError, UserError
+from errors import TemporaryError, UserError
 from storage.shared_cache import once_per_node
 from trial.context import Trial, TrialStopped
 
 logger = logging.getLogger(__name__)
 
 
-def train_until_preempted(trainer: Trainer, trial: Trial) -> None:
-    """Train to the end, or until the cluster needs the slots: then save, and leave the rest to the next start."""
+def train_or_resume(trainer: Trainer, trial: Trial) -> None:
+    """Train from the latest checkpoint, if there is one, to the end; if the cluster needs the slots, save and stop."""
     callback = DetCallback(trial, trainer)
     trainer.add_callback(callback)
     trial.status("training")
@@ -54,8 +65,8 @@ class DetCallback(determined.transformers.DetCallback):
     | at                                | not preempted                        | preempted                           |
     |-----------------------------------|--------------------------------------|-------------------------------------|
     | a step within an epoch            | log, evaluate, save: whatever is due | save; a due evaluation is pending   |
-    | the last step of an epoch, or of  | the save is pending until the end of | the same, and a due evaluation is   |
-    | the training                      | the epoch is logged and evaluated    | pending too                         |
+    | the last step of an epoch, or of  | save once the epoch's end is logged  | save once it is logged; a due       |
+    | the training                      | and evaluated                        | evaluation is pending               |
     | a batch of an evaluation          | go on; restore the random state      | break off; save the step unless it  |
     |                                   | after the last one                   | was saved; evaluation is pending    |
     | a start from a checkpoint         | evaluate if that is pending, then    | end, with nothing new to save       |
@@ -85,7 +96,8 @@ class DetCallback(determined.transformers.DetCallback):
             self._force_final_save = self._force_final_evaluate = True
             self.load_last_checkpoint(trainer.args)
         # Upstream polls for preemption only where something is logged. That may be late, and it may then stop without
-        # a checkpoint. Here it sees what on_step_end saw. This can go once it polls at every step and saves.
+        # a checkpoint. This context answers what `on_step_end` last saw. This can go once it polls at every step and
+        # saves.
         preempt = SimpleNamespace(should_preempt=lambda: self.preempted)
         self.core_context: Any = SimpleNamespace(train=trial.core_context.train, preempt=preempt)
 
@@ -105,7 +117,7 @@ class DetCallback(determined.transformers.DetCallback):
         try:
             core_context.checkpoint.download(latest, folder)
         except CheckpointNotFound:
-            raise PassingError(f"the trial's latest checkpoint, {latest}, is not in the storage") from None
+            raise TemporaryError(f"the trial's latest checkpoint, {latest}, is not in the storage") from None
         saved = next(folder.glob("checkpoint-*"), None)
         if saved is None:
             raise UserError(f"the trial's latest checkpoint, {latest}, was not saved by this project")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import PassingError, UserError, one_line
+from errors import TemporaryError, UserError, one_line
 from storage.hub import looks_like_path, quiet_lookup
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_model_and_tokenizer(
     except (OSError, ValueError) as error:
         if Path(source).exists():
             raise UserError(f"{key} {source!r}: {one_line(error)}") from error
-        raise PassingError(
+        raise TemporaryError(
             f"{key} {source!r}: no such folder, and the hub does not give it: {one_line(error)}"
         ) from error
     if tokenizer.pad_token_id is None:

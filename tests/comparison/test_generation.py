@@ -10,8 +10,8 @@ from comparison.generation import (
     batch_by_length,
     batch_seed,
     context_length,
-    fit_prompt,
     run_in_halves,
+    shorten_prompt,
 )
 from comparison.options import Sampling
 from config.hyperparameters import DataSource
@@ -96,13 +96,13 @@ def test_a_prompt_too_long_for_the_context_loses_its_beginning(model, tokenizer)
     long += [{"role": "user", "content": "second " * 90}]
     whole = encode(tokenizer, long)[0]
     assert context_length(model) == 1024 < len(whole) + 100
-    ids, cut = fit_prompt(model, tokenizer, long, 100)
+    ids, cut = shorten_prompt(model, tokenizer, long, 100)
     assert cut
     assert len(ids) <= 924
     assert tokenizer.decode(ids).endswith(tokenizer.decode(whole[-300:]))
-    assert fit_prompt(model, tokenizer, long[2:], 100) == (encode(tokenizer, long[2:])[0], False)
+    assert shorten_prompt(model, tokenizer, long[2:], 100) == (encode(tokenizer, long[2:])[0], False)
     with pytest.raises(UserError, match="--max-new-tokens 1024 leaves a prompt no room in a context of 1024 tokens"):
-        fit_prompt(model, tokenizer, long, 1024)
+        shorten_prompt(model, tokenizer, long, 1024)
     answer_batch(model, tokenizer, [ids], GREEDY)
 
 

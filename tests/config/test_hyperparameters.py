@@ -191,14 +191,14 @@ def test_gradient_checkpointings_old_name_serves_without_a_warning(recwarn):
 
 def test_who_decides_on_checkpointing():
     """`suit_hardware`, unless the YAML says it, or has FSDP say it."""
-    assert sft().checkpointing is None
-    assert sft(training_args={"activation_checkpointing": False}).checkpointing is False
+    assert sft().activation_checkpointing is None
+    assert sft(training_args={"activation_checkpointing": False}).activation_checkpointing is False
     for prefix in ("", "fsdp_"):
         by_fsdp = sft(training_args={"fsdp": True, "fsdp_config": {f"{prefix}activation_checkpointing": True}})
         # One process has nothing to shard: it is as if nothing was said.
-        assert (by_fsdp.checkpointing, by_fsdp.args.activation_checkpointing) == (None, True)
+        assert (by_fsdp.activation_checkpointing, by_fsdp.args.activation_checkpointing) == (None, True)
         by_fsdp.args.fsdp = True
-        assert by_fsdp.checkpointing is not None
+        assert by_fsdp.activation_checkpointing is not None
 
 
 def test_fsdp_is_left_out_where_there_is_one_process():

@@ -10,7 +10,7 @@ from test_padding_free import assert_same, batch, logps_and_gradients, make
 from trl.trainer.utils import add_fused_lm_head
 
 from speed import output_layer
-from speed.output_layer import EmbeddingLookup, add_embedding_gradient_in_place, fit_fused_head_to_cpu
+from speed.output_layer import EmbeddingLookup, adapt_fused_head_to_cpu, add_embedding_gradient_in_place
 
 pytestmark = pytest.mark.usefixtures("fused_head_as_installed")
 
@@ -38,8 +38,8 @@ def test_the_fused_head_scores_labels_only_and_gives_the_same(scored, monkeypatc
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         before = logps_and_gradients(model, inputs)
         monkeypatch.setattr(output_layer, "TILE_WORDS", 64)  # of a vocabulary of 200
-        assert fit_fused_head_to_cpu()
-        assert fit_fused_head_to_cpu()  # again, as the next trial of a process does
+        assert adapt_fused_head_to_cpu()
+        assert adapt_fused_head_to_cpu()  # again, as the next trial of a process does
         after = logps_and_gradients(model, inputs)
     assert_same(before, after, tolerance)
     labels = inputs["labels"][:, 1:]
@@ -51,7 +51,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero():
     """For example if truncation leaves no supervised token; TRL's other way of scoring must accept it too."""
     model, inputs = make("gemma"), batch()
     add_fused_lm_head(model)
-    fit_fused_head_to_cpu()
+    adapt_fused_head_to_cpu()
     inputs["labels"][:] = -100
     loss = model(**inputs, fused_lm_head=True).loss
     loss.backward()
@@ -61,7 +61,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero():
 def test_another_trl_is_left_alone(monkeypatch):
     monkeypatch.setattr(output_layer, "version", lambda name: "1.17.0")
     before = utils._use_triton
-    assert not fit_fused_head_to_cpu()
+    assert not adapt_fused_head_to_cpu()
     assert utils._use_triton is before
 
 
