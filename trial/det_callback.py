@@ -2,6 +2,7 @@
 
 A trial resumes exactly. Whether it is stopped at a step, in the middle of an evaluation, or killed at any moment, it
 ends with the weights and logged metrics of an undisturbed one (bit for bit on deterministic hardware).
+
 What a start restores, and who does it:
 
 | what                                                  | from                                 | by                   |
