@@ -40,12 +40,13 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CommandLine(argparse.ArgumentParser):
-    """The options of a command. A mistake in them is a `UserError`, and an unknown option is told its nearest one."""
+    """The options of a command. A mistake in them is a `UserError`, which names the nearest option."""
 
     def __init__(self, description: str | None, **kwargs: Any) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """Parse `args`, by default those of this process, after looking for options that do not exist."""
         words, known = list(sys.argv[1:] if args is None else args), self._option_string_actions
         # argparse would first report what is missing, which is often what the misspelled option should have given.
         for word in itertools.takewhile("--".__ne__, words):
@@ -55,6 +56,7 @@ class CommandLine(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` where argparse would print the usage and exit."""
         raise UserError(message)
 
 

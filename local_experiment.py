@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from config.experiment import entrypoint_script, read_experiment_config
 from errors import CommandLine, UserError, exit_on_user_error
+from storage.files import BUNDLE
 
 if TYPE_CHECKING:
     from experiment.kinds import Hyperparameters
@@ -112,7 +113,7 @@ def main() -> int:
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from experiment.trial_process import start_importing
 
-    if not args.dry_run:
+    if not args.dry_run and model_def == BUNDLE:
         start_importing()
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table

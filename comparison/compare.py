@@ -59,8 +59,9 @@ def find_model(source: str, key: str) -> str:
 
 def choose_device(name: str | None, key: str) -> torch.device:
     """Return the device `name`; None: the best one. Raises `UserError` if this machine does not have it."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        device = torch.device(name or best)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error

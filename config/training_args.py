@@ -85,8 +85,9 @@ def check_training_args(
     cls: type[Config], training_args: dict[str, Any], own: OwnKeys, refused: dict[str, str]
 ) -> dict[str, Any]:
     """Return `training_args`, checked against the fields of `cls`, and our own keys under TRL's names."""
-    for name in training_args.keys() & refused.keys():
-        raise UserError(f"training_args.{name} has no effect here: {refused[name]}")
+    for name in training_args:
+        if name in refused:
+            raise UserError(f"training_args.{name} has no effect here: {refused[name]}")
     model = _model_of(cls)  # type: ignore[arg-type]  # mypy takes a dataclass's own hash for its class's
     checked = validate(model, training_args, "training_args")
     values = {name: getattr(checked, name) for name in training_args}

@@ -185,7 +185,7 @@ def _split_name(source: DataSource) -> str:
 
 
 def _find_malformed_line(source: DataSource) -> str | None:
-    for file, number, line in _local_lines(source, _split_name(source)):
+    for file, number, line in _local_lines(source, _split_name(source), skip=True):
         try:
             if not isinstance(json.loads(line.rstrip()), dict):
                 return f"{file} line {number}: not a JSON object"
@@ -194,18 +194,24 @@ def _find_malformed_line(source: DataSource) -> str | None:
     return None
 
 
-def _local_lines(source: DataSource, split: str) -> Iterator[tuple[str, int, str]]:
-    """Yield the file, number and text of each line that holds a row, up to the first file whose lines are not rows."""
+def _local_lines(source: DataSource, split: str, skip: bool = False) -> Iterator[tuple[str, int, str]]:
+    """Yield the file, number and text of each line that holds a row, up to the first file whose lines are not rows.
+
+    `skip` passes over such a file instead: what comes after it is then not in the order of the rows' numbers.
+    """
     data_files = load_dataset_builder(**_load_arguments(source)).config.data_files or {}
     for file in map(Path, data_files.get(split, [])):
-        if not file.is_file() or file.suffix not in (".jsonl", ".json"):
+        rows = _numbered_rows(file) if file.is_file() and file.suffix in (".jsonl", ".json") else None
+        if rows is None and not skip:
             return
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-            for count, (number, line) in enumerate(rows):
-                if count == 0 and line.lstrip().startswith("["):  # an array of rows
-                    return
-                yield str(file), number, line
+        yield from ((str(file), number, line) for number, line in rows or [])
+
+
+def _numbered_rows(file: Path) -> list[tuple[int, str]] | None:
+    """Return the numbers and texts of a file's lines that are not blank; None for a file that holds one array."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return None if rows and rows[0][1].lstrip().startswith("[") else rows
 
 
 def _rename_columns(loaded: LoadedSource, known_columns: Collection[str]) -> Dataset:

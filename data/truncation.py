@@ -3,7 +3,7 @@
 import json
 from bisect import bisect_left
 from collections.abc import Iterator
-from enum import StrEnum, auto
+from enum import StrEnum
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -26,14 +26,18 @@ class Truncation(StrEnum):
         member._value_, member.limit, member.meaning = value, limit, meaning
         return member
 
-    SEQUENCE_END = auto(), "max_seq_length", "longer than max_seq_length: loses its end and EOS, which teaches to stop"
-    NO_ANSWER = auto(), "max_seq_length", "no answer begins within max_seq_length"
-    PROMPT_START = auto(), "max_prompt_length", "prompt longer than max_prompt_length: loses its beginning"
-    NO_PROMPT = auto(), "max_prompt_length", "max_prompt_length leaves no room for the last turn's text"
-    ANSWER_END = auto(), "max_target_length", "answer longer than max_target_length: loses its end and EOS"
-    PAIR_END = auto(), "max_length", "prompt and answer longer than max_length: the answer loses its end and EOS"
-    NO_ROOM = auto(), "max_length", "the prompt alone fills max_length"
-    EMPTY_ANSWER = auto(), None, "answer without text: the model learns from it only to stop"
+    SEQUENCE_END = (
+        "sequence_end",
+        "max_seq_length",
+        "longer than max_seq_length: loses its end and EOS, which teaches to stop",
+    )
+    NO_ANSWER = "no_answer", "max_seq_length", "no answer begins within max_seq_length"
+    PROMPT_START = "prompt_start", "max_prompt_length", "prompt longer than max_prompt_length: loses its beginning"
+    NO_PROMPT = "no_prompt", "max_prompt_length", "max_prompt_length leaves no room for the last turn's text"
+    ANSWER_END = "answer_end", "max_target_length", "answer longer than max_target_length: loses its end and EOS"
+    PAIR_END = "pair_end", "max_length", "prompt and answer longer than max_length: the answer loses its end and EOS"
+    NO_ROOM = "no_room", "max_length", "the prompt alone fills max_length"
+    EMPTY_ANSWER = "empty_answer", None, "answer without text: the model learns from it only to stop"
 
     @property
     def drops_row(self) -> bool:
@@ -105,7 +109,7 @@ def cut_prompt(
         except UserError:  # some models' own templates refuse to begin with an answer
             return False
 
-    # The first turn of which a part may stay: all turns after it fit.
+    # Turns before this one are removed: those after it fit, and perhaps a part of it.
     first = next(n for n in range(len(prompt)) if n == len(prompt) - 1 or fits(prompt[n + 1 :]))
     turn, later = prompt[first], prompt[first + 1 :]
 

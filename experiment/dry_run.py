@@ -314,7 +314,7 @@ def tabulate_memory(lines: list[tuple[Any, ...]], trials: int) -> Table:
         trials_of.setdefault((where, *(f"{size:.2f}" if size else "" for size in sizes)), []).append(trial_id)
     which = ["" if len(ids) == trials else f": {name_trials(ids)}" for ids in trials_of.values()]
     cells = [(where + ids, *sizes) for (where, *sizes), ids in zip(trials_of, which, strict=True)]
-    note = "For a batch of the longest rows. On a GPU, CUDA itself takes another 0.5 GB. The formula is in memory.py."
+    note = "For a batch of the longest rows. On a GPU, CUDA takes another 0.5 GB. The formula is in speed/memory.py."
     return Table("Estimated peak memory, in GB", pd.DataFrame(cells, columns=["", *held]), note)
 
 

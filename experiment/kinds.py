@@ -21,17 +21,17 @@ class TrainingKind:
     tokenize_function: str  # there, too
     pairs: bool  # a row is two sequences, the chosen and the rejected one
 
-    def load(self, **loading: Any) -> "DatasetDict":
-        """Load the data set: `loading` is what the hyperparameters' `loading` has, and perhaps `on_source`."""
+    def load(self, **options: Any) -> "DatasetDict":
+        """Load the data set: `options` are the hyperparameters' `load_options`, and perhaps `on_source`."""
         import dataset_utils
 
-        return getattr(dataset_utils, self.loader)(**loading)
+        return getattr(dataset_utils, self.loader)(**options)
 
-    def tokenize(self, *args: Any, **tokenizing: Any) -> "DatasetDict":
-        """Tokenize rows: `args` are the rows and a tokenizer, `tokenizing` is what the hyperparameters' has."""
+    def tokenize(self, *args: Any, **options: Any) -> "DatasetDict":
+        """Tokenize rows: `args` are the rows and a tokenizer, `options` are the hyperparameters' `tokenize_options`."""
         import dataset_utils
 
-        return getattr(dataset_utils, self.tokenize_function)(*args, **tokenizing)
+        return getattr(dataset_utils, self.tokenize_function)(*args, **options)
 
 
 SFT = TrainingKind("sft_finetune.py", SFTHyperparameters, "load_sft_dataset", "tokenize_sft_dataset", pairs=False)

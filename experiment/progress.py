@@ -1,6 +1,5 @@
 """What a terminal shows of a local experiment: its trials while they run, and their results."""
 
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -73,4 +72,8 @@ def results_table(experiment: "LocalExperiment") -> Table:
 
 def format_minutes(seconds: float | None) -> str:
     """Return `0:05`, `12:34` or `1:02:03`; an empty text for None."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
+    if seconds is None:
+        return ""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

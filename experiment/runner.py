@@ -41,8 +41,8 @@ def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
             local_checkpoint(hparams.model_ckpt, "model_ckpt")
         elif hparams.model_name:
             check_source(hparams.model_name, "model_name")
-    for loading in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():
-        kind.load(**loading)
+    for options in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():
+        kind.load(**options)
     for start in filter(None, dict.fromkeys(hparams.start_message for hparams in trials)):
         console.print(start, markup=False)
 
@@ -115,6 +115,8 @@ class LocalExperiment(Experiment):
             key = first_difference(old, new)
             if key is not None:
                 raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
+            for old_name in self.folder.glob("trials/*/reports.jsonl"):  # as earlier releases called it
+                old_name.rename(old_name.with_name("events.jsonl"))
             for result in read_json_lines(self.folder / "trials.jsonl"):
                 if result["state"] == "COMPLETED":
                     self.results[result["trial_id"]] = result

@@ -49,6 +49,7 @@ def run_script(
     os.chdir(folder)
     path = folder / script
     if folder != BUNDLE:  # its modules may have the names of ours: a Python of its own
+        os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the log shows what is printed, also of a trial that is killed
         if threads is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         if sys.platform == "linux":

@@ -32,6 +32,10 @@ MEMORY_MARGIN = 0.15  # of the free memory, for what the estimate does not cover
 CHEAP_SHARE = 1 / 8  # of a step's operations: recomputing less than this is always worth the memory
 
 
+class CannotEstimate(Exception):
+    """A model whose memory `speed/memory.py` cannot estimate."""
+
+
 class CheckpointingChoice(NamedTuple):
     """Whether to train with activation checkpointing, and why."""
 
@@ -63,7 +67,7 @@ def choose_checkpointing(
     """Decide whether to train with activation checkpointing. Nothing else does; `suit_hardware` applies it.
 
     `setting` is what the YAML says (None: nothing). `measure` returns the bytes needed without checkpointing and the
-    bytes that are free; it is called only if they decide.
+    bytes that are free; it is called only if they decide. It raises `CannotEstimate` where it cannot tell.
     """
     if setting is not None:
         return CheckpointingChoice(setting, "as set")
@@ -75,7 +79,7 @@ def choose_checkpointing(
         return CheckpointingChoice(True, f"recomputing adds only {share:.0%} to a step")
     try:
         needed, free = measure()
-    except (AttributeError, RuntimeError) as error:  # a config without the usual names
+    except CannotEstimate as error:
         return CheckpointingChoice(True, f"{model.config.model_type}'s memory cannot be estimated: {error}")
     reason = f"at most {needed / 1e9:.1f} GB needed without it, {free / 1e9:.1f} free"
     return CheckpointingChoice(needed > (1 - MEMORY_MARGIN) * free, reason)
@@ -107,8 +111,11 @@ def suit_hardware(
     def measure() -> tuple[int, int]:
         process = max(0, resident_memory() - len(models) * FLOAT32 * model.num_parameters())
         setup = TrainingSetup.from_args(args, reference is not None, args.world_size, args.device.type)
-        shapes = largest_batches(args, dataset, packing=hparams.packing, pairs=pairs, padding_free=why is None)
-        needed = estimate_memory(model, setup, *shapes, process).total
+        try:
+            shapes = largest_batches(args, dataset, packing=hparams.packing, pairs=pairs, padding_free=why is None)
+            needed = estimate_memory(model, setup, *shapes, process).total
+        except (AttributeError, RuntimeError) as error:  # a config without the usual names, on every rank
+            raise CannotEstimate(error) from error
         # All ranks must choose alike: under FSDP they recompute together.
         ranks = trial.core_context.distributed.allgather((needed, free_memory(args.device.type)))
         return max(needed for needed, _ in ranks), min(free for _, free in ranks)

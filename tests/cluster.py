@@ -63,7 +63,7 @@ class Trial:
     id: int
     experiment_id: int
     hparams: dict[str, Any]
-    reports: list[dict[str, Any]] = field(default_factory=list)  # as trial.py writes them off the cluster
+    reports: list[dict[str, Any]] = field(default_factory=list)  # as trial/events.py writes them off the cluster
     starts: int = 0
     preempt: bool = False
     acknowledged: int = 0

@@ -67,12 +67,14 @@ def _run(
     log: str,
     rank: int,
     die: tuple[str, int] | None = None,
+    die_once: Path | None = None,
     preempt: int | None = None,
     fsdp: bool = False,
     threads: int | None = None,
 ) -> None:
     """Be a rank. `die`: the dotted name of a function, and at which of its calls the first rank gets SIGKILL.
 
+    `die_once`: a file that this call waits for before.
     `preempt`: the poll for preemption, counted from the start of training, that is answered with yes, as all after it.
     `fsdp`: let accelerate shard on CPUs (see `fsdp_on_cpu`). `threads`: of torch.
     """
@@ -84,7 +86,7 @@ def _run(
     sys.argv = [f"{script}.py", *arguments]
     DistributedContext.__init__.__kwdefaults__ |= {"pub_port": ports[0], "pull_port": ports[1]}
     if die is not None and rank == 0:
-        _die_at(*die)
+        _die_at(*die, die_once)
     if preempt is not None:
         _preempt_at(preempt)
     if fsdp:
@@ -118,7 +120,7 @@ def _preempt_at(poll: int) -> None:
     DummyPreemptContext.should_preempt, Trial.status = should_preempt, status
 
 
-def _die_at(name: str, calls: int) -> None:
+def _die_at(name: str, calls: int, once: Path | None) -> None:
     module, _, attribute = name.rpartition(".")
     original, left = getattr(importlib.import_module(module), attribute), calls
 
@@ -126,6 +128,9 @@ def _die_at(name: str, calls: int) -> None:
         nonlocal left
         left -= 1
         if left == 0:
+            deadline = time.monotonic() + 120
+            while once and not once.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 

@@ -243,7 +243,7 @@ class DetCallback(determined.transformers.DetCallback):
         trainer = self.trainer
         log_state = {
             "ranks": args.world_size,
-            "evaluation_due": self.pending.evaluation,
+            "evaluation_due": self.pending.evaluation,  # checkpoints keep its first name
             "globalstep_last_logged": trainer._globalstep_last_logged,
             "tr_loss": trainer._tr_loss.item(),
             "metrics": dict(trainer._metrics["train"]),

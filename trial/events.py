@@ -55,12 +55,15 @@ class LocalTrainContext(core.DummyTrainContext):
         self.events, self.hparams = events, hparams
 
     def report_metrics(self, group: Any, steps_completed: int, metrics: dict[str, Any]) -> None:
+        """Write an event of the kind `group`: training or validation."""
         self._append(kind=group, steps_completed=steps_completed, metrics=metrics)
 
     def report_progress(self, progress: float) -> None:
+        """Write how far the trial is, from 0 to 1."""
         self._append(kind="progress", progress=progress)
 
     def set_status(self, status: str) -> None:
+        """Write what the trial is busy with."""
         self._append(kind="status", status=status)
 
     def _append(self, **event: Any) -> None:
@@ -77,6 +80,7 @@ class LocalCheckpointContext(core.DummyCheckpointContext):
         self.events = events
 
     def upload(self, ckpt_dir: Any, metadata: Any = None, **kwargs: Any) -> str:
+        """Upload a checkpoint and return its UUID."""
         uuid = super().upload(ckpt_dir, metadata, **kwargs)
         if self._dist.rank == 0:
             append_event(self.events, kind="checkpoint", uuid=uuid, **(metadata or {}))

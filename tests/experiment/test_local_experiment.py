@@ -94,12 +94,12 @@ def test_trials_are_as_python_would_run_their_script(call, write_config, sft_con
     """Another MODEL_DEF with a module of its own that has the name of one of ours; its arguments; atexit; a crash."""
     folder = tmp_path / "project" / "src"
     folder.mkdir(parents=True)
-    (folder / "hub.py").write_text("NAME = 'their own hub'\n")
+    (folder / "errors.py").write_text("NAME = 'their own errors'\n")
     (folder / "train.py").write_text(
-        "import atexit, multiprocessing, os, sys, hub\n"
+        "import atexit, multiprocessing, os, sys, errors\n"
         "if __name__ == '__main__':\n"
         "    atexit.register(print, 'at exit')\n"
-        "    print(hub.NAME, os.getcwd(), sys.argv[:3], multiprocessing.get_start_method(), flush=True)\n"
+        "    print(errors.NAME, os.getcwd(), sys.argv[:3], multiprocessing.get_start_method())\n"
         "    if sys.argv[sys.argv.index('--trial-id') + 1] == '2':\n"
         "        os.abort()\n"
     )
@@ -109,7 +109,7 @@ def test_trials_are_as_python_would_run_their_script(call, write_config, sft_con
     log = (tmp_path / "out" / "trials" / "1" / "log.txt").read_text().splitlines()
     start_method = "fork" if sys.platform == "linux" else "spawn"
     arguments = [str(folder / "train.py"), "--fast", "--config"]
-    assert log == [f"their own hub {tmp_path / 'project'} {arguments} {start_method}", "at exit"]
+    assert log == [f"their own errors {tmp_path / 'project'} {arguments} {start_method}", "at exit"]
     assert [trial["state"] for trial in trials_in(tmp_path / "out")] == ["COMPLETED", "ERROR"]
     assert re.search(r"trial 2 of 2 \(seed 2\): ERROR after \d+ s: ended by SIGABRT", out)
     assert status == 1

@@ -140,12 +140,17 @@ def test_one_of_three_concurrent_trials_makes_the_reference_pass(write_config, s
         return run_ranks("dpo_finetune", *arguments, log=tmp_path / f"{number}.log", threads=1, **interference)
 
     with ThreadPoolExecutor() as pool:
-        killed = pool.submit(start, 0, die=("trl.trainer.dpo_trainer.disable_gradient_checkpointing", 20))
+        die, die_once = ("trl.trainer.dpo_trainer.disable_gradient_checkpointing", 20), tmp_path / "another trial waits"
+        killed = pool.submit(start, 0, die=die, die_once=die_once)
         deadline = time.monotonic() + 180
         while not statuses(outputs[0], "data"):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         survivors = [pool.submit(start, number) for number in (1, 2)]
+        while not any(statuses(output, "waiting for another trial's reference log-probs") for output in outputs):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        die_once.touch()
         assert killed.result() == -signal.SIGKILL
         assert [trial.result() for trial in survivors] == [0, 0]
     told = [statuses(outputs[number], "reference log-probs ")[-1] for number in (1, 2)]
@@ -154,7 +159,6 @@ def test_one_of_three_concurrent_trials_makes_the_reference_pass(write_config, s
         "reference log-probs reused",
     ]
     assert not statuses(outputs[0], "reference log-probs computed")
-    assert any(statuses(output, "waiting for another trial's reference log-probs") for output in outputs)
     for number in (1, 2):
         assert start(number, cache=tmp_path / f"own-{number}", output=tmp_path / f"alone-{number}") == 0
         shared, alone = (read_events(tmp_path / f / "events.jsonl") for f in (str(number), f"alone-{number}"))
