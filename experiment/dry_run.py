@@ -107,7 +107,7 @@ class TrainingData:
         )
         return {
             "turn markers": ", ".join([*spelled, f"EOS is {tokenizer.eos_token}"]),
-            "prompts that a server renders the same": f"{same} of {len(prompts)} checked",
+            "prompts that the chat template alone renders the same": f"{same} of {len(prompts)} checked",
         }
 
 

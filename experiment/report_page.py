@@ -135,17 +135,17 @@ class Page:
                 groups[beta][result["trial_id"]] = value
         shades: dict[int, float] = {}
         worst = best = math.nan
+        low, high = ("worst", "best") if metric == self.searcher.metric else ("low", "high")
         for group in groups.values():
             worst, best = min(group.values()), max(group.values())
             if metric == self.searcher.metric and self.searcher.smaller_is_better:
                 worst, best = best, worst
-            elif metric.endswith("accuracies"):
-                worst = min(worst, best - 0.1)
+            elif metric.endswith("accuracies") and worst > best - 0.1:
+                worst, low = best - 0.1, ""  # no trial has this value
             shades |= {i: (v - worst) / (best - worst) if worst != best else 0.5 for i, v in group.items()}
-        low, high = ("worst", "best") if metric == self.searcher.metric else ("low", "high")
         if scaled:
             return shades, low, f"{high}, each {short_name(self.beta)} by itself"
-        return shades, f"{low} {self.format(metric, worst)}", f"{self.format(metric, best)} {high}"
+        return shades, f"{low} {self.format(metric, worst)}".strip(), f"{self.format(metric, best)} {high}"
 
     def heatmaps(self, metric: str) -> Iterator[tuple[str, go.Figure]]:
         """Yield a metric's heatmap for each combination of values of the third and further axes, with that as label.

@@ -226,11 +226,11 @@ class LocalExperiment(Experiment):
         return f"trial {trial_id} of {len(self.trials)}" + (f" ({varied})" if varied else "")
 
     def winner(self) -> str | None:
-        """Return `Best: trial 1 (as good: 3, 6; the first is taken), checkpoint ...`; None without a best trial."""
+        """Return `Best: trial 1 (tied with 3, 6; the first is taken), checkpoint ...`; None without a best trial."""
         best = self.best()
         if best is None:
             return None
-        tie = f" (as good: {', '.join(map(str, self.ties()))}; the first is taken)" if self.ties() else ""
+        tie = f" (tied with {', '.join(map(str, self.ties()))}; the first is taken)" if self.ties() else ""
         return f"Best: trial {best['trial_id']}{tie}, checkpoint {best['checkpoint_uuid']}"
 
 

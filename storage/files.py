@@ -13,8 +13,12 @@ BUNDLE = Path(__file__).resolve().parent.parent  # the project's own folder, whe
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, even after a kill, finds either the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:

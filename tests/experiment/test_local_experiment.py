@@ -246,7 +246,7 @@ def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path, h
             pass
     if how == signal.SIGINT:
         os.killpg(first.pid, how)
-        told = (130, "interrupted: the same command again goes on from here\n")
+        told = (130, "interrupted: run the same command again to continue\n")
     else:
         os.kill(first.pid, how)
         told = (-how, "")
