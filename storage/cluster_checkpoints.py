@@ -133,6 +133,7 @@ class _DownloadProgress(Progress):
         self.add_task(description, total=total)
 
     def get_renderables(self) -> Iterable[RenderableType]:  # rich calls it ten times a second
+        """Look at the folder's size each time the bar is drawn."""
         for task in self.task_ids:
             with suppress(OSError):  # a file that gets its final name meanwhile
                 sizes = [file.stat().st_size for file in self.folder.rglob("*") if file.is_file()]
