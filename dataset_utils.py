@@ -254,13 +254,12 @@ def _tokenize(
     remove = sorted(set(next(iter(dataset.values())).column_names) - {"source", "row"})
     tokenized = dataset.map(tokenize, remove_columns=remove, num_proc=num_proc, features=features, desc="Tokenizing")
     for name, rows in tokenized.items():
+        found = truncation.rows_by_truncation(rows)
         if not every_row:
-            found = truncation.rows_by_truncation(rows)
             dropped = {index: what for what, indices in found.items() if what.drops_row for index in indices}
             if len(dropped) == len(rows):
-                first = next(iter(dropped.values()))
-                raise UserError(f"{first.limit} is too small: no {name} row is left ({first.meaning})")
+                raise next(iter(dropped.values())).no_row_left(name)
             remaining = rows.select([n for n in range(len(rows)) if n not in dropped]) if dropped else rows
             tokenized[name] = remaining.select_columns(list(columns))
-        truncation.store_truncation_counts(tokenized[name], rows)
+        truncation.store_truncation_counts(tokenized[name], rows, found)
     return tokenized

@@ -9,7 +9,8 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -58,6 +59,15 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` where argparse would print the usage and exit."""
         raise UserError(message)
+
+
+@contextmanager
+def os_errors_of(name: object) -> Iterator[None]:
+    """Turn an `OSError` within into a `UserError` about `name`, the file or option that is at fault."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from error
 
 
 def one_line(error: object) -> str:

@@ -12,7 +12,7 @@ trial's curves, and a table. An experiment that still runs, or lost some of its 
 import argparse
 from pathlib import Path
 
-from errors import CommandLine, UserError, exit_on_user_error
+from errors import CommandLine, UserError, exit_on_user_error, os_errors_of
 from storage.files import write_atomically
 
 
@@ -44,10 +44,9 @@ def main() -> None:
     output = Path(args.output or output)
     from experiment.report_page import render  # takes seconds: a mistake is reported before
 
-    try:
-        write_atomically(output, render(experiment))
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from error
+    page = render(experiment)
+    with os_errors_of(f"--output {output}"):
+        write_atomically(output, page)
     print(f"Report: {output}")
 
 

@@ -31,7 +31,7 @@ from comparison.generation import Answer, batch_by_length, batch_seed, context_l
 from comparison.options import ComparisonOptions, Sampling
 from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
 from comparison.questions import Questions
-from errors import UserError
+from errors import UserError, os_errors_of
 from pages.terminal import plural
 from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
@@ -99,11 +99,9 @@ class ResultStore(dict[str, Any]):
     def add(self, key: str, value: Any) -> None:
         """Add a result. Raises `UserError` if it cannot be written."""
         self[key] = value
-        try:
-            if self.path:
+        if self.path:
+            with os_errors_of(self.path):
                 append_json_line(self.path, StoredResult(key=key, value=value))
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}") from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from rich.table import Table
 from chat_format import Message
 from comparison.generation import Answer
 from comparison.preference_metrics import NGRAM, Estimate
-from errors import UserError
+from errors import os_errors_of
 from pages.render import render_page
 from pages.terminal import visible
 from storage.files import write_atomically
@@ -199,8 +199,6 @@ WRITERS: dict[str, Callable[[Comparison], str]] = {
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write a comparison in the format that the file's name ends in. Raises `UserError` if it cannot be written."""
-    try:
+    with os_errors_of(f"--output_file {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, WRITERS[path.suffix](comparison))
-    except OSError as error:
-        raise UserError(f"--output_file {path}: {error.strerror}") from error

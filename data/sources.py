@@ -201,17 +201,15 @@ def _local_lines(source: DataSource, split: str, skip: bool = False) -> Iterator
     """
     data_files = load_dataset_builder(**_load_arguments(source)).config.data_files or {}
     for file in map(Path, data_files.get(split, [])):
-        rows = _numbered_rows(file) if file.is_file() and file.suffix in (".jsonl", ".json") else None
-        if rows is None and not skip:
+        if file.is_file() and file.suffix in (".jsonl", ".json"):
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+                first = next(rows, (0, ""))
+                if not first[1].lstrip().startswith("["):  # an array of rows
+                    yield from ((str(file), number, line) for number, line in itertools.chain([first], rows) if number)
+                    continue
+        if not skip:
             return
-        yield from ((str(file), number, line) for number, line in rows or [])
-
-
-def _numbered_rows(file: Path) -> list[tuple[int, str]] | None:
-    """Return the numbers and texts of a file's lines that are not blank; None for a file that holds one array."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return None if rows and rows[0][1].lstrip().startswith("[") else rows
 
 
 def _rename_columns(loaded: LoadedSource, known_columns: Collection[str]) -> Dataset:

@@ -49,6 +49,15 @@ class Truncation(StrEnum):
         """Whether the row is kept without what is over the limit."""
         return self.limit is not None and not self.drops_row
 
+    @property
+    def effect(self) -> str:
+        """What happens to the row, in a word; empty if it is kept whole."""
+        return "dropped" if self.drops_row else "cut" if self.cuts_row else ""
+
+    def no_row_left(self, part: str) -> UserError:
+        """Return the error for a part of the data of which it drops every row."""
+        return UserError(f"{self.limit} is too small: no {part} row is left ({self.meaning})")
+
 
 class TruncationCount(NamedTuple):
     """How many rows of a part of the data lose something."""
@@ -69,10 +78,13 @@ def rows_by_truncation(rows: Dataset) -> dict[Truncation, list[int]]:
     return {Truncation(name): group.sort_values(["source", "row"]).index.tolist() for name, group in groups}
 
 
-def store_truncation_counts(part: Dataset, rows: Dataset) -> None:
-    """Count what `rows` lose, and store it as JSON in the `info.description` of `part`: `rows` without the dropped."""
+def store_truncation_counts(part: Dataset, rows: Dataset, found: dict[Truncation, list[int]]) -> None:
+    """Store what `rows` lose, `found` by `rows_by_truncation`, as JSON in the `info.description` of `part`.
+
+    `part` is `rows` without the dropped ones.
+    """
     counts = []
-    for truncation, indices in rows_by_truncation(rows).items():
+    for truncation, indices in found.items():
         first = rows[indices[0]]
         example = f"{first['source']} row {first['row']}"
         counts.append(TruncationCount(truncation, len(indices), len(indices) / len(rows), example))
@@ -88,10 +100,9 @@ def count_truncations(part: Dataset) -> list[TruncationCount]:
 def describe_truncations(name: str, part: Dataset) -> Iterator[str]:
     """Yield a log line for each truncation in the part called `name`; if many rows lose it, with the limit to raise."""
     for truncation, rows, share, example in count_truncations(part):
-        effect = " dropped" if truncation.drops_row else " cut" if truncation.cuts_row else ""
         advice = f"; raise {truncation.limit}" if truncation.limit and share > SHARE_TO_WARN else ""
         count = f"{rows} {'row' if rows == 1 else 'rows'} ({share:.1%})"
-        yield f"{name}: {count}{effect}: {truncation.meaning} (the first: {example}){advice}"
+        yield f"{name}: {f'{count} {truncation.effect}'.rstrip()}: {truncation.meaning} (the first: {example}){advice}"
 
 
 def cut_prompt(

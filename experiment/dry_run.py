@@ -25,7 +25,7 @@ from trl.trainer.dpo_config import DPOConfig
 from chat_format import IM_END, IM_START, Message, encode, set_chat_format
 from config.hyperparameters import DataSource
 from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
-from errors import UserError, one_line
+from errors import one_line
 from experiment.dry_run_output import Example, Section, Table, Token
 from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.results import Experiment, short_name
@@ -129,8 +129,7 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
         for part, rows in data.remaining_rows.items():
             if not len(rows):
                 found = data.rows["truncations"][data.rows["part"] == part]
-                reason = next(each for truncations in found for each in truncations if each.drops_row)
-                raise UserError(f"{reason.limit} is too small: no {part} row is left ({reason.meaning})")
+                raise next(each for truncations in found for each in truncations if each.drops_row).no_row_left(part)
         for trial_id in trial_ids:
             facts[trial_id] = collect_facts(data, trials[trial_id - 1], slots)
             memory += [(*line, trial_id) for line in estimate_trial(data, trials[trial_id - 1], slots, process)]
@@ -179,14 +178,13 @@ def tabulate_truncations(data: TrainingData, which: str) -> Table:
     lines, advice = [], []
     for truncation in sorted(found, key=lambda truncation: (not truncation.drops_row, -len(found[truncation]))):
         first, share = data.conversations[found[truncation][0]], len(found[truncation]) / len(data.rows)
-        effect = "dropped" if truncation.drops_row else "cut" if truncation.cuts_row else ""
         text = one_line(visible(data.prompt(first)[-1]["content"]))
         text = text if len(text) <= 60 else text[:59] + "\N{HORIZONTAL ELLIPSIS}"
         example = f"{first['source']} row {first['row']}: {text}"
-        meaning = f"{effect}: {truncation.meaning}" if effect else truncation.meaning
+        meaning = f"{truncation.effect}: {truncation.meaning}" if truncation.effect else truncation.meaning
         lines.append([meaning, len(found[truncation]), f"{share:.1%}", example])
         if truncation.limit and share > SHARE_TO_WARN:
-            advice.append(f"{share:.0%} of the rows are {effect}: raise {truncation.limit}.")
+            advice.append(f"{share:.0%} of the rows are {truncation.effect}: raise {truncation.limit}.")
     note = " ".join(advice) if lines else "No row is cut or dropped, and every answer has text."
     table = pd.DataFrame(lines, columns=["", "rows", "share", "first example"])
     return Table(f"Truncated rows{which}", table, note, text_columns=["first example"])

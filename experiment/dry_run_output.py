@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from errors import UserError
+from errors import os_errors_of
 from pages.render import render_page
 from storage.files import write_atomically
 
@@ -111,9 +111,7 @@ def write_page(sections: list[Section], name: str, output: Path) -> Path:
     """
     page = output if output.suffix == ".html" else output / "dry_run.html"
     html = render_page(Path(__file__).with_name("dry_run.html.jinja"), name, sections=sections, shown=PAGE_TOKENS)
-    try:
+    with os_errors_of(f"--output {output}"):
         page.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(page, html)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from error
     return page

@@ -9,9 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+from determined.experimental import Determined
+from rich.progress import track
+
 from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
 from errors import UserError
 from experiment.kinds import kind_of
+from storage.cluster_checkpoints import one_line_cluster_errors
 from trial.events import TrialEvent, events_by_step, read_events
 
 T = TypeVar("T")
@@ -169,11 +173,6 @@ def read_local(folder: Path) -> Experiment:
 
 def read_cluster(source: str) -> Experiment:
     """Read the experiment `exp:NUMBER` from the cluster of DET_MASTER. Raises `UserError` if it cannot be read."""
-    from determined.experimental import Determined
-    from rich.progress import track
-
-    from storage.cluster_checkpoints import one_line_cluster_errors  # imports torch, which takes seconds
-
     number = source.removeprefix("exp:")
     if not number.isdecimal():
         raise UserError(f"{source!r}: exp: must be followed by the number of the experiment")
