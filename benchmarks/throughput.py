@@ -8,12 +8,16 @@
 Each measurement runs in its own process, which makes its peak memory its own: one warm-up step, then `--steps` measured
 steps. The configurations take turns, round by round. The table shows medians over the rounds.
 
-    ours           sft_finetune.py or dpo_finetune.py with a minimal YAML: everything optional keeps its default
+    ours           sft_finetune.py or dpo_finetune.py with a minimal YAML: everything optional keeps its default. What
+                   it chose for the hardware is printed below the table
     trl            SFTTrainer and DPOTrainer with their own defaults: bf16 autocast, activation checkpointing, and for
                    DPO a reference model in memory. On a CPU with `use_cpu: true`, without which they refuse to run
-    trl-fp32       the same in float32 and without activation checkpointing
+    trl-liger      trl with use_liger_kernel, and for DPO with precompute_ref_log_probs instead of a reference model in
+                   memory. It needs a CUDA device and the package liger-kernel
+    trl-no-checkpointing    trl without activation checkpointing
+    trl-fp32       the same in float32: the fastest of TRL's on a CPU without bf16 instructions
 
-All three train on the same token ids in the same batches. The model is either made with random weights in its true
+All of them train on the same token ids in the same batches. The model is either made with random weights in its true
 shape or read from a folder; its tokenizer is replaced by one that makes each word a token. The rows consist of random
 words. Their lengths follow those of public samples (see `LENGTHS`) or are `--length` tokens. With `--dataset` the rows
 come from that file and the folder's own tokenizer is used.
@@ -24,12 +28,14 @@ come from that file and the folder's own tokenizer is used.
     waiting        the share of a step's time that is spent waiting for its rows
     MFU            on a GPU: F x tokens/s / peak FLOP/s, with F from `flops_per_token`. Padding, recomputation and the
                    reference are not counted, and a pair's prompt is counted as often as it is computed
+    reference pass s    seconds for the reference log-probs of the rows trained on, which tokens/s does not count. (0:
+                   there is no such pass, and each step computes its own)
     peak GB        resident memory, or on a GPU the memory that torch has reserved; the sum over all processes
 """
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -48,35 +54,19 @@ import yaml
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-GEMMA_2B = {
-    **{"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8},
-    **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192},
-}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
+COMMON = {"num_key_value_heads": 1, "max_position_embeddings": 8192}
+GEMMA_3 = {"max_position_embeddings": 32768, "sliding_window": 512, "query_pre_attn_scalar": 256}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # config class and changes to its defaults
-    "tiny": (
-        "GemmaConfig",
-        {
-            **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
-            **{"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 8192},
-        },
-    ),
-    "small": (
-        "GemmaConfig",
-        {
-            **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
-            **{"num_key_value_heads": 1, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 8192},
-        },
-    ),
-    "gemma-270m": (
-        "Gemma3TextConfig",
-        {
-            **{"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4},
-            **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "max_position_embeddings": 32768},
-            **{"sliding_window": 512, "query_pre_attn_scalar": 256},
-        },
-    ),
-    "gemma-2b": ("GemmaConfig", GEMMA_2B),
+    name: (cls, COMMON | dict(zip(SIZES, sizes, strict=True)) | more)
+    for name, cls, sizes, more in (
+        ("tiny", "GemmaConfig", (128, 384, 4, 4, 32, 2048), {}),
+        ("small", "GemmaConfig", (512, 2048, 8, 8, 64, 32000), {}),
+        ("gemma-270m", "Gemma3TextConfig", (640, 2048, 18, 4, 256, 262144), GEMMA_3),
+        ("gemma-2b", "GemmaConfig", (2048, 16384, 18, 8, 256, 256000), {}),
+    )
 }
+GEMMA_2B = MODELS["gemma-2b"][1]
 # Log-normal distributions (mean, standard deviation, minimum, maximum) of the number of Gemma tokens in public samples:
 # Cosmopedia for SFT, dpo-mix-7k and truthy-dpo for DPO. The longest samples are left out.
 LENGTHS = {
@@ -84,7 +74,13 @@ LENGTHS = {
     "dpo": {"prompt": (5.0, 0.6, 60, 1000), "chosen": (4.8, 1.2, 9, 860), "rejected": (5.5, 0.68, 20, 760)},
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; the key is part of the card's name
-CONFIGURATIONS = ("ours", "trl", "trl-fp32")
+TRL_ARGUMENTS: dict[str, dict[str, Any]] = {  # changes to TRL's defaults
+    "trl": {},
+    "trl-liger": {"use_liger_kernel": True},
+    "trl-no-checkpointing": {"gradient_checkpointing": False},
+    "trl-fp32": {"gradient_checkpointing": False, "bf16": False},
+}
+CONFIGURATIONS = ("ours", *TRL_ARGUMENTS)
 WARM_UP = 1  # steps
 
 
@@ -93,12 +89,13 @@ def main() -> None:
     if args.worker:
         work(json.loads(Path(args.worker).read_text()))
         return
+    args.configurations = choose_configurations(args.configurations)
     results = []
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        model = make_model(args.model, Path(folder), args.dataset is not None)
+        model = make_model(args.model, Path(folder), args.dataset is not None, args.model_folder)
         for kind, length in zip(args.kind, args.length or [None] * len(args.kind), strict=True):
             case = argparse.Namespace(**vars(args) | {"length": length})
-            rows = args.dataset or make_rows(kind, case, Path(folder) / f"{kind}.jsonl")
+            rows = Path(args.dataset) if args.dataset else make_rows(kind, case, Path(folder) / f"{kind}.jsonl")
             results += compare(kind, case, model, rows, Path(folder))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
@@ -108,38 +105,52 @@ def main() -> None:
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small", help=f"{', '.join(MODELS)} or a model's folder (default: small)")
-    parser.add_argument("--kind", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"], help="default: both")
-    parser.add_argument("--dataset", help="rows to train on, as in a YAML (default: random words)")
-    parser.add_argument(
-        "--length", type=int, nargs="+", help="tokens of every sequence, one number for each kind (default: varied)"
-    )
-    parser.add_argument("--batch", type=int, default=4, help="rows per batch; for DPO pairs (default: %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps of each run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each configuration (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="processes of each training (default: %(default)s)")
-    parser.add_argument(
-        "--configurations", nargs="+", default=CONFIGURATIONS, choices=CONFIGURATIONS, help="default: all"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a key of training_args in `ours`, as in activation_checkpointing=true",
-    )
-    parser.add_argument("--peak-tflops", type=float, help="bf16 peak of a GPU other than H100, H200 and A100")
-    parser.add_argument("--json", help="write all measurements to this file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", default="small", help=f"{', '.join(MODELS)} or a model's folder (default: small)")
+    add("--model-folder", type=Path, help="folder to make the model in, or to find it in (default: a new one)")
+    add("--kind", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"], help="default: both")
+    add("--dataset", help="file or folder of rows to train on (default: random words)")
+    add("--length", type=int, nargs="+", help="tokens of every sequence, one number for each kind (default: varied)")
+    add("--batch", type=int, default=4, help="rows per batch; for DPO pairs (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
+    add("--steps", type=int, default=4, help="measured steps of each run (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="runs of each configuration (default: %(default)s)")
+    add("--processes", type=int, default=1, help="processes of each training (default: %(default)s)")
+    defaults = "a GPU all but trl-fp32, on a CPU with bf16 instructions all but trl-liger, on another ours trl-fp32"
+    add("--configurations", nargs="+", choices=CONFIGURATIONS, help=f"default: on {defaults}")
+    setting = "set a key of training_args in `ours`, as in activation_checkpointing=true"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+    add("--peak-tflops", type=float, help="bf16 peak of a GPU other than H100, H200 and A100")
+    add("--json", help="write all measurements to this file")
+    add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.length and len(args.length) != len(args.kind):
         sys.exit(f"error: --length: give one number for each of {', '.join(args.kind)}, as in --length 4096 2048")
     if args.model not in MODELS and not Path(args.model, "config.json").is_file():
-        sys.exit(f"error: --model {args.model}: must be one of {', '.join(MODELS)} or a model's folder")
+        needed = "config.json, weights and, for --dataset, a tokenizer"
+        sys.exit(f"error: --model {args.model}: must be one of {', '.join(MODELS)} or a model's folder (with {needed})")
+    if args.model not in MODELS and args.model_folder:
+        sys.exit(f"error: --model-folder: keeps a model that is made, but --model {args.model} is there already")
     if args.model in MODELS and args.dataset:
         sys.exit(f"error: --dataset: {args.model} has no real tokenizer; set --model to a model's folder")
+    if args.dataset and not Path(args.dataset).exists():
+        sys.exit(f"error: --dataset {args.dataset}: no such file or folder")
     return args
+
+
+def choose_configurations(named: list[str] | None) -> list[str]:
+    """Return those that are `named`, else those that a user would choose here. Exits if one cannot run here."""
+    import torch
+
+    from config.training_args import has_bf16
+
+    gpu = torch.cuda.is_available()
+    likely = [name for name in CONFIGURATIONS if name != ("trl-fp32" if gpu else "trl-liger")]
+    chosen = named or (likely if gpu or has_bf16(use_cpu=True) else ["ours", "trl-fp32"])
+    if "trl-liger" in chosen and not (gpu and importlib.util.find_spec("liger_kernel")):
+        missing = "the package liger-kernel (pip install liger-kernel)" if gpu else "a CUDA device"
+        sys.exit(f"error: --configurations: trl-liger needs {missing}; without it, name the others")
+    return chosen
 
 
 def machine() -> dict[str, Any]:
@@ -157,28 +168,39 @@ def machine() -> dict[str, Any]:
     }
 
 
-def make_model(name: str, folder: Path, own_tokenizer: bool) -> Path:
-    """Return the folder of the model, with its `own_tokenizer` or with one that makes each word a token."""
+def make_model(name: str, folder: Path, own_tokenizer: bool, kept: Path | None = None) -> Path:
+    """Return the folder of the model, with its `own_tokenizer` or with one that makes each word a token.
+
+    A model of `MODELS` is made in `kept`, unless it is there already. Exits if something else is there.
+    """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    made = kept or folder / "model"
+    recipe = made / "recipe.json"  # written last, so a model without it is not whole
     if name in MODELS:
+        if recipe.is_file() and recipe.read_text() == json.dumps(MODELS[name]):
+            return made
+        if made.is_file() or (made.is_dir() and any(made.iterdir())):
+            sys.exit(f"error: --model-folder {made}: holds something other than a whole {name} that was made here")
         cls, changes = MODELS[name]
         config = getattr(transformers, cls)(**changes)
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(made)
     elif own_tokenizer:
         return Path(name)
     else:
-        (folder / "model").mkdir()
+        made.mkdir()
         for file in Path(name).iterdir():
             if "token" not in file.name:
-                (folder / "model" / file.name).symlink_to(file.resolve())
-    vocabulary = transformers.AutoConfig.from_pretrained(folder / "model").vocab_size
-    make_tokenizer(min(vocabulary, 30000)).save_pretrained(folder / "model")
-    return folder / "model"
+                (made / file.name).symlink_to(file.resolve())
+    vocabulary = transformers.AutoConfig.from_pretrained(made).vocab_size
+    make_tokenizer(min(vocabulary, 30000)).save_pretrained(made)
+    if name in MODELS:
+        recipe.write_text(json.dumps(MODELS[name]))
+    return made
 
 
 def make_tokenizer(size: int) -> Any:
@@ -238,11 +260,13 @@ def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder
             measured[name].append(result)
             print(f"    {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     medians = {
-        name: {key: statistics.median(result[key] for result in results) for key in results[0] if key != "losses"}
-        for name, results in measured.items()
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0] if key not in ("losses", "choices")}
+        for name, runs in measured.items()
     }
     if medians:
         print_table(kind, args, medians)
+    for choices in dict.fromkeys(text for run in measured.get("ours", []) for text in run["choices"]):
+        print(f"\nours: {choices}", flush=True)
     common = {"kind": kind, "model": args.model, "length": args.length, "batch": args.batch}
     return [{**common, "configuration": name, **result} for name, results in measured.items() for result in results]
 
@@ -279,7 +303,8 @@ def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: P
     """
     folder.mkdir()
     spec = {
-        "configuration": name, "kind": kind, "model": str(model), "rows": str(rows), "folder": str(folder),
+        "configuration": name, "kind": kind, "folder": str(folder),
+        "model": str(model.resolve()), "rows": str(rows.resolve()),  # `work` changes the folder
         "batch": args.batch, "accumulate": args.accumulate, "steps": args.steps, "length": args.length,
         "set": args.set, "peak_flops": args.peak_tflops and args.peak_tflops * 1e12,
     }  # fmt: skip
@@ -360,11 +385,19 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
+        def _precompute_ref_logps(self, dataset: Any, name: str, *args: Any) -> Any:
+            began = time.perf_counter()
+            dataset = super()._precompute_ref_logps(dataset, name, *args)
+            self.reference_seconds = {**getattr(self, "reference_seconds", {}), name: time.perf_counter() - began}
+            return dataset
+
     config_class = trl.SFTConfig if spec["kind"] == "sft" else trl.DPOConfig
-    plain = {"bf16": False, "gradient_checkpointing": False} if spec["configuration"] == "trl-fp32" else {}
+    changes = dict(TRL_ARGUMENTS[spec["configuration"]])
+    if spec["kind"] == "dpo" and spec["configuration"] == "trl-liger":
+        changes["precompute_ref_log_probs"] = True
     config = config_class(
         output_dir=spec["folder"], report_to="none", disable_tqdm=True, max_length=8192,
-        use_cpu=not torch.cuda.is_available(), **plain, **common_training_args(spec),
+        use_cpu=not torch.cuda.is_available(), **changes, **common_training_args(spec),
     )  # fmt: skip
     cls = SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
     return cls(**{name: value for name, value in kwargs.items() if name != "ref_model"} | {"args": config})
@@ -373,13 +406,15 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
 def train(spec: dict[str, Any], trainer: Any, trial: Any) -> None:
     """Train like `train_or_resume`, but save and evaluate nothing at the end."""
     from trial.det_callback import DetCallback
+    from trial.events import read_events
 
     callback = DetCallback(trial, trainer)
     callback._force_final_save = callback._force_final_evaluate = False
     trainer.add_callback(callback)
     meter = Meter(trainer, spec)
     trainer.train()
-    meter.write()
+    said = [event.get("status", "") for event in read_events(Path(spec["folder"], "out", "events.jsonl"))]
+    meter.write([text for text in said if text.startswith("training with ")])
 
 
 class Meter:
@@ -432,7 +467,7 @@ class Meter:
         self.steps.append({"seconds": ended - self.began, **self.now})
         self.began, self.now = ended, dict.fromkeys(self.now, 0)
 
-    def write(self) -> None:
+    def write(self, choices: list[str]) -> None:
         import torch
 
         counted = self.steps[WARM_UP:]
@@ -450,6 +485,7 @@ class Meter:
             "reference_seconds": getattr(self.trainer, "reference_seconds", {}).get("train", 0.0),
             "parameters": self.trainer.model.num_parameters(),
             "losses": self.losses,
+            "choices": choices,
         }
         if gpu:
             peak = self.spec["peak_flops"] or next(

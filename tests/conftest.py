@@ -133,10 +133,10 @@ def write_config(tmp_path) -> Callable[..., str]:
     return write
 
 
-def run_script(*words: object) -> subprocess.CompletedProcess:
-    """One of the project's scripts in a process of its own, in the repository, as a user would run it."""
+def run_script(*words: object, cwd: Path = REPO) -> subprocess.CompletedProcess:
+    """One of the project's scripts in a process of its own, in the repository (or `cwd`), as a user would run it."""
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def metrics_by_step(reports):
