@@ -57,7 +57,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
 def main() -> None:
     """Open this process's trial and train it."""
     with open_trial(DPOHyperparameters, "dpo.yaml", __doc__) as trial:
-        train(trial)
+        trial.run(train)
 
 
 if __name__ == "__main__":

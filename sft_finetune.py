@@ -37,7 +37,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
 def main() -> None:
     """Open this process's trial and train it."""
     with open_trial(SFTHyperparameters, "sft.yaml", __doc__) as trial:
-        train(trial)
+        trial.run(train)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from experiment.dry_run_output import Example, Section, Table, Token
 from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.results import Experiment, short_name
 from pages.terminal import plural, visible
-from speed.hardware import choose_checkpointing, free_memory, resident_memory
-from speed.memory import MemoryEstimate, TrainingSetup, computed_lengths, estimate_memory, largest_batches
+from speed.fitting import choose_checkpointing, free_memory, resident_memory, usable_memory
+from speed.memory import MemoryEstimate, TrainingSetup, batch_shape, computed_lengths, estimate_memory
 from speed.padding_free import why_padded
 from storage.checkpoints import local_checkpoint
 from trial.models import load_model_and_tokenizer
@@ -320,32 +320,37 @@ def estimate_trial(
     data: TrainingData, hparams: Hyperparameters, slots: int, process: int
 ) -> Iterator[tuple[str, MemoryEstimate]]:
     """Yield the way of training and its memory: for one process on this machine, then for the slots as GPUs."""
-    args, packing, pairs = hparams.args, hparams.packing, data.kind.pairs
-    shapes = largest_batches(args, data.remaining_rows, packing=packing, pairs=pairs, padding_free=data.padding_free)
-    reference = pairs and not cast(DPOConfig, args).precompute_ref_log_probs
-    here = TrainingSetup.from_args(args, reference, 1, "cuda" if torch.cuda.is_available() else "cpu")
+    args, given = hparams.args, hparams.training_args
+    sizes = {"train": args.per_device_train_batch_size, "test": args.per_device_eval_batch_size}
+    options = {"packing": hparams.packing, "pairs": data.kind.pairs, "padding_free": data.padding_free}
+    shapes = [batch_shape(args, data.remaining_rows[part], size, **options) for part, size in sizes.items()]
+    reference = data.kind.pairs and not cast(DPOConfig, args).precompute_ref_log_probs
+    on_gpu = torch.cuda.is_available()
+    fused = data.padding_free and given.get("torch_compile") is None  # on a GPU
+    here = TrainingSetup.from_args(args, fused and on_gpu, reference, 1, "cuda" if on_gpu else "cpu")
 
-    def estimate(setup: TrainingSetup, checkpointing: bool) -> MemoryEstimate:
-        setup = replace(setup, checkpointing=setup.checkpointing or checkpointing)
-        return estimate_memory(data.model, setup, *shapes, process)
+    def estimate(setup: TrainingSetup, every: int) -> MemoryEstimate:
+        setup = replace(setup, checkpoint_every=setup.checkpoint_every or every)
+        return estimate_memory(data.model, setup, shapes[0], shapes[1], process)
 
-    def choose(needed_and_free: Callable[[], tuple[int, int]]) -> bool:
-        return choose_checkpointing(hparams.activation_checkpointing, data.model, needed_and_free).on
+    def choose(needed: Callable[[int], float], usable: float) -> int:
+        return choose_checkpointing(hparams.activation_checkpointing, data.model, needed, usable, partial=False).every
 
     label = ", activation checkpointing" if hparams.activation_checkpointing is None else ""
-    checkpointing = choose(lambda: (estimate(here, False).total, free_memory(here.device_type)))
-    yield f"{here.device_type.upper()} here" + label * checkpointing, estimate(here, checkpointing)
+    usable = usable_memory(free_memory(here.device_type), here.device_type)
+    every = choose(lambda every: estimate(here, every).total, usable)
+    yield f"{here.device_type.upper()} here" + label * bool(every), estimate(here, every)
 
     # `args` are made for this machine: a GPU would use bf16, and several GPUs FSDP.
-    given = hparams.training_args
     bf16 = given.get("bf16", not args.fp16)
     dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else None
-    gpu = replace(here, dtype=dtype, fsdp=slots > 1 and bool(given.get("fsdp")), devices=slots, device_type="cuda")
+    fsdp = slots > 1 and bool(given.get("fsdp"))
+    gpu = replace(here, dtype=dtype, fused=fused, fsdp=fsdp, devices=slots, device_type="cuda")
     where = f"each of {slots} GPUs" if slots > 1 else "a GPU"
     where += f", {PRECISIONS[dtype]}" + (", FSDP" if gpu.fsdp else "")
     # The GPU's memory is not known: if it decides, show both choices.
-    for checkpointing in sorted({choose(lambda: (0, 1)), choose(lambda: (1, 0))}):
-        yield where + label * checkpointing, estimate(gpu, checkpointing)
+    for every in sorted({choose(lambda every: 0, 1), choose(lambda every: 1, 0)}):
+        yield where + label * bool(every), estimate(gpu, every)
 
 
 def name_trials(trial_ids: list[int]) -> str:

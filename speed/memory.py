@@ -9,37 +9,43 @@ holds
     optimizer   s P       s = 8 bytes for AdamW: two moments of a parameter; STATE has the others
     process     CPU only: Python, its libraries, the tokenizer and the data: `resident_memory()` of a process that has
                 loaded everything except the weights
-    activations the largest of what is allocated and freed at these three moments:
+    activations the largest of what is allocated and freed at these moments:
 
-      in a training step      A + 8 T + 4 p g
+      in a training step      A + 8 T + 4 p g on a CPU
           A   what autograd keeps for the backward pass, K. It is counted by running the forward pass on fake tensors,
               which have a shape but no memory: bytes of float32, or of bf16 or fp16 under autocast, copies of the
               weights included. (About 4 N L (10 d + 6 q + 4 f) for L layers of hidden size d, query width q = heads x
               head size and MLP width f; this formula is used for a model that cannot be run on fake tensors.)
-              With activation checkpointing only each layer's input, 4 N d, and K / L for the one layer that is being
-              recomputed
+              Compiled layers keep less: `fused_bytes`. With activation checkpointing of every n-th layer, these keep
+              only their input, 4 N d each, and K / L is added for the one that is being recomputed
           T   a tile of logits: TRL's loss takes min(N, 4096) tokens by min(V, 32768) of a vocabulary of V words at a
               time, on a CPU by 512 (output_layer.py). On a CPU the backward pass has 8 results of that size at once,
               in float32; on a GPU one kernel overwrites the only one, which has autocast's type
           g   further gradients of the embeddings: 1 if gradients are accumulated, as the new one is added to the old;
               1 if input and output embeddings are tied and there are several processes, as each end of the model has a
               gradient (output_layer.py avoids the second one in a single process)
+      on a GPU, beside its gradients, the larger of two:
+        when the backward pass begins   A + T + M + 4 p g, but of the gradients only 4 p, the output layer's, unless
+                                        gradients are accumulated: then all of them are there
+        when it ends                    K / L + M + 4 p g
+          M   the gradients of an MLP's three results, 3 N f numbers of autocast's type
       in the optimizer's step  one or two temporaries: see `step_temporaries`
-      at an evaluation         K / L + 4 T of its own micro-batches: no backward pass, nothing kept; 1 T on a GPU
+      at an evaluation         K / L + 4 T of its own micro-batches: no backward pass, nothing kept; on a GPU 1 T, and
+                               gradients have been freed
 
 Under FSDP each of D GPUs holds 1 / D of weights, gradients and optimizer. Its training step adds one whole layer and
 all parameters outside the layers: their weights (4 bytes) and gradients (4 bytes). (On CPUs accelerate ignores FSDP.)
 
-The sum is too high where activations are large: while they are there, not all gradients are. A CPU process seldom
-returns the memory it frees, which makes up for that. Loading and saving hold a second copy of the weights, but at those
-times there are no gradients, so neither decides. A GPU's own context, about half a gigabyte, is not counted.
+On a CPU the sum is too high where activations are large: while they are there, not all gradients are. A CPU process
+seldom returns the memory it frees, which makes up for that. On a GPU it is within 2% of the five peaks in
+tests/speed/test_memory.py. Loading and saving hold a second copy of the weights, but at those times there are no
+gradients, so neither decides. A GPU's own context, about half a gigabyte, is not counted.
 """
 
 import copy
 import functools
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -70,7 +76,8 @@ class TrainingSetup:
     """How a model is trained, as far as memory depends on it."""
 
     dtype: torch.dtype | None  # autocast's; None: float32 throughout
-    checkpointing: bool
+    checkpoint_every: int  # activation checkpointing of every n-th layer; 0: of none
+    fused: bool  # compiled layers
     fsdp: bool
     optimizer: str  # TRL's `optim`
     accumulates: bool  # gradients of several micro-batches before a step
@@ -79,12 +86,14 @@ class TrainingSetup:
     device_type: str  # "cpu" or "cuda"; any other counts as a CPU with TRL's own tiles
 
     @classmethod
-    def from_args(cls, args: SFTConfig | DPOConfig, reference: bool, devices: int, device_type: str) -> Self:
+    def from_args(
+        cls, args: SFTConfig | DPOConfig, fused: bool, reference: bool, devices: int, device_type: str
+    ) -> Self:
         """Return the setup that TRL's config describes, without activation checkpointing unless FSDP does it itself."""
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        checkpointing = bool(cast(dict, args.fsdp_config or {}).get("activation_checkpointing"))
+        every = int(bool(cast(dict, args.fsdp_config or {}).get("activation_checkpointing")))
         accumulates = args.gradient_accumulation_steps > 1
-        return cls(dtype, checkpointing, bool(args.fsdp), args.optim, accumulates, reference, devices, device_type)
+        return cls(dtype, every, fused, bool(args.fsdp), args.optim, accumulates, reference, devices, device_type)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class MemoryEstimate:
     weights: int  # including a reference model's
     gradients: int
     optimizer: int
-    activations: int  # and everything else that is allocated and freed within a step
+    activations: int  # and all else that is allocated and freed within a step, as far as gradients leave no room for it
     process: int  # 0 on a GPU
 
     @property
@@ -109,41 +118,60 @@ def estimate_memory(
     """Return the peak on each device, by the formula in this module's docstring.
 
     `model` may be on the meta device; its vocabulary must be the one it is trained with. The shapes are those of
-    `largest_batches`; `eval_shape` is None if nothing is evaluated. `process` is in bytes.
+    `batch_shape`; `eval_shape` is None if nothing is evaluated. `process` is in bytes.
     """
-    on_gpu, on_cpu = setup.device_type == "cuda", setup.device_type == "cpu"
+    on_gpu = setup.device_type == "cuda"
     sharded = setup.fsdp and setup.devices > 1 and on_gpu
     shards = setup.devices if sharded else 1
     weights = FLOAT32 * model.num_parameters() // shards
     trained = model.num_parameters(only_trainable=True)
     largest = FLOAT32 * max(p.numel() for p in model.parameters())
-    config, vocabulary = model.get_decoder().config, model.get_output_embeddings().weight.shape[0]
-
-    def tile_bytes(shape: Shape) -> int:  # T
-        width = min(vocabulary, output_layer.TILE_WORDS if on_cpu else TILE_WORDS)
-        return (FLOAT32 if on_cpu or setup.dtype is None else 2) * min(math.prod(shape), TILE_TOKENS) * width
-
+    config = model.get_decoder().config
+    layers, tokens = config.num_hidden_layers, math.prod(train_shape)
+    gradients = FLOAT32 * trained // shards
     kept = kept_bytes(model, setup.dtype, train_shape)
-    if setup.checkpointing:
-        inputs = FLOAT32 * math.prod(train_shape) * config.hidden_size * config.num_hidden_layers
-        kept = inputs + kept // config.num_hidden_layers
+    if setup.fused:
+        kept -= fused_bytes(model, setup.dtype, tokens)
+    layer_kept = kept // layers
+    if setup.checkpoint_every:
+        checkpointed = math.ceil(layers / setup.checkpoint_every)
+        kept = layer_kept * (layers - checkpointed + 1) + checkpointed * FLOAT32 * tokens * config.hidden_size
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     copies = (tied and setup.devices > 1) + setup.accumulates  # g
-    working = kept + (1 if on_gpu else 8) * tile_bytes(train_shape) + copies * largest
+    if on_gpu:
+        missing = 0 if setup.accumulates else max(0, gradients - largest)  # of the gradients, as the backward begins
+        working = max(kept + tile_bytes(model, setup, train_shape) - missing, layer_kept)
+        working += 3 * tokens * mlp_width(config) * (FLOAT32 if setup.dtype is None else 2)
+    else:
+        working = kept + 8 * tile_bytes(model, setup, train_shape)
+    working += copies * largest
     if sharded:
-        layers = [FLOAT32 * sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
-        working += 2 * (FLOAT32 * model.num_parameters() - sum(layers) + max(layers))
+        sizes = [FLOAT32 * sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+        working += 2 * (FLOAT32 * model.num_parameters() - sum(sizes) + max(sizes))
     moments = [working, step_temporaries(setup.optimizer, setup.device_type, weights, largest // shards)]
     if eval_shape is not None:
-        layer = kept_bytes(model, setup.dtype, eval_shape) // config.num_hidden_layers
-        moments.append(layer + (1 if on_gpu else 4) * tile_bytes(eval_shape))
+        needed = evaluation_bytes(model, setup, eval_shape)
+        moments.append(needed - gradients if on_gpu else needed)
     return MemoryEstimate(
         weights=weights * (2 if setup.reference else 1),
-        gradients=FLOAT32 * trained // shards * (2 if setup.devices > 1 and not sharded else 1),
+        gradients=gradients * (2 if setup.devices > 1 and not sharded else 1),
         optimizer=state_bytes(setup.optimizer) * trained // shards,
         activations=max(moments),
         process=0 if on_gpu else process,
     )
+
+
+def evaluation_bytes(model: PreTrainedModel, setup: TrainingSetup, shape: Shape) -> int:
+    """Return what an evaluation of micro-batches of `shape` allocates and frees, in bytes."""
+    layer = kept_bytes(model, setup.dtype, shape) // model.get_decoder().config.num_hidden_layers
+    return layer + (1 if setup.device_type == "cuda" else 4) * tile_bytes(model, setup, shape)
+
+
+def tile_bytes(model: PreTrainedModel, setup: TrainingSetup, shape: Shape) -> int:
+    """Return T: the bytes of a tile of logits."""
+    on_cpu = setup.device_type == "cpu"
+    width = min(model.get_output_embeddings().weight.shape[0], output_layer.TILE_WORDS if on_cpu else TILE_WORDS)
+    return (FLOAT32 if on_cpu or setup.dtype is None else 2) * min(math.prod(shape), TILE_TOKENS) * width
 
 
 def computed_lengths(rows: Dataset, pairs: bool, padding_free: bool) -> np.ndarray:
@@ -169,16 +197,13 @@ def largest_batch(lengths: np.ndarray, batch: int, padding_free: bool) -> Shape:
     return batch * lengths.shape[1], int(lengths.max())
 
 
-def largest_batches(
-    args: SFTConfig | DPOConfig, dataset: Mapping[str, Dataset], *, packing: bool, pairs: bool, padding_free: bool
-) -> tuple[Shape, Shape]:
-    """Return `largest_batch` of the tokenized rows of train, and that of test; with `packing` that of TRL's packs."""
-    sizes = {"train": args.per_device_train_batch_size, "test": args.per_device_eval_batch_size}
+def batch_shape(
+    args: SFTConfig | DPOConfig, rows: Dataset, batch: int, *, packing: bool, pairs: bool, padding_free: bool
+) -> Shape:
+    """Return `largest_batch` of tokenized rows; with `packing` that of TRL's packs."""
     if packing and args.max_length is not None:
-        return (sizes["train"], args.max_length), (sizes["test"], args.max_length)
-    lengths = {part: computed_lengths(dataset[part], pairs, padding_free) for part in sizes}
-    train, test = (largest_batch(lengths[part], size, padding_free) for part, size in sizes.items())
-    return train, test
+        return batch, args.max_length
+    return largest_batch(computed_lengths(rows, pairs, padding_free), batch, padding_free)
 
 
 def state_bytes(optim: str) -> int:
@@ -233,11 +258,28 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
 
 def formula_bytes(config: PreTrainedConfig, shape: Shape) -> int:
     """Return 4 N L (10 d + 6 q + 4 f): what a Gemma 3 keeps. A model with fewer norms keeps a little less."""
-    heads = config.num_attention_heads
-    d, f = config.hidden_size, getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    heads, d, f = config.num_attention_heads, config.hidden_size, mlp_width(config)
     q = heads * (getattr(config, "head_dim", None) or d // heads)
-    f *= getattr(config, "num_experts_per_tok", None) or 1
     return FLOAT32 * math.prod(shape) * config.num_hidden_layers * (10 * d + 6 * q + 4 * f)
+
+
+def mlp_width(config: PreTrainedConfig) -> int:
+    """Return f: the numbers of a token between the matrices of an MLP, or of all the experts that compute it."""
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return width * (getattr(config, "num_experts_per_tok", None) or 1)
+
+
+def fused_bytes(model: PreTrainedModel, dtype: torch.dtype | None, tokens: int) -> int:
+    """Return how much less compiled layers keep of `tokens` tokens, in bytes.
+
+    The backward pass computes again what costs no matrix product: an MLP's activation, in autocast's type, and what is
+    between a norm's input and its output: a float32 number of each element, and with autocast one more. A norm of
+    queries or keys counts as nothing here, so the real figure is a little higher for models that have them.
+    """
+    config, number = model.get_decoder().config, FLOAT32 if dtype is None else 2
+    layers = decoder_layers(model)
+    norms = sum(p.numel() for name, p in layers.named_parameters() if "norm" in name and len(p) == config.hidden_size)
+    return tokens * (len(layers) * number * mlp_width(config) + norms * FLOAT32 * (1 if dtype is None else 2))
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:

@@ -2,15 +2,16 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -19,7 +20,7 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from errors import CommandLine, UserError
+from errors import CommandLine, TemporaryError, UserError
 from storage.checkpoints import agent_cache, local_checkpoint_storage
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
@@ -39,6 +40,26 @@ class Trial(Generic[Hyperparameters]):
     latest_checkpoint: str | None  # UUID of the checkpoint to resume from
     cache: Path  # what this trial and others make once and share; see storage/shared_cache.py
     on_cluster: bool
+    memory_ran_out: Path | None = None  # a file to leave for the next start if memory runs out; see speed/fitting.py
+
+    def run(self, train: Callable[["Trial[Hyperparameters]"], None]) -> None:
+        """Call `train` with this trial; once more if memory runs out: it then trains in less, and slower.
+
+        The ranks of a larger trial cannot know of each other's end; their next start trains in less.
+        """
+        try:
+            return train(self)
+        except OutOfMemory as error:
+            if self.core_context.distributed.size > 1:
+                raise
+            self.status(f"{error}: starting again from {self.latest_checkpoint or 'the beginning'}")
+        hparams, output_dir = replace(self.hparams), self.hparams.args.output_dir  # without what was changed meanwhile
+        hparams.args.output_dir, self.hparams = output_dir, hparams
+        import torch
+
+        gc.collect()  # outside of `except`, whose error holds on to the memory
+        torch.cuda.empty_cache()
+        train(self)
 
     def status(self, text: str) -> None:
         """Say what the trial is busy with: in its log, and in the Web UI or its events."""
@@ -58,6 +79,10 @@ class Trial(Generic[Hyperparameters]):
         if self.should_preempt():
             logger.info("preempted, with nothing new to save")
             raise TrialStopped
+
+
+class OutOfMemory(TemporaryError):
+    """Memory ran out, and `Trial.memory_ran_out` makes the next start train in less."""
 
 
 class TrialStopped(Exception):
