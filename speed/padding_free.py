@@ -59,8 +59,8 @@ class FlatBatch:
     def mask(self, segment: Segment, window: int | None) -> torch.Tensor | None:
         """Return which tokens of the prefix and the segment each token of the segment attends to.
 
-        The mask is (segment, prefix + segment) bool, made once for each size; None if it is plainly causal, for which
-        SDPA needs none. `window` is the size of a sliding window in tokens.
+        The mask is (1, 1, segment, prefix + segment) bool, made once for each size; None if it is plainly causal, for
+        which SDPA needs none. `window` is the size of a sliding window in tokens.
         """
         size, before = segment.stop - segment.start, segment.prefix_stop - segment.prefix_start
         if window is not None and window >= before + size:
@@ -68,7 +68,7 @@ class FlatBatch:
         if not before and window is None:
             return None
         if (size, before, window) not in self.masks:
-            mask = torch.ones(size, before + size, dtype=torch.bool, device=self.batch_index.device).tril(before)
+            mask = torch.ones(1, 1, size, before + size, dtype=torch.bool, device=self.batch_index.device).tril(before)
             self.masks[size, before, window] = mask if window is None else mask.triu(before - window + 1)
         return self.masks[size, before, window]
 

@@ -103,14 +103,17 @@ def test_a_batch_becomes_the_row_in_the_docstring():
     assert row.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert row.row_index.tolist() == [0, 1, 2, 0, 0, 1, 3, 4]
     assert row.segments == [Segment(0, 3), Segment(3, 5, 0, 2)]
-    assert row.mask(row.segments[1], window=None).tolist() == [[True, True, True, False], [True] * 4]
-    assert row.mask(row.segments[1], window=2).tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert row.mask(row.segments[1], window=None)[0, 0].tolist() == [[True, True, True, False], [True] * 4]
+    assert row.mask(row.segments[1], window=2)[0, 0].tolist() == [
+        [False, True, True, False],
+        [False, False, True, True],
+    ]
 
 
 @pytest.mark.parametrize(
     ("lengths", "prompts"),
-    [((9, 9), (9,)), ((4, 9), (4,)), ((9, 4), (4,)), ((9, 9), (0,)), ((9, 1), (0,))],
-    ids=["alike", "one begins the other", "the other way", "nothing shared", "a single token"],
+    [((9, 9), (9,)), ((4, 9), (4,)), ((9, 4), (4,)), ((9, 9), (0,)), ((9, 1), (0,)), ((9, 9), (8,))],
+    ids=["alike", "one begins the other", "the other way", "nothing shared", "a single token", "the last token"],
 )
 def test_pairs_at_the_limits_equal_the_padded_batch(lengths, prompts):
     padded = make("gemma3_text")
