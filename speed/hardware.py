@@ -4,6 +4,7 @@ bf16 autocast             on GPUs that have it, and on CPUs with instructions fo
 activation checkpointing  if a training would not fit the memory without it, as it computes the layers' forward pass
                           twice; and if that costs next to nothing compared with the output layer
 padding, prompts of pairs Padding is never computed; a pair's shared prompt is computed once: padding_free.py
+batches                   copied to a GPU while the host goes on, from pinned memory
 output layer, embeddings  computed only where there is a label; both ends share one gradient: output_layer.py
 attention, optimizer      PyTorch's SDPA and fused AdamW, which transformers chooses by itself
 """
@@ -14,7 +15,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -99,6 +100,8 @@ def suit_hardware(
     if why is None:
         for each in models:
             remove_padding(each, pairs)
+    if args.device.type == "cuda":
+        cast(Any, args.accelerator_config).non_blocking = args.dataloader_pin_memory
     choices = [
         "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
         f"padded batches ({why})" if why else "no padding" + (", a pair's prompt once" if pairs else ""),
