@@ -14,6 +14,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
     from chat_format import set_chat_format
     from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset, tokenize_once
     from speed.hardware import suit_hardware
+    from speed.padding_free import flatten_while_loading
     from speed.tokenized_dpo_trainer import TokenizedDPOTrainer
     from storage.checkpoints import download_ckpt
     from trial.det_callback import train_or_resume
@@ -49,6 +50,7 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
         eval_dataset=dataset["test"],
         processing_class=tokenizer,
     )
+    flatten_while_loading(trainer, pairs=True)
 
     train_or_resume(trainer, trial)
 

@@ -13,6 +13,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     from chat_format import set_chat_format
     from dataset_utils import load_sft_dataset, tokenize_once, tokenize_sft_dataset
     from speed.hardware import suit_hardware
+    from speed.padding_free import flatten_while_loading
     from trial.det_callback import train_or_resume
     from trial.models import load_model_and_tokenizer
 
@@ -30,6 +31,7 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=dataset["train"], eval_dataset=dataset["test"], processing_class=tokenizer
     )
+    flatten_while_loading(trainer, pairs=False)
     train_or_resume(trainer, trial)
 
 

@@ -7,13 +7,14 @@ activation checkpointing  of as many layers as a training needs to fit the memor
 batches                   on a GPU, rows that are accumulated are computed at once if they fit; evaluations take the
                           batches that fit where gradients are during a step
 padding, prompts of pairs Padding is never computed; a pair's shared prompt is computed once: padding_free.py
+batches                   copied to a GPU while the host goes on, from pinned memory
 output layer, embeddings  computed only where there is a label; both ends share one gradient: output_layer.py
 attention, optimizer      PyTorch's SDPA and fused AdamW, which transformers chooses by itself
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import DatasetDict
 from transformers import PreTrainedModel
@@ -45,6 +46,8 @@ def suit_hardware(
             remove_padding(each, pairs)
         if fused:
             compile_layers(each, trial.cache)
+    if on_gpu and "accelerator_config" not in given:
+        cast(Any, args.accelerator_config).non_blocking = args.dataloader_pin_memory
     choices = [
         "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
         f"padded batches ({why})" if why else "no padding" + (", a pair's prompt once" if pairs else ""),

@@ -243,7 +243,7 @@ def kept_bytes(model: PreTrainedModel, dtype: torch.dtype | None, shape: Shape) 
             if shape[0] == 1 and can_remove_padding(model):  # attention without a mask: see `remove_padding`
                 config._attn_implementation = ATTENTION
                 positions = torch.arange(shape[1])[None]
-                flat = FlatBatch(positions[0], positions, positions[0], [Segment(0, shape[1])])
+                flat = FlatBatch(positions[0], positions, positions, [Segment(0, shape[1])])
                 inputs = {"attention_mask": mask[None, None, :1, :1], "position_ids": positions, "flat_batch": flat}
             fake = type(decoder)(config).train()
             autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
