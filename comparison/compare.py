@@ -7,6 +7,7 @@ models or questions have changed.
 import gc
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +28,15 @@ from chat_format import Message
 from comparison import generation, preference_metrics
 from comparison.cluster_task import Task
 from comparison.files import Comparison
-from comparison.generation import Answer, batch_by_length, batch_seed, context_length, run_in_halves, shorten_prompt
+from comparison.generation import (
+    Answer,
+    batch_by_length,
+    batch_seed,
+    choose_cache,
+    context_length,
+    run_in_halves,
+    shorten_prompt,
+)
 from comparison.options import ComparisonOptions, Sampling
 from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
 from comparison.questions import Questions
@@ -145,7 +154,7 @@ class ComparedModel:
         options = self.options
         keys = [self._key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
         if options.temperature > 0:  # a sampled answer depends on its batch, and its place there
-            keys = [self._key(key, place, options.batch_size, questions) for place, key in enumerate(keys)]
+            keys = [self._key(key, place, self._batch_size, questions) for place, key in enumerate(keys)]
         if not self.store.keys() >= set(keys):
             model, tokenizer = self._loaded
             fitted = [shorten_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
@@ -153,11 +162,14 @@ class ComparedModel:
                 text = f"{plural(cut, 'question')} cut at the beginning, to fit with an answer into the model's context"
                 self.progress.console.print(f"{escape(self.name)}: {text}")
 
+            batches = batch_by_length([len(ids) for ids, _ in fitted], self._batch_size)
+            steps = len(batches) * options.max_new_tokens if model._can_compile_fullgraph else 0
+            cache = choose_cache(self.device.type, steps)
+
             def run(batch: list[int], count: Callable[[int], None]) -> list[Answer]:
                 prompts = [fitted[index][0] for index in batch]
-                return generation.answer_batch(model, tokenizer, prompts, options, lambda ids: count(len(ids)))
+                return generation.answer_batch(model, tokenizer, prompts, options, lambda ids: count(len(ids)), cache)
 
-            batches = batch_by_length([len(ids) for ids, _ in fitted], options.batch_size)
             self._run_batches("answers", keys, batches, run)
         return [Answer(*self.store[key]) for key in keys]
 
@@ -177,13 +189,18 @@ class ComparedModel:
                 count(sum(score.chosen_tokens + score.rejected_tokens for score in scores))
                 return scores
 
-            self._run_batches("pairs", keys, batch_pairs(tokenized, self.options.batch_size), run)
+            self._run_batches("pairs", keys, batch_pairs(tokenized, self._batch_size), run)
         return [score and PairScore(*score) for score in (self.store[key] for key in keys)]
+
+    @property
+    def _batch_size(self) -> int:
+        # By the kind of device, not its memory: a comparison that another GPU resumes has the same batches there.
+        return self.options.batch_size or (sys.maxsize if self.device.type == "cuda" else 8)
 
     @cached_property
     def _identity(self) -> list[Any]:
         # In other types than float32, the rest of a batch changes a result.
-        batch_size = None if self.options.dtype == "float32" else self.options.batch_size
+        batch_size = None if self.options.dtype == "float32" else self._batch_size
         return [model_identity(self.source), self.options.dtype, self.device.type, batch_size]
 
     def _key(self, *parts: Any) -> str:  # of a result that depends on `parts`, the model and how it is run
@@ -207,10 +224,13 @@ class ComparedModel:
             tokens += new_tokens
             self.progress.update(bar, speed=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
-        for number, batch in enumerate(batches):
+        def run_seeded(part: list[int]) -> list:
+            torch.manual_seed(batch_seed(self.options.seed, part[0]))
+            return run(part, count)
+
+        for batch in batches:
             if not all(keys[index] in self.store for index in batch):
-                torch.manual_seed(batch_seed(self.options.seed, number))
-                for index, result in zip(batch, run_in_halves(lambda part: run(part, count), batch), strict=True):
+                for index, result in zip(batch, run_in_halves(run_seeded, batch), strict=True):
                     self.store.add(keys[index], result)
                 self.task.report_progress(len(self.store), self.expected)
             self.progress.advance(bar, len(batch))
@@ -256,6 +276,7 @@ def compare(
             scores[name] = model.score(pairs) if pairs else []
             del model  # makes room in memory for the next one
             gc.collect()
+            torch.compiler.reset()  # graphs hold memory, and dynamo compiles only eight for all models together
             torch.cuda.empty_cache()  # does nothing where CUDA is not used
             task.save()
 

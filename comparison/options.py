@@ -72,7 +72,7 @@ class Sampling(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     """sample from the likeliest tokens that have this probability together"""
     seed: int = 0
-    """seed of the sampling; the same seed and --batch-size give the same answers"""
+    """seed of the sampling; the same seed and --batch-size give the same answers on the same hardware"""
 
 
 class ComparisonOptions(Sampling):
@@ -85,8 +85,9 @@ class ComparisonOptions(Sampling):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the weights: float32, bfloat16 or float16. bfloat16 takes half the memory, but is too coarse to hold the
     small changes that DPO makes to a weight"""
-    batch_size: int = Field(8, ge=1)
-    """questions or pairs at a time; in float32 it changes no greedy answer"""
+    batch_size: int | None = Field(None, ge=1)
+    """questions or pairs at a time; in float32 it changes no greedy answer (default: 8; with CUDA all questions at
+    once, and pairs up to a limit of tokens)"""
 
     dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
     """preference data set whose held-out 20% gives the questions and the pairs, written as in dpo.yaml: a name or

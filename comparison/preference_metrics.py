@@ -19,7 +19,9 @@ from data.truncation import Truncation
 from dataset_utils import tokenize_dpo_dataset
 
 RESAMPLES = 2000
-BATCH_TOKENS = 8192  # TRL's fused head takes 128 KiB for each on a GPU while it computes
+# With padding. A GPU would gain nothing from more (computed for Gemma-2B on an H100, not measured): launching a forward
+# pass takes 25 ms, computing it for 8192 tokens 0.1 s in bf16 and 0.7 s in float32, with 2 GB beside the weights.
+BATCH_TOKENS = 8192
 NGRAM = 3
 
 

@@ -247,7 +247,7 @@ def remove_padding(model: PreTrainedModel, pairs: bool) -> bool:
         **kwargs: Any,
     ) -> Any:
         others = ("position_ids", "past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions")
-        plain = input_ids is not None and attention_mask is not None and attention_mask.dim() == 2
+        plain = input_ids is not None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
         plain &= kwargs.get("use_cache") is False and all(kwargs.get(name) is None for name in others)
         if plain and flat_batch is None:
             flat_batch = flatten_batch(input_ids, attention_mask, pairs and len(input_ids) % 2 == 0)

@@ -193,6 +193,53 @@ def test_an_interrupted_comparison_continues_to_the_same_result(compare, tmp_pat
     assert not unfinished.exists()
 
 
+def test_halves_of_a_batch_sample_the_same_wherever_memory_ran_out(compare, tmp_path, monkeypatch):
+    run, drawn, found = generation.answer_batch, iter((0, 99)), []
+
+    def batch(model, tokenizer, prompts, *args):
+        if len(prompts) > 2:
+            torch.rand(next(drawn))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(model, tokenizer, prompts, *args)
+
+    monkeypatch.setattr(generation, "answer_batch", batch)
+    for _ in range(2):
+        status, _, err = compare("--temperature", 1, "--output_file", tmp_path / "o.json", models=("one",))
+        assert status == 0, err
+        found.append((tmp_path / "o.json").read_text())
+    assert found[0] == found[1]
+
+
+def test_a_gpu_answers_all_questions_in_one_batch(compare, held_out, monkeypatch):
+    """With a CPU that takes itself for a GPU. A batch size that is given holds there too."""
+    batches = []
+
+    def batch(model, tokenizer, prompts, sampling, on_tokens, cache):
+        batches.append((len(prompts), cache))
+        return [Answer("Yes.", 1, True) for _ in prompts]
+
+    monkeypatch.setattr(generation, "answer_batch", batch)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    monkeypatch.setattr(comparison, "choose_device", lambda name, key: torch.device(kind))
+
+    def asked(*arguments):
+        batches.clear()
+        status, _, err = compare("--number-of-samples", 99, "--number-of-pairs", 0, *arguments, models=("one",))
+        assert status == 0, err
+        return batches
+
+    count = len(held_out)
+    assert count > 9
+    kind = "cuda"
+    assert asked() == [(count, None)]
+    assert asked("--batch-size", 9)[0] == (9, None)
+    monkeypatch.setattr(generation, "COMPILED_STEPS", 500)
+    assert asked("--max-new-tokens", 500) == [(count, "static")]
+    assert asked("--max-new-tokens", 250, "--batch-size", 9)[0] == (9, "static")
+    kind = "cpu"
+    assert asked()[0] == (8, None)
+
+
 def test_stored_results_are_reused_for_the_same_model_and_options_only(compare, tmp_path, monkeypatch, tiny):
     """What a result depends on is in its key: another option, or another model under the old name, is done anew."""
     monkeypatch.setattr(Path, "unlink", lambda self, **kwargs: None)  # a finished comparison keeps its results
