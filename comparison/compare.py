@@ -28,15 +28,7 @@ from chat_format import Message
 from comparison import generation, preference_metrics
 from comparison.cluster_task import Task
 from comparison.files import Comparison
-from comparison.generation import (
-    Answer,
-    batch_by_length,
-    batch_seed,
-    choose_cache,
-    context_length,
-    run_in_halves,
-    shorten_prompt,
-)
+from comparison.generation import Answer, batch_by_length, batch_seed, context_length, run_in_halves, shorten_prompt
 from comparison.options import ComparisonOptions, Sampling
 from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
 from comparison.questions import Questions
@@ -162,14 +154,11 @@ class ComparedModel:
                 text = f"{plural(cut, 'question')} cut at the beginning, to fit with an answer into the model's context"
                 self.progress.console.print(f"{escape(self.name)}: {text}")
 
-            batches = batch_by_length([len(ids) for ids, _ in fitted], self._batch_size)
-            steps = len(batches) * options.max_new_tokens if model._can_compile_fullgraph else 0
-            cache = choose_cache(self.device.type, steps)
-
             def run(batch: list[int], count: Callable[[int], None]) -> list[Answer]:
                 prompts = [fitted[index][0] for index in batch]
-                return generation.answer_batch(model, tokenizer, prompts, options, lambda ids: count(len(ids)), cache)
+                return generation.answer_batch(model, tokenizer, prompts, options, lambda ids: count(len(ids)))
 
+            batches = batch_by_length([len(ids) for ids, _ in fitted], self._batch_size)
             self._run_batches("answers", keys, batches, run)
         return [Answer(*self.store[key]) for key in keys]
 
@@ -276,7 +265,6 @@ def compare(
             scores[name] = model.score(pairs) if pairs else []
             del model  # makes room in memory for the next one
             gc.collect()
-            torch.compiler.reset()  # graphs hold memory, and dynamo compiles only eight for all models together
             torch.cuda.empty_cache()  # does nothing where CUDA is not used
             task.save()
 

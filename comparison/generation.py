@@ -17,13 +17,6 @@ from errors import UserError, one_line
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Computed for Gemma-2B, not measured. A decoding step takes about 25 ms, whatever the batch: its kernels are launched
-# one by one. As a CUDA graph, which transformers compiles for a static cache, it would take 5 ms, in which a GPU reads
-# 10 GB of float32 weights. Compiling takes some 25 s, for each model and up to five times: for whole batches, a smaller
-# last one, and a sliding window before and after it is full. 5 x 25 s / 20 ms = 6250 steps. Ten questions of 256 tokens
-# in one batch are 256 steps of each model: 5 s to gain, for 25 s. In a chat each turn would compile for its own length.
-COMPILED_STEPS = 8192
-
 
 class Answer(NamedTuple):
     """A generated answer. `tokens` leaves out its stops; `stopped` is False if max_new_tokens cut it."""
@@ -53,11 +46,6 @@ def batch_seed(seed: int, first: int) -> int:
     So does a half of a batch, whenever the memory ran out in the whole one.
     """
     return random.Random(f"{seed} {first}").getrandbits(63)
-
-
-def choose_cache(device_type: str, steps: int) -> str | None:
-    """Return which cache suits at most `steps` decoding steps of a model: "static" if compiling pays; None grows."""
-    return "static" if device_type == "cuda" and steps >= COMPILED_STEPS else None
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -102,19 +90,20 @@ def answer_batch(
     prompts: list[list[int]],
     sampling: Sampling,
     on_tokens: Callable[[list[int]], None] = lambda ids: None,
-    cache: str | None = None,
 ) -> list[Answer]:
     """Answer tokenized prompts in one left-padded batch.
 
+    (The cache grows: a static one pays on a GPU if it is compiled, some 25 s for each model, to save about 20 ms a step
+    of a batch: more than the 256 steps of a comparison have. Computed for Gemma-2B, not measured.)
+
     An answer ends at `<|im_end|>`, at EOS, or at `max_new_tokens`. `on_tokens` gets the new ids of each step: one for
-    each answer that has not ended. `cache` is one of `choose_cache`.
+    each answer that has not ended.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     stops = generation_stops(model, tokenizer)
     # Keep only the stops of a model's own config: all models are compared under the same rules.
     model.generation_config = GenerationConfig(eos_token_id=stops["eos_token_id"])
     rules: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
-    rules["cache_implementation"] = cache
     if sampling.temperature > 0:
         rules |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     pad = tokenizer.pad_token_id

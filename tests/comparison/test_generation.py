@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, Gemma3TextConfig, GemmaConfig
-from trl.trainer.utils import add_fused_lm_head
 
 from chat_format import encode, read_answer, set_chat_format
 from comparison.generation import (
-    COMPILED_STEPS,
     Answer,
     answer_batch,
     batch_by_length,
     batch_seed,
-    choose_cache,
     context_length,
     run_in_halves,
     shorten_prompt,
@@ -21,7 +17,6 @@ from comparison.options import Sampling
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset
 from errors import UserError
-from speed.padding_free import remove_padding
 
 GREEDY = Sampling(max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12, temperature=1.5, top_p=0.9)
@@ -39,70 +34,6 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, tokenizer, prompts):
     assert together == [answer for prompt in prompts for answer in answer_batch(model, tokenizer, [prompt], GREEDY)]
     alone = model.generate(torch.tensor([prompts[0]]), max_new_tokens=12, do_sample=False)[0][len(prompts[0]) :]
     assert together[0].text == tokenizer.decode(alone, skip_special_tokens=True).strip()
-
-
-def ready_model(tokenizer, config, window, prompts):
-    """A model as a comparison makes it ready. Its sliding window is `window` tokens longer than the longest prompt."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
-    if window:
-        length = max(map(len, prompts)) + window
-        sizes |= {"sliding_window": length, "layer_types": ["sliding_attention", "full_attention"]}
-    varied = {"initializer_range": 0.3, "tie_word_embeddings": False}  # or each answer would repeat one token
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**sizes, **varied), dtype=torch.float32).eval()
-    assert remove_padding(model, pairs=True)
-    add_fused_lm_head(model)
-    steps = []
-    answer_batch(model, tokenizer, prompts, GREEDY, steps.append)
-    model.generation_config.eos_token_id = [steps[4 + place][place] for place in range(4)]  # so that answers stop
-    return model
-
-
-@pytest.mark.parametrize(
-    ("config", "window"),
-    [(GemmaConfig, None), (Gemma3TextConfig, 6), (Gemma3TextConfig, -90)],
-    ids=["gemma", "a window that answers fill", "a window that prompts fill"],
-)
-def test_answers_with_a_static_cache_equal_those_with_one_that_grows(tokenizer, prompts, config, window):
-    model, grown, static = ready_model(tokenizer, config, window, prompts), [], []
-    expected = answer_batch(model, tokenizer, prompts, GREEDY, grown.append)
-    assert len({answer.tokens for answer in expected}) > 1
-    for _ in range(2):
-        static.clear()
-        assert answer_batch(model, tokenizer, prompts, GREEDY, static.append, "static") == expected
-        assert static == grown
-        # A cache is as long as the longest before it.
-        answer_batch(model, tokenizer, [max(prompts, key=len) * 2], GREEDY, cache="static")
-
-
-@pytest.mark.parametrize(("config", "window", "graphs_of_a_size"), [(GemmaConfig, None, 1), (Gemma3TextConfig, 6, 3)])
-def test_a_static_cache_compiles_few_times(tokenizer, prompts, config, window, graphs_of_a_size, monkeypatch):
-    """Traced as on a GPU, without a graph break, and then not compiled: the graphs run as they are."""
-    model, graphs = ready_model(tokenizer, config, window, prompts), []
-    expected = answer_batch(model, tokenizer, prompts, GREEDY)
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    settings = CompileConfig(backend=keep, mode="default", fullgraph=True)
-    monkeypatch.setattr(model, "_default_compile_config", lambda: settings)
-    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)
-    torch.compiler.reset()
-    assert answer_batch(model, tokenizer, prompts, GREEDY, cache="static") == expected
-    answer_batch(model, tokenizer, [prompt[3:] for prompt in prompts], GREEDY, cache="static")
-    assert len(graphs) == graphs_of_a_size
-    for count in (5, 4):
-        answer_batch(model, tokenizer, prompts[:count], GREEDY, cache="static")
-    assert len(graphs) <= 5  # see COMPILED_STEPS
-    torch.compiler.reset()
-
-
-def test_a_static_cache_is_for_many_steps_on_a_gpu():
-    assert choose_cache("cuda", COMPILED_STEPS) == "static"
-    assert choose_cache("cuda", 256) is None
-    assert choose_cache("cpu", COMPILED_STEPS) is choose_cache("mps", COMPILED_STEPS) is None
 
 
 def test_a_models_own_generation_config_has_no_effect(model, tokenizer, prompts):
