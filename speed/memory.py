@@ -17,7 +17,7 @@ holds
               weights included. (About 4 N L (10 d + 6 q + 4 f) for L layers of hidden size d, query width q = heads x
               head size and MLP width f; this formula is used for a model that cannot be run on fake tensors.)
               Compiled layers keep less: `fused_bytes`. With activation checkpointing of every n-th layer, these keep
-              only their input, 4 N d each, and K / L is added for the one that is being recomputed
+              only their input, 4 N d each; with every layer, K / L is added for the one that is being recomputed
           T   a tile of logits: TRL's loss takes min(N, 4096) tokens by min(V, 32768) of a vocabulary of V words at a
               time, on a CPU by 512 (output_layer.py). On a CPU the backward pass has 8 results of that size at once,
               in float32; on a GPU one kernel overwrites the only one, which has autocast's type
@@ -135,7 +135,8 @@ def estimate_memory(
     layer_kept = kept // layers
     if setup.checkpoint_every:
         checkpointed = math.ceil(layers / setup.checkpoint_every)
-        kept = layer_kept * (layers - checkpointed + 1) + checkpointed * FLOAT32 * tokens * config.hidden_size
+        whole = max(1, layers - checkpointed)  # a layer that is recomputed takes the place of one that is done with
+        kept = layer_kept * whole + checkpointed * FLOAT32 * tokens * config.hidden_size
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     copies = (tied and setup.devices > 1) + setup.accumulates  # g
     if on_gpu:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import determined as det
 from determined import core
@@ -52,8 +52,9 @@ class Trial(Generic[Hyperparameters]):
         except OutOfMemory as error:
             if self.core_context.distributed.size > 1:
                 raise
-            self.status(f"{error}: starting again from {self.latest_checkpoint or 'the beginning'}")
-        hparams, output_dir = replace(self.hparams), self.hparams.args.output_dir  # without what was changed meanwhile
+            start = f"checkpoint {self.latest_checkpoint}" if self.latest_checkpoint else "the beginning"
+            self.status(f"{error}: from {start}")
+        hparams, output_dir = replace(cast(Any, self.hparams)), self.hparams.args.output_dir  # as the YAML has them
         hparams.args.output_dir, self.hparams = output_dir, hparams
         import torch
 

@@ -1,14 +1,10 @@
 """What is chosen for the hardware at hand, what a trial logs about it, and that the training learns the same."""
 
-from types import SimpleNamespace
-
 import pytest
-from test_memory import HEADS, SIZES, on_meta
-from transformers import GemmaConfig
 
 import dpo_finetune
 import sft_finetune
-from speed import hardware
+from speed import fitting, hardware
 
 ARGS = "hyperparameters__training_args__"
 LEFT_OPEN = {f"{ARGS}activation_checkpointing": None, f"{ARGS}max_steps": 1}
@@ -23,22 +19,6 @@ def losses(reports):
     return [report["metrics"]["loss"] for report in reports["training"] if "loss" in report["metrics"]]
 
 
-def test_checkpointing_is_chosen_if_memory_is_short_or_if_it_costs_nothing():
-    layers = on_meta(GemmaConfig(**SIZES | {"vocab_size": 64}, **HEADS))
-    assert hardware.choose_checkpointing(None, layers, lambda: (84, 100)) == (
-        False,
-        "at most 0.0 GB needed without it, 0.0 free",
-    )
-    assert hardware.choose_checkpointing(None, layers, lambda: (86, 100)).on
-    vocabulary = on_meta(GemmaConfig(**SIZES | {"vocab_size": 20000}, **HEADS))
-    assert hardware.choose_checkpointing(None, vocabulary, lambda: (1, 100)) == (
-        True,
-        "recomputing adds only 4% to a step",
-    )
-    for setting in (False, True):  # in the YAML
-        assert hardware.choose_checkpointing(setting, vocabulary, lambda: (1, 100)) == (setting, "as set")
-
-
 @pytest.mark.parametrize(("script", "padding"), [(sft_finetune, ""), (dpo_finetune, ", a pair's prompt once")])
 def test_a_trial_logs_what_was_chosen(train, trainers, request, monkeypatch, script, padding):
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
@@ -48,13 +28,13 @@ def test_a_trial_logs_what_was_chosen(train, trainers, request, monkeypatch, scr
     assert padding_choice == f"no padding{padding}"
     assert checkpointing == "activation checkpointing off (as set)"
 
-    monkeypatch.setattr(hardware, "free_memory", lambda device_type: 10**12)
+    monkeypatch.setattr(fitting, "free_memory", lambda device_type: 10**12)
     roomy = train(script, config, output="roomy", **LEFT_OPEN)
-    assert started_with(roomy)[-1].startswith("activation checkpointing off (at most ")
-    monkeypatch.setattr(hardware, "free_memory", lambda device_type: 10**6)
+    assert started_with(roomy)[-1].startswith("activation checkpointing off (about ")
+    monkeypatch.setattr(fitting, "free_memory", lambda device_type: 10**6)
     cramped = train(script, config, output="cramped", **LEFT_OPEN)
-    assert started_with(cramped)[-1].startswith("activation checkpointing on (at most ")
-    assert [trainer.model.is_gradient_checkpointing for trainer in trainers] == [False, False, True]
+    assert started_with(cramped)[-1].startswith("activation checkpointing on (about ")
+    assert [trainer.model.is_activation_checkpointing for trainer in trainers] == [False, False, True]
     assert losses(roomy) == losses(cramped)
 
 
@@ -73,22 +53,9 @@ def test_a_model_whose_memory_cannot_be_estimated_is_checkpointed(train, sft_con
     def estimate(*args, **kwargs):
         raise AttributeError("no such name")
 
-    monkeypatch.setattr(hardware, "estimate_memory", estimate)
+    monkeypatch.setattr(fitting, "estimate_memory", estimate)
     choice = started_with(train(sft_finetune, sft_config, **LEFT_OPEN))[-1]
     assert choice == "activation checkpointing on (gemma's memory cannot be estimated: no such name)"
-
-
-def test_a_container_has_less_memory_than_its_machine(monkeypatch):
-    mine = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=300, shared=100))
-    monkeypatch.setattr(hardware.psutil, "Process", lambda: mine)
-    machine = hardware.free_memory("cpu")
-    files = {"max": "5000000000", "current": "4999999000", "stat": "active_file 7\ninactive_file 500"}
-    monkeypatch.setattr(hardware.Path, "read_text", lambda self: files[self.name.removeprefix("memory.")])
-    assert hardware.free_memory("cpu") == 1500 + 200
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert hardware.free_memory("cpu") == 750 + 200
-    monkeypatch.setitem(files, "max", "max")
-    assert hardware.free_memory("cpu") > machine / 4
 
 
 @pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
