@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 import transformers
+from conftest import run_script
+from processes import REPO
 from test_padding_free import CONFIGS, FAMILIES, SIZES, assert_same, batch, logps_and_gradients, make
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -161,3 +163,11 @@ def test_a_gpu_trains_as_without_compiling_and_shares_what_it_compiled(
 def test_a_users_torch_compile_stays_theirs(train, sft_config, as_on_a_gpu):
     run = train(sft_finetune, sft_config, **{f"{ARGS}torch_compile": False, f"{ARGS}max_steps": 1})
     assert "compiled" not in run["stdout"]
+
+
+def test_two_ranks_train_as_without_compiling(cache):
+    """Replicated or sharded, as sft.yaml is, with checkpointing or without; the layers are compiled once there, too."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    run = run_script(*launcher, REPO / "tests/speed/sharded.py", cache)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["ddp 4", "fsdp1 4", "fsdp2 4"]
