@@ -1,4 +1,4 @@
-"""Run by test_compiled_layers.py on each of two ranks: train compiled and eager layers alike, and print how often was compiled."""
+"""Run on two ranks by test_compiled_layers.py: train compiled and eager layers alike, and print the graphs compiled."""
 
 import functools
 import sys
