@@ -1,11 +1,14 @@
 """A user's mistakes, on the command line too: one line on stderr that names the mistake, and exit status 2.
 
 The `log_policies` of the YAMLs match a line that begins with `error: `. The cluster then does not restart the trial.
+The traceback of a mistake goes to the log at debug level, which a command's `--debug` shows. One that is on a terminal
+without it is a mistake of ours.
 """
 
 import argparse
 import functools
 import itertools
+import logging
 import os
 import sys
 import time
@@ -13,6 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn
+
+logger = logging.getLogger(__name__)
+LONGEST_REASON = 300  # characters of a library's message
 
 
 class UserError(ValueError):
@@ -34,6 +40,7 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # most mistakes occur on every rank; rank 0 prints first, its launcher ends the others
             temporary = " (may be temporary)" if isinstance(error, TemporaryError) else ""
+            logger.debug("where the error below comes from", exc_info=True)
             print(f"error{temporary}: {one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(2)
 
@@ -45,6 +52,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, **kwargs: Any) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse `args`, by default those of this process, after looking for options that do not exist."""
@@ -54,11 +62,31 @@ class CommandLine(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and not any(option.startswith(name) for option in known):
                 raise UserError(f"{name}: no such option{nearest(name, known)}")
-        return super().parse_args(words, namespace)
+        options = super().parse_args(words, namespace)
+        if options.__dict__.pop("debug", False):
+            logger.addHandler(logging.StreamHandler())
+            logger.setLevel(logging.DEBUG)
+        return options
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` where argparse would print the usage and exit."""
         raise UserError(message)
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turn whatever a library raises within, as it reads `what` of the user's, into a `UserError`: its reason, short.
+
+    Keep our own code out of it: a mistake there must stay a traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = one_line(error) or type(error).__name__
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 1]}\N{HORIZONTAL ELLIPSIS}"
+        raise UserError(f"{what}: {reason}") from error
 
 
 @contextmanager
