@@ -312,6 +312,7 @@ def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: P
     command = [sys.executable, __file__, "--worker", str(folder / "spec.json")]
     environment = {**os.environ, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
     environment["LOCAL_CHECKPOINT_STORAGE"] = str(folder / "checkpoints")
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.parent / "inductor"))  # compile in the first round
     if args.processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.processes}"]
         command = [*launcher, *command[1:]]

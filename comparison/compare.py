@@ -7,7 +7,6 @@ models or questions have changed.
 import gc
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -184,7 +183,7 @@ class ComparedModel:
     @property
     def _batch_size(self) -> int:
         # By the kind of device, not its memory: a comparison that another GPU resumes has the same batches there.
-        return self.options.batch_size or (sys.maxsize if self.device.type == "cuda" else 8)
+        return self.options.batch_size or (64 if self.device.type == "cuda" else 8)
 
     @cached_property
     def _identity(self) -> list[Any]:

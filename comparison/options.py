@@ -86,8 +86,7 @@ class ComparisonOptions(Sampling):
     """type of the weights: float32, bfloat16 or float16. bfloat16 takes half the memory, but is too coarse to hold the
     small changes that DPO makes to a weight"""
     batch_size: int | None = Field(None, ge=1)
-    """questions or pairs at a time; in float32 it changes no greedy answer (default: 8; with CUDA all questions at
-    once, and pairs up to a limit of tokens)"""
+    """questions or pairs at a time; in float32 it changes no greedy answer (default: 8, with CUDA 64)"""
 
     dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
     """preference data set whose held-out 20% gives the questions and the pairs, written as in dpo.yaml: a name or

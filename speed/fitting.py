@@ -37,7 +37,7 @@ GPU_TYPES = ("cuda",)
 # Of the free memory, for what the estimate does not cover. A CPU's is rough, and other processes share its memory.
 MEMORY_MARGIN = {"cpu": 0.15, "gpu": 0.05}
 CHEAP_SHARE = 1 / 8  # of a step's operations: recomputing less than this is always worth the memory
-EVALUATION_ROWS = (64, 32, 16, 8, 4, 2)  # sizes of evaluation batches to choose from
+REFERENCE_ROWS = (64, 32, 16, 8, 4, 2, 1)  # pairs of a batch of the reference pass, to choose from
 # DPO losses that are no mean over a batch's pairs: they depend on which pairs are computed together.
 BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}
 
@@ -97,7 +97,9 @@ def choose_checkpointing(
     share = 2 * layers / (6 * layers + 8 * model.get_output_embeddings().weight.numel())
     if share < CHEAP_SHARE:
         return CheckpointingChoice(1, f"recomputing adds only {share:.0%} to a step")
-    fewest_first = range(len(decoder_layers(model)), 1, -1) if partial else ()
+    count = len(decoder_layers(model))
+    # If the last layer is one of them, it is recomputed while all others still keep theirs: nothing is saved by it.
+    fewest_first = [n for n in range(count, 1, -1) if (count - 1) % n] if partial else []
     try:
         reason = f"about {needed(0) / 1e9:.1f} GB needed without it, {usable / 1e9:.1f} usable"
         return CheckpointingChoice(next((n for n in (0, *fewest_first) if needed(n) <= usable), 1), reason)
@@ -129,20 +131,20 @@ def fit_memory(
     """Choose activation checkpointing and, on a GPU, the sizes of batches, and return what was chosen.
 
     `setup` is the training's without activation checkpointing, `process` the bytes of this process without its models.
-    If memory runs out all the same, `trial.memory_ran_out` is where to note it for the next start.
+    If memory runs out all the same, `trial.memory_ran_out` is the file to leave: another start then chooses the least.
     """
     hparams, args, on_gpu = trial.hparams, trial.hparams.args, setup.device_type in GPU_TYPES
-    pairs = isinstance(args, DPOConfig)
+    pairs, given = isinstance(args, DPOConfig), hparams.activation_checkpointing
 
     @functools.cache
     def shape(part: str, rows: int) -> Shape:
         return batch_shape(args, dataset[part], rows, packing=hparams.packing, pairs=pairs, padding_free=padding_free)
 
-    note = trial.cache / f"memory-ran-out-{memory_key(model, args)}"
+    ran_out_file = trial.cache / f"memory-ran-out-{memory_key(model, args, setup)}"
     # All ranks must choose alike: under FSDP they recompute together.
-    ranks = trial.core_context.distributed.allgather((process, free_memory(setup.device_type), note.exists()))
-    processes, free, ran_out = zip(*ranks, strict=True)
-    usable = usable_memory(min(free), setup.device_type)
+    mine = (process, free_memory(setup.device_type), ran_out_file.exists())
+    processes, free, exists = zip(*trial.core_context.distributed.allgather(mine), strict=True)
+    usable, ran_out = usable_memory(min(free), setup.device_type), any(exists)
 
     def needed(checkpoint_every: int, merged: int = 1) -> int:
         changed = replace(
@@ -159,39 +161,45 @@ def fit_memory(
 
     # DPOTrainer (TRL 1.16) checkpoints all layers again after each pass of a reference that stays in memory.
     partial = not setup.reference and isinstance(decoder_layers(model)[0], GradientCheckpointingLayer)
-    checkpointing = choose_checkpointing(hparams.activation_checkpointing, model, needed, usable, partial)
-    if hparams.activation_checkpointing is None and checkpointing.every != 1:
-        trial.memory_ran_out = note
-        if any(ran_out):
-            checkpointing = CheckpointingChoice(1, "memory ran out at an earlier start")
+    checkpointing = choose_checkpointing(given, model, needed, usable, partial)
+    if ran_out and given is None:
+        checkpointing = CheckpointingChoice(1, f"memory ran out before: {ran_out_file}")
     args.activation_checkpointing = args.gradient_checkpointing = checkpointing.every > 0  # TRL 1.16 reads the latter
     if checkpointing.every > 1:
         kwargs: Any = args.activation_checkpointing_kwargs or {}
         args.activation_checkpointing_kwargs = {**kwargs, "every_n_layers": checkpointing.every}
-    choices = [str(checkpointing)]
-    if on_gpu and padding_free and not any(ran_out):
+    choices, merged = [str(checkpointing)], 1
+    if on_gpu and padding_free and not hparams.packing and not ran_out:
         with contextlib.suppress(CannotEstimate):
             merged = merge_batches(args, len(dataset["train"]), lambda n: needed(checkpointing.every, n) <= usable)
-            if merged > 1:
-                args.per_device_train_batch_size *= merged
-                args.gradient_accumulation_steps //= merged
-                rows, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
-                choices.append(f"{rows} rows at once, {batches} times a step")
-    if on_gpu and "per_device_eval_batch_size" not in hparams.training_args:
-        with contextlib.suppress(AttributeError, RuntimeError):
-            # Where the gradients are during a step: so that it does not depend on what else fills the memory.
-            room = FLOAT32 * model.num_parameters(only_trainable=True) // (args.world_size if setup.fsdp else 1)
-            sizes = (rows for rows in EVALUATION_ROWS if evaluation_bytes(model, setup, shape("test", rows)) <= room)
-            args.per_device_eval_batch_size = next(sizes, 1)
-            choices.append(f"{args.per_device_eval_batch_size} rows at once in evaluations")
-            if isinstance(args, DPOConfig) and args.precompute_ref_batch_size is None:
-                args.precompute_ref_batch_size = args.per_device_eval_batch_size
+            if isinstance(args, DPOConfig) and args.precompute_ref_log_probs and args.precompute_ref_batch_size is None:
+                args.precompute_ref_batch_size = choose_reference_batch(model, setup, functools.partial(shape, "train"))
+    if merged > 1:
+        args.per_device_train_batch_size *= merged
+        args.gradient_accumulation_steps //= merged
+        rows, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        choices.append(f"{rows} rows a batch, {batches} {'batch' if batches == 1 else 'batches'} a step")
+    if merged > 1 or (checkpointing.every != 1 and given is None):
+        trial.memory_ran_out = ran_out_file
     kept_bytes.cache_clear()  # its keys hold on to the model
     return choices
 
 
-def memory_key(model: PreTrainedModel, args: SFTConfig | DPOConfig) -> str:
-    """Return a key for what the memory of a training depends on."""
+def choose_reference_batch(model: PreTrainedModel, setup: TrainingSetup, shape: Callable[[int], Shape]) -> int:
+    """Return how many pairs DPO's reference pass computes at once; `shape` is that of the largest batch of so many.
+
+    Its log-probs do not depend on it (but for their last bits), so it takes more than training does: as many as fit
+    where the gradients will be. That is the same for all trials of a grid, whatever else is in memory.
+    """
+    gradients = FLOAT32 * model.num_parameters(only_trainable=True) // (setup.devices if setup.fsdp else 1)
+    try:
+        return next((n for n in REFERENCE_ROWS if evaluation_bytes(model, setup, shape(n)) <= gradients), 1)
+    except (AttributeError, RuntimeError) as error:
+        raise CannotEstimate(error) from error
+
+
+def memory_key(model: PreTrainedModel, args: SFTConfig | DPOConfig, setup: TrainingSetup) -> str:
+    """Return a key for what the memory of a training depends on, as far as it is known before the data."""
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    sizes = (args.per_device_train_batch_size, args.max_length, args.world_size, str(args.fsdp), args.optim)
-    return fingerprint(model.config.to_json_string(), device, *sizes)
+    sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.per_device_eval_batch_size)
+    return fingerprint(model.config.to_json_string(), device, str(setup), *sizes, args.max_length, type(args).__name__)

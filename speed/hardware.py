@@ -3,11 +3,10 @@
 bf16 autocast             on GPUs that have it, and on CPUs with instructions for it: `build_training_args`
 decoder layers            compiled on a GPU: compiled_layers.py
 activation checkpointing  of as many layers as a training needs to fit the memory, as it computes their forward pass
-                          twice; of all, if that costs next to nothing compared with the output layer
-batches                   on a GPU, rows that are accumulated are computed at once if they fit; evaluations take the
-                          batches that fit where gradients are during a step
+                          twice; of all, if that costs next to nothing compared with the output layer: fitting.py
+batches                   on a GPU, rows whose gradients are accumulated are computed in larger batches if these fit;
+                          they are copied to it from pinned memory while the host goes on
 padding, prompts of pairs Padding is never computed; a pair's shared prompt is computed once: padding_free.py
-batches                   copied to a GPU while the host goes on, from pinned memory
 output layer, embeddings  computed only where there is a label; both ends share one gradient: output_layer.py
 attention, optimizer      PyTorch's SDPA and fused AdamW, which transformers chooses by itself
 """

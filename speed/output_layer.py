@@ -83,9 +83,12 @@ class EmbeddingLookup(torch.autograd.Function):
             grad = grad.masked_fill((ids == padding_idx)[..., None], 0)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
+        grad = grad.reshape(-1, grad.shape[-1])
+        if grad.is_cuda:  # sorts them there, and sums in that order; `unique` would have the host wait for its count
+            weight.grad.index_put_((ids.flatten(),), grad.to(weight.dtype), accumulate=True)
+            return None, None, None
         # First sum each token's rows as autograd does, which gives the same from run to run; then add them at once.
         tokens, inverse = ids.flatten().unique(return_inverse=True)
-        grad = grad.reshape(-1, grad.shape[-1])
         summed = torch.ops.aten.embedding_dense_backward(grad, inverse, len(tokens), -1, False)
         weight.grad.index_put_((tokens,), summed.to(weight.dtype), accumulate=True)
         return None, None, None

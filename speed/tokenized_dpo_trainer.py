@@ -72,7 +72,7 @@ class TokenizedDPOTrainer(DPOTrainer):
         return super().compute_ref_log_probs(*args, **kwargs)
 
 
-def reference_key(trainer: DPOTrainer, dataset: Dataset, batch_size: int) -> str:
+def reference_key(trainer: TokenizedDPOTrainer, dataset: Dataset, batch_size: int) -> str:
     """Return a key for everything the reference log-probs of `dataset` depend on except the weights, which TRL adds.
 
     The data set's own fingerprint covers the token ids and their lengths (see `dataset_utils.tokenize_once`). Batch
@@ -86,5 +86,6 @@ def reference_key(trainer: DPOTrainer, dataset: Dataset, batch_size: int) -> str
         *(config.to_json_string(), config._name_or_path, config._attn_implementation, args.model_init_kwargs),
         *(args.ld_alpha, args.pad_to_multiple_of, batch_size, accelerator.num_processes),
         *(accelerator.mixed_precision, accelerator.device.type, str(accelerator.distributed_type)),
-        *(args.tf32, args.torch_compile, args.use_liger_kernel, str(args.fsdp_config), str(args.accelerator_config)),
+        *(args.tf32, args.use_liger_kernel, str(args.fsdp_config), str(args.accelerator_config)),
+        trainer.trial.hparams.training_args.get("torch_compile"),  # None: decoder layers are compiled on a GPU
     )

@@ -20,7 +20,7 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from errors import CommandLine, TemporaryError, UserError
+from errors import CommandLine, TemporaryError, UserError, one_line, os_errors_of
 from storage.checkpoints import agent_cache, local_checkpoint_storage
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
@@ -43,23 +43,36 @@ class Trial(Generic[Hyperparameters]):
     memory_ran_out: Path | None = None  # a file to leave for the next start if memory runs out; see speed/fitting.py
 
     def run(self, train: Callable[["Trial[Hyperparameters]"], None]) -> None:
-        """Call `train` with this trial; once more if memory runs out: it then trains in less, and slower.
+        """Call `train` with this trial; if memory runs out, once more with the choices that take the least of it.
 
-        The ranks of a larger trial cannot know of each other's end; their next start trains in less.
+        A trial on a cluster, or of several ranks, ends instead with a `TemporaryError`, and its next start on the same
+        machine makes these choices. (A master refuses metrics of a step that the same start has reported before, and
+        ranks cannot know of each other's end.) Raises `UserError` if there is nothing left to choose.
         """
+        import torch
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        rng_state = torch.get_rng_state()
         try:
             return train(self)
-        except OutOfMemory as error:
-            if self.core_context.distributed.size > 1:
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):  # accelerate's name for: memory ran out
                 raise
-            start = f"checkpoint {self.latest_checkpoint}" if self.latest_checkpoint else "the beginning"
-            self.status(f"{error}: from {start}")
+            if self.memory_ran_out is None or self.memory_ran_out.exists():
+                advice = "set activation_checkpointing: true, or lower the batch sizes or the length limits"
+                raise UserError(f"out of memory: {advice} ({one_line(error)})") from error
+            with os_errors_of(self.memory_ran_out):
+                self.memory_ran_out.parent.mkdir(parents=True, exist_ok=True)
+                self.memory_ran_out.touch()
+            if self.on_cluster or self.core_context.distributed.size > 1:
+                raise TemporaryError("out of memory; the next start trains in less of it, and slower") from error
+        start = f"checkpoint {self.latest_checkpoint}" if self.latest_checkpoint else "the beginning"
+        self.status(f"out of memory; training in less of it, and slower, from {start}")
         hparams, output_dir = replace(cast(Any, self.hparams)), self.hparams.args.output_dir  # as the YAML has them
         hparams.args.output_dir, self.hparams = output_dir, hparams
-        import torch
-
         gc.collect()  # outside of `except`, whose error holds on to the memory
         torch.cuda.empty_cache()
+        torch.set_rng_state(rng_state)
         train(self)
 
     def status(self, text: str) -> None:
@@ -80,10 +93,6 @@ class Trial(Generic[Hyperparameters]):
         if self.should_preempt():
             logger.info("preempted, with nothing new to save")
             raise TrialStopped
-
-
-class OutOfMemory(TemporaryError):
-    """Memory ran out, and `Trial.memory_ran_out` makes the next start train in less."""
 
 
 class TrialStopped(Exception):

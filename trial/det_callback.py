@@ -26,13 +26,12 @@ from typing import Any
 
 import determined.transformers
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from determined.errors import CheckpointNotFound
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from errors import TemporaryError, UserError, one_line, os_errors_of
+from errors import TemporaryError, UserError
 from storage.shared_cache import once_per_node
-from trial.context import OutOfMemory, Trial, TrialStopped
+from trial.context import Trial, TrialStopped
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +45,6 @@ def train_or_resume(trainer: Trainer, trial: Trial) -> None:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except TrialStopped:
         callback.save_after_broken_evaluation()
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):  # accelerate's name for: ran out of memory
-            raise
-        if trial.memory_ran_out is None or trial.memory_ran_out.exists():
-            advice = "lower per_device_train_batch_size or the length limits, or set activation_checkpointing: true"
-            raise UserError(f"out of memory: {advice} ({one_line(error)})") from error
-        with os_errors_of(trial.memory_ran_out):
-            trial.memory_ran_out.parent.mkdir(parents=True, exist_ok=True)
-            trial.memory_ran_out.touch()
-        raise OutOfMemory("out of memory; the next start checkpoints the activations of all layers") from error
 
 
 @dataclass

@@ -132,7 +132,7 @@ def as_on_a_gpu(monkeypatch):
 def test_a_gpu_trains_as_without_compiling_and_shares_what_it_compiled(
     train, request, script, tmp_path, compiler, monkeypatch
 ):
-    """Micro-batches computed at once, evaluations of other sizes, compiled layers: in float32 to 1e-5."""
+    """Larger batches of the same steps, compiled layers: in float32 to 1e-5."""
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
     if script is dpo_finetune:  # rows to train on: a multiple of 4, or batches of another size would be left
         datasets = [{"name": config["hyperparameters"]["datasets"][0], "number_of_samples": 20}]
@@ -145,7 +145,7 @@ def test_a_gpu_trains_as_without_compiling_and_shares_what_it_compiled(
     fast = train(script, config, output="fast", **steps)
     (choices,) = [r["status"] for r in fast["status"] if r["status"].startswith("training with ")]
     assert "; compiled decoder layers; " in choices
-    assert "; 4 rows at once, 1 times a step" in choices
+    assert "; 4 rows a batch, 1 batch a step" in choices
     for kind in ("training", "validation"):
         one, other = ([report["metrics"]["loss" if kind == "training" else "eval_loss"] for report in run[kind]
                        if {"loss", "eval_loss"} & report["metrics"].keys()] for run in (plain, fast))  # fmt: skip
