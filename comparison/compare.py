@@ -38,7 +38,7 @@ from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file, local_checkpoint
 from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
-from storage.files import append_json_line, read_json_lines
+from storage.files import append_json_line, is_object, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
 from trial.models import check_source, load_model_and_tokenizer
@@ -51,7 +51,7 @@ def find_model(source: str, key: str) -> str:
             return str(cluster_checkpoint(source, key))
         if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
             try:
-                return str(local_checkpoint(source, key))
+                return str(local_checkpoint(source, key, verify=True))
             except UserError as error:
                 raise UserError(f"{error}; if it is on a cluster, give ckpt:{source}") from None
     check_source(source, key)
@@ -94,7 +94,7 @@ class ResultStore(dict[str, Any]):
     def __init__(self, path: Path | None) -> None:
         self.path = path
         for line in read_json_lines(path) if path else []:
-            if isinstance(line, dict) and line.keys() == StoredResult.__required_keys__:
+            if is_object(line, {"key": str, "value": list | None}) and _fits(line["value"]):
                 self[line["key"]] = line["value"]
 
     def add(self, key: str, value: Any) -> None:
@@ -103,6 +103,12 @@ class ResultStore(dict[str, Any]):
         if self.path:
             with os_errors_of(self.path):
                 append_json_line(self.path, StoredResult(key=key, value=value))
+
+
+def _fits(value: list[Any] | None) -> bool:
+    """Whether `value` has the fields of an `Answer` or a `PairScore`, or is None."""
+    types = [str, int, bool] if value and isinstance(value[0], str) else [float | int] * len(PairScore._fields)
+    return value is None or (len(value) == len(types) and all(map(isinstance, value, types)))
 
 
 @contextmanager

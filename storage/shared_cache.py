@@ -15,6 +15,7 @@ from determined import core
 from filelock import FileLock
 
 from errors import UserError
+from storage.files import flush_to_disk
 from storage.locks import locked, open_lock, try_to_lock
 
 Action = Callable[[], object]  # its result is not used
@@ -36,7 +37,9 @@ def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             make(scratch)
+            flush_to_disk(scratch)
             scratch.rename(folder)
+            flush_to_disk(folder.parent, within=False)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
