@@ -13,6 +13,7 @@ from determined.experimental import Determined
 from rich.progress import track
 
 from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
+from config.validation import is_uuid
 from errors import UserError, reading
 from experiment.kinds import kind_of
 from storage.cluster_checkpoints import one_line_cluster_errors
@@ -175,7 +176,10 @@ def read_results(folder: Path, trials: list[dict[str, Any]]) -> tuple[dict[int, 
     lines = read_json_lines(folder / "trials.jsonl")
     for line in lines:
         whole = is_object(line, FIELDS) and is_metrics(line.get("metrics")) and is_metrics(line.get("best_metrics"))
-        if whole and line["trial_id"] in range(1, len(trials) + 1):
+        saved = whole and (
+            is_uuid(line.get("checkpoint_uuid")) or not (line.get("checkpoint_uuid") or line["best_metrics"])
+        )
+        if saved and line["trial_id"] in range(1, len(trials) + 1):
             results[line["trial_id"]] = cast(TrialResult, {**line, "hparams": trials[line["trial_id"] - 1]})
     return results, len(lines) - len(results)
 

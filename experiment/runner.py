@@ -118,7 +118,8 @@ class LocalExperiment(Experiment):
         damaged are written anew from the command and the trials. Raises `UserError` for a run that would be lost.
         """
         for old_name in self.folder.glob("trials/*/reports.jsonl"):  # as earlier releases called it
-            old_name.rename(old_name.with_name("events.jsonl"))
+            if not (new_name := old_name.with_name("events.jsonl")).exists():
+                old_name.rename(new_name)
         lines, files = self.folder / "trials.jsonl", list(self.folder.glob("trials/*/events.jsonl"))
         events = [event for file in files for event in read_events(file)]
         completed = [row for row in read_json_lines(lines) if is_object(row, {}) and row.get("state") == "COMPLETED"]
@@ -175,10 +176,11 @@ class LocalExperiment(Experiment):
     def start(self, trial_id: int, max_concurrent: int) -> None:
         """Start a trial's process: it resumes if it was started before."""
         folder = self.folder / "trials" / str(trial_id)
-        folder.mkdir(parents=True, exist_ok=True)
         searcher = {**self.config["searcher"], "name": "single"}
         config = {**self.config, "hyperparameters": self.trials[trial_id - 1], "searcher": searcher}
-        write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        with os_errors_of(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         script, *arguments = entrypoint_script(self.config)
         arguments += ["--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)]
         arguments += ["--cache", str(self.folder / "cache")]

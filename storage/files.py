@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def flush_to_disk(path: Path, within: bool = True) -> None:
                 raise
         finally:
             os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Say whether a checkpoint is whole, by the manifest that was saved with it, or else by reading its files."""
+"""Say whether a folder, such as a checkpoint, is whole: by the manifest saved in it, or else by reading its files."""
 
 import hashlib
 import json
@@ -29,7 +29,6 @@ def check_files(
     folder: Path,
     needed: Iterable[tuple[str, ...]] = (),
     select: Callable[[str], bool] = lambda name: True,
-    hashes: bool = True,
 ) -> None:
     """Raise `UserError` unless a checkpoint's files are those that were saved; it names the first that is not.
 
@@ -38,7 +37,6 @@ def check_files(
     Args:
         needed: Patterns, of each of which a file must be there that matches one.
         select: Which files are checked, by their path in `folder`.
-        hashes: Compare the hashes too, not the sizes alone. That reads every file.
     """
     files = _files(folder)
     listed: Manifest = {}
@@ -59,7 +57,7 @@ def check_files(
             raise UserError(f"{name} is missing")
         if (size := files[name].stat().st_size) != listed[name][0]:
             raise UserError(f"{name} has {size} of {listed[name][0]} bytes")
-    found = _hash({name: files[name] for name in listed}) if hashes else listed
+    found = _hash({name: files[name] for name in listed})
     for name in listed:
         if found[name] != listed[name]:
             raise UserError(f"{name} is not what was saved: its SHA-256 is another")

@@ -23,7 +23,7 @@ from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from errors import CommandLine, TemporaryError, UserError
 from storage.checkpoints import agent_cache, local_checkpoint_storage
-from storage.files import read_json_lines
+from storage.files import read_json_lines, remove
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
 from trial.events import TRAINED, LocalCheckpointContext, LocalTrainContext, is_event, read_events
@@ -154,6 +154,8 @@ def _open_locally(
         # A trial whose local_experiment.py was killed lives on for some milliseconds; its successor waits for it.
         lock = only_writer(output, patience=30 if multiprocessing.parent_process() else 0)
         once_per_node(distributed or core.DummyDistributedContext(), lambda: stack.enter_context(lock))
+        if distributed is None or distributed.local_rank == 0:  # what a killed start has left there
+            remove(Path(hparams.args.output_dir))
         lines, as_written = read_json_lines(events), json.loads(json.dumps(values))
         earlier = [line for line in lines if is_event(line)]
         if len(lines) > len(earlier):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from determined.core import DownloadMode
 from determined.errors import CheckpointNotFound
 
 from errors import TemporaryError, UserError, one_line, reading
-from storage.files import is_object
+from storage.checkpoints import local_checkpoint_storage
+from storage.files import is_object, remove
 from storage.manifests import check_files
 from trial.context import Trial
 
@@ -36,7 +36,7 @@ def fetch_latest_checkpoint(trial: Trial, folder: Path, model_only: bool) -> Pat
     """Download the trial's latest whole checkpoint into `folder`; make it `trial.latest_checkpoint`.
 
     Returns its `checkpoint-<step>` in `folder`; None if the trial has to start from the beginning. Raises `UserError`
-    if the storage has none of the trial's checkpoints. `model_only` is `training_args.save_only_model`.
+    if the storage may be out of reach. `model_only` is `training_args.save_only_model`.
     """
     latest, problems = trial.latest_checkpoint, dict[str, str]()
     candidates = [latest] if latest else []
@@ -51,7 +51,9 @@ def fetch_latest_checkpoint(trial: Trial, folder: Path, model_only: bool) -> Pat
             trial.latest_checkpoint, start = uuid, f"resuming from checkpoint {uuid}, {saved.name}"
             break
     if problems:
-        if saved is None and set(problems.values()) == {MISSING}:
+        # A storage that is not mounted has none of them either. To start over would be to lose what it holds.
+        reachable = not trial.on_cluster and local_checkpoint_storage().is_dir()
+        if saved is None and set(problems.values()) == {MISSING} and not reachable:
             raise TemporaryError(f"the trial's latest checkpoint, {latest}, {MISSING}, nor is an earlier one")
         if saved is None:
             trial.latest_checkpoint = None
@@ -69,7 +71,7 @@ def _fetch(trial: Trial, uuid: str, folder: Path, model_only: bool) -> str | Non
     problem: str | None = None
     mistake: UserError | None = None
     if trial.core_context.distributed.local_rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # an interrupted download may have left files there
+        remove(folder)  # an interrupted download may have left files there
         try:
             trial.core_context.checkpoint.download(uuid, folder, download_mode=DownloadMode.NoSharedDownload)
         except CheckpointNotFound:
