@@ -145,9 +145,13 @@ class LocalExperiment(Experiment):
             told = f"{plural(damaged, 'line')} damaged: trials that none is left of go on from their last checkpoints"
             console.print(f"{lines}: {told}", markup=False)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "command.json", json.dumps(command) + "\n")
+        self._write("command.json", json.dumps(command) + "\n")
         if write:
-            write_atomically(stored, json.dumps(config, indent=2) + "\n")
+            self._write("experiment.json", json.dumps(config, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with os_errors_of(self.folder / name):
+            write_atomically(self.folder / name, text)
 
     def run(self, max_concurrent: int) -> int:
         """Run the trials that are not completed yet, `max_concurrent` at a time. Returns how many failed."""
@@ -235,10 +239,9 @@ class LocalExperiment(Experiment):
     def write_results(self) -> None:
         """Write `trials.jsonl`, the best checkpoint so far and the report."""
         lines = [json.dumps(self.results[trial_id]) + "\n" for trial_id in sorted(self.results)]
-        with os_errors_of(self.folder):
-            write_atomically(self.folder / "trials.jsonl", "".join(lines))
-            if best := self.best():
-                write_atomically(self.folder / "best_checkpoint", f"{best['checkpoint_uuid']}\n")
+        self._write("trials.jsonl", "".join(lines))
+        if best := self.best():
+            self._write("best_checkpoint", f"{best['checkpoint_uuid']}\n")
         self.write_report()
 
     def write_report(self) -> None:

@@ -178,6 +178,20 @@ def test_damaged_events_are_left_out(run, ended):
     assert_same_end(events, weights, again, store)
 
 
+def test_a_trial_that_trained_nothing_does_not_block_a_corrected_one(call, write_config, sft_config, tmp_path):
+    def run(limit):
+        path = write_config(sft_config, hyperparameters__max_seq_length=limit)
+        return call(sft_finetune.main, "--config", path, "--output", tmp_path / "out")
+
+    status, _, err = run(3)
+    assert (status, err.count("\n")) == (2, 1)
+    assert {event["kind"] for event in read_events(tmp_path / "out" / "events.jsonl")} <= {"hparams", "status"}
+    status, _, err = run(256)
+    assert (status, err) == (0, "")
+    status, _, err = run(200)
+    assert (status, "holds a trial with other hyperparameters" in err) == (2, True)
+
+
 def test_each_upload_has_a_manifest_of_its_files(ended):
     _, store, events, _ = ended
     for saved in saved_in(events, store):
