@@ -11,7 +11,7 @@ receives
 
     experiment.json      the config with its overrides; command.json has the command's CONFIG.yaml and MODEL_DEF
     trials.jsonl         a line for each trial: trial_id, state, hparams, steps_completed, metrics (of the last
-                         validation), best_metrics, checkpoint_uuid
+                         validation), best_metrics, checkpoint_uuid, error (why it failed)
     best_checkpoint      the UUID of the best trial's checkpoint
     report.html          all of it as a page, to open in a browser
     trials/<trial_id>/   its config.yaml, log.txt and events.jsonl
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.experiment import entrypoint_script, read_experiment_config
-from errors import CommandLine, UserError, exit_on_user_error
+from errors import CommandLine, UserError, exit_on_user_error, os_errors_of
 from storage.files import BUNDLE
 
 if TYPE_CHECKING:
@@ -133,10 +133,13 @@ def main() -> int:
         if experiment.kind:
             check_sources(experiment.kind, trials)
         with only_writer(folder):
-            experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
+            with os_errors_of(folder):
+                experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
             failed = experiment.run(args.max_concurrent)
 
     console.print(results_table(experiment))
+    for failure in experiment.failures():
+        console.print(failure, markup=False)
     if winner := experiment.winner():
         console.print(winner)
     console.print(f"Report: {experiment.report_file}", markup=False)

@@ -47,6 +47,8 @@ def main() -> None:
     page = render(experiment)
     with os_errors_of(f"--output {output}"):
         write_atomically(output, page)
+    if experiment.damaged:
+        print(f"{source}: {experiment.damaged} damaged lines of trials.jsonl are left out")
     print(f"Report: {output}")
 
 

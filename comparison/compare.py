@@ -37,7 +37,7 @@ from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file, local_checkpoint
 from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
-from storage.files import append_json_line, read_json_lines
+from storage.files import append_json_line, is_object, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
 from trial.models import check_source, load_model_and_tokenizer
@@ -50,7 +50,7 @@ def find_model(source: str, key: str) -> str:
             return str(cluster_checkpoint(source, key))
         if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
             try:
-                return str(local_checkpoint(source, key))
+                return str(local_checkpoint(source, key, verify=True))
             except UserError as error:
                 raise UserError(f"{error}; if it is on a cluster, give ckpt:{source}") from None
     check_source(source, key)
@@ -81,10 +81,13 @@ def load_model(
 
 
 class StoredResult(TypedDict):
-    """A line of a file of results: the fields of an `Answer` or a `PairScore`; None for a pair that does not fit."""
+    """A line of a file of results: the fields of an `Answer` or a `PairScore`, or that a pair does not fit."""
 
     key: str  # a hash of everything the result depends on
-    value: list[Any] | None
+    value: list[Any] | str
+
+
+DOES_NOT_FIT = "does not fit"
 
 
 class ResultStore(dict[str, Any]):
@@ -93,15 +96,24 @@ class ResultStore(dict[str, Any]):
     def __init__(self, path: Path | None) -> None:
         self.path = path
         for line in read_json_lines(path) if path else []:
-            if isinstance(line, dict) and line.keys() == StoredResult.__required_keys__:
-                self[line["key"]] = line["value"]
+            if is_object(line, {"key": str}) and _is_result(line.get("value")):
+                self[line["key"]] = None if line["value"] == DOES_NOT_FIT else line["value"]
 
     def add(self, key: str, value: Any) -> None:
         """Add a result. Raises `UserError` if it cannot be written."""
         self[key] = value
         if self.path:
             with os_errors_of(self.path):
-                append_json_line(self.path, StoredResult(key=key, value=value))
+                append_json_line(self.path, StoredResult(key=key, value=DOES_NOT_FIT if value is None else value))
+
+
+def _is_result(value: Any) -> bool:
+    if not isinstance(value, list):
+        return value == DOES_NOT_FIT
+    types: list[Any] = (
+        [str, int, bool] if value and isinstance(value[0], str) else [float | int] * len(PairScore._fields)
+    )
+    return len(value) == len(types) and all(map(isinstance, value, types))
 
 
 @contextmanager

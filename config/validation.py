@@ -39,9 +39,15 @@ KINDS = {
 _adapter = functools.cache(TypeAdapter)
 
 
+def is_uuid(value: Any) -> bool:
+    """Return whether `value` is the text of a UUID: to Determined's storage, `""` would mean the whole store."""
+    pattern = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    return isinstance(value, str) and bool(re.fullmatch(pattern, value, re.IGNORECASE))
+
+
 def check_uuid(value: str, key: str) -> None:
-    """Raise `UserError` unless `value` is a UUID: to Determined's storage, `""` would mean the whole store."""
-    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value, re.IGNORECASE):
+    """Raise `UserError` unless `value` is a UUID."""
+    if not is_uuid(value):
         raise UserError(f"{key} {value!r} is not a checkpoint UUID (32 hexadecimal digits as 8-4-4-4-12)")
 
 

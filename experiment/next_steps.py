@@ -9,7 +9,7 @@ from errors import UserError
 from experiment.kinds import DPO, SFT
 from experiment.results import Experiment, TrialResult
 from storage.checkpoints import local_checkpoint
-from storage.files import read_json_lines
+from storage.files import is_object, read_json_lines
 
 
 def compare_command(experiment: Experiment) -> str | None:
@@ -42,7 +42,8 @@ def dpo_command(experiment: Experiment) -> str | None:
     command, started = ["det", "e", "create"], {"config_file": "sft.yaml", "model_def": "."}
     if experiment.folder:
         command = ["python", "local_experiment.py"]
-        started |= next(iter(read_json_lines(experiment.folder / "command.json")), {})
+        for row in read_json_lines(experiment.folder / "command.json"):
+            started |= row if is_object(row, dict.fromkeys(started, str)) else {}
     # tiny/sft.yaml is followed by tiny/dpo.yaml; otherwise by dpo.yaml, with preference data of the user's choice.
     config = Path(started["config_file"])
     beside = config.with_name(config.name.replace("sft", "dpo"))

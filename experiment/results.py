@@ -7,16 +7,18 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 from determined.experimental import Determined
 from rich.progress import track
 
 from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
-from errors import UserError
+from config.validation import is_uuid
+from errors import UserError, reading
 from experiment.kinds import kind_of
 from storage.cluster_checkpoints import one_line_cluster_errors
-from trial.events import TrialEvent, events_by_step, read_events
+from storage.files import is_object, read_json_lines
+from trial.events import TrialEvent, events_by_step, is_metrics, read_events
 
 T = TypeVar("T")
 
@@ -31,6 +33,16 @@ class TrialResult(TypedDict):
     metrics: dict[str, float]  # of the last validation
     best_metrics: dict[str, float]  # of the best checkpoint's validation
     checkpoint_uuid: str | None  # the best checkpoint that was validated when it was saved, else the last one
+    error: NotRequired[str]  # of a trial in the state ERROR: why it failed
+
+
+FIELDS = {
+    "trial_id": int,
+    "state": str,
+    "steps_completed": int,
+    "checkpoint_uuid": str | None,
+    "error": str | None,
+}  # of a TrialResult
 
 
 class Searcher:
@@ -67,6 +79,7 @@ class Experiment:
         self.kind = kind_of(self.script)  # None for a script that is not this project's
         self.results: dict[int, TrialResult] = {}
         self.events: dict[int, list[TrialEvent]] = {}
+        self.damaged = 0  # lines of trials.jsonl
 
     def plan_trials(self) -> list[dict[str, Any]]:
         """Return the hyperparameters of every trial, started or not; in a random search, only of those that started."""
@@ -96,6 +109,11 @@ class Experiment:
         """Return the ids of the other trials that are as good as the best one."""
         ranked, metric = self.rank_trials(), self.searcher.metric
         return [r["trial_id"] for r in ranked[1:] if r["best_metrics"][metric] == ranked[0]["best_metrics"][metric]]
+
+    def failures(self) -> list[str]:
+        """Return a line for each trial that failed, with the reason if it is known."""
+        failed = [result for _, result in sorted(self.results.items()) if result.get("error")]
+        return [f"Trial {result['trial_id']} failed: {result['error']}" for result in failed]
 
     def step_of(self, result: TrialResult) -> int | None:
         """Return the step at which a trial's checkpoint was saved; None if it is not known."""
@@ -149,22 +167,44 @@ def summarize(
     }
 
 
+def read_results(folder: Path, trials: list[dict[str, Any]]) -> tuple[dict[int, TrialResult], int]:
+    """Return the results in an experiment's `trials.jsonl`, and how many of its lines are damaged.
+
+    `trials` are the hyperparameters of the experiment's trials.
+    """
+    results: dict[int, TrialResult] = {}
+    lines = read_json_lines(folder / "trials.jsonl")
+    for line in lines:
+        whole = is_object(line, FIELDS) and is_metrics(line.get("metrics")) and is_metrics(line.get("best_metrics"))
+        saved = whole and (
+            is_uuid(line.get("checkpoint_uuid")) or not (line.get("checkpoint_uuid") or line["best_metrics"])
+        )
+        if saved and line["trial_id"] in range(1, len(trials) + 1):
+            results[line["trial_id"]] = cast(TrialResult, {**line, "hparams": trials[line["trial_id"] - 1]})
+    return results, len(lines) - len(results)
+
+
+def read_local_config(folder: Path) -> dict[str, Any]:
+    """Read an experiment's `experiment.json`. Raises `UserError` if it is missing, damaged or something else."""
+    path = folder / "experiment.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no experiment: experiment.json is missing (local_experiment.py writes it)")
+    with reading(path):
+        config = json.loads(path.read_bytes())
+        if not is_object(config, {"hyperparameters": dict, "searcher": dict}):
+            raise UserError(f"{path}: not an experiment's config")
+    return config
+
+
 def read_local(folder: Path) -> Experiment:
     """Read an experiment from its folder, unfinished trials too. Raises `UserError` if it cannot be read."""
-    config, lines = folder / "experiment.json", folder / "trials.jsonl"
-    if not config.is_file():
-        raise UserError(f"{folder} holds no experiment: experiment.json is missing (local_experiment.py writes it)")
-    try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-        experiment = Experiment(str(read.get("name", folder.resolve().name)), read, folder)
-        results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        experiment.results = {result["trial_id"]: result for result in results}
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    for path in folder.glob("trials/*/events.jsonl"):
-        trial_id, events = int(path.parent.name), read_events(path)
-        hparams = next((event["hparams"] for event in events if event["kind"] == "hparams"), None)
-        if hparams is not None:
+    config = read_local_config(folder)
+    with reading(folder / "experiment.json"):
+        experiment = Experiment(str(config.get("name", folder.resolve().name)), config, folder)
+        trials = expand_trials(config)
+    experiment.results, experiment.damaged = read_results(folder, trials)
+    for trial_id, hparams in enumerate(trials, start=1):
+        if events := read_events(folder / "trials" / str(trial_id) / "events.jsonl"):
             experiment.events[trial_id] = events
             unfinished = summarize(trial_id, "UNFINISHED", hparams, events, experiment.searcher)
             experiment.results.setdefault(trial_id, unfinished)

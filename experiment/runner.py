@@ -3,10 +3,11 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from rich.live import Live
 
 from config.experiment import entrypoint_script, expand_trials
 from config.hyperparameters import check_searcher_metric, parse_hyperparameters
-from errors import UserError
+from errors import UserError, os_errors_of
 from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.progress import progress_table
 from experiment.report_page import render
-from experiment.results import Experiment, TrialResult, flatten, read_local, summarize
+from experiment.results import Experiment, TrialResult, flatten, read_local, read_local_config, read_results, summarize
 from experiment.trial_process import PROCESSES, run_script
+from pages.terminal import plural
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
-from storage.files import read_json_lines, write_atomically
-from trial.events import TrialEvent
+from storage.files import is_object, read_json, read_json_lines, write_atomically
+from trial.events import TRAINED, TrialEvent, is_event, read_events
 from trial.models import check_source
 
 POLL_SECONDS = 0.2
@@ -36,11 +38,14 @@ console = Console(soft_wrap=True, highlight=False)
 
 def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
     """Find mistakes in each trial's data and model before anything is written."""
+    checkpoints = set[str]()
     for hparams in trials:
         if hparams.model_ckpt:
-            local_checkpoint(hparams.model_ckpt, "model_ckpt")
+            checkpoints.add(hparams.model_ckpt)
         elif hparams.model_name:
             check_source(hparams.model_name, "model_name")
+    for ckpt_uuid in checkpoints:
+        local_checkpoint(ckpt_uuid, "model_ckpt", verify=True)
     for options in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():
         kind.load(**options)
     for start in filter(None, dict.fromkeys(hparams.start_message for hparams in trials)):
@@ -53,6 +58,7 @@ class RunningTrial:
     def __init__(self, process: BaseProcess, slot: int, folder: Path) -> None:
         self.process, self.slot, self.started = process, slot, time.monotonic()
         self.log, self.file, self.offset = folder / "log.txt", folder / "events.jsonl", 0
+        self.log_start = self.log.stat().st_size if self.log.exists() else 0  # after what earlier starts have printed
         self.events: list[TrialEvent] = []
         self.status = "starting"
         self.progress: list[tuple[float, float]] = []  # time in seconds, share that is done
@@ -67,13 +73,11 @@ class RunningTrial:
             file.seek(self.offset)
             *lines, rest = file.read().split(b"\n")
             self.offset = file.tell() - len(rest)
-        for line in lines:
-            with suppress(ValueError):  # a kill cut it short
-                event = json.loads(line)
-                self.events.append(event)
-                self.status = event.get("status", self.status)
-                if event["kind"] == "progress":
-                    self.progress.append((time.monotonic(), event["progress"]))
+        for event in filter(is_event, map(read_json, lines)):
+            self.events.append(event)
+            self.status = event.get("status", self.status)
+            if event["kind"] == "progress":
+                self.progress.append((time.monotonic(), event["progress"]))
 
     def last_event(self, kind: str) -> dict[str, Any]:
         """Return the last event of a kind; an empty dict if there is none."""
@@ -108,22 +112,46 @@ class LocalExperiment(Experiment):
         return [parse_hyperparameters(self.kind.hyperparameters, hparams) for hparams in self.trials]
 
     def open_folder(self, command: dict[str, str]) -> None:
-        """Make the folder and keep `command` in it, or take up the run of the same experiment that is in it."""
-        stored = self.folder / "experiment.json"
-        if stored.exists():
-            old, new = json.loads(stored.read_text(encoding="utf-8")), json.loads(json.dumps(self.config))
-            key = first_difference(old, new)
-            if key is not None:
-                raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
-            for old_name in self.folder.glob("trials/*/reports.jsonl"):  # as earlier releases called it
-                old_name.rename(old_name.with_name("events.jsonl"))
-            for result in read_json_lines(self.folder / "trials.jsonl"):
-                if result["state"] == "COMPLETED":
-                    self.results[result["trial_id"]] = result
-            return
+        """Make the folder and keep `command` in it, or take up the run of the same experiment that is in it.
+
+        The run of another one may be replaced while it has trained nothing: its config had a mistake. Files that were
+        damaged are written anew from the command and the trials. Raises `UserError` for a run that would be lost.
+        """
+        for old_name in self.folder.glob("trials/*/reports.jsonl"):  # as earlier releases called it
+            if not (new_name := old_name.with_name("events.jsonl")).exists():
+                old_name.rename(new_name)
+        lines, files = self.folder / "trials.jsonl", list(self.folder.glob("trials/*/events.jsonl"))
+        events = [event for file in files for event in read_events(file)]
+        completed = [row for row in read_json_lines(lines) if is_object(row, {}) and row.get("state") == "COMPLETED"]
+        config, trials = json.loads(json.dumps([self.config, self.trials]))
+        stored, key, write = self.folder / "experiment.json", None, True
+        if stored.exists() or events or completed:
+            try:
+                key = first_difference(read_local_config(self.folder), config)
+                write = key is not None
+            except UserError as error:
+                if any(event["kind"] == "hparams" and event["hparams"] not in trials for event in events):
+                    key = "config"
+                console.print(f"{error}: written anew", markup=False)
+        if key and (completed or any(event["kind"] in TRAINED for event in events)):
+            raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
+        if key:
+            console.print(f"{self.folder}: its run with another {key} had trained nothing: replaced", markup=False)
+            for file in (*files, lines):
+                file.unlink(missing_ok=True)
+        results, damaged = read_results(self.folder, self.trials)
+        self.results = {trial_id: result for trial_id, result in results.items() if result["state"] == "COMPLETED"}
+        if damaged:
+            told = f"{plural(damaged, 'line')} damaged: trials that none is left of go on from their last checkpoints"
+            console.print(f"{lines}: {told}", markup=False)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "command.json", json.dumps(command) + "\n")
-        write_atomically(stored, json.dumps(self.config, indent=2) + "\n")
+        self._write("command.json", json.dumps(command) + "\n")
+        if write:
+            self._write("experiment.json", json.dumps(config, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with os_errors_of(self.folder / name):
+            write_atomically(self.folder / name, text)
 
     def run(self, max_concurrent: int) -> int:
         """Run the trials that are not completed yet, `max_concurrent` at a time. Returns how many failed."""
@@ -152,10 +180,11 @@ class LocalExperiment(Experiment):
     def start(self, trial_id: int, max_concurrent: int) -> None:
         """Start a trial's process: it resumes if it was started before."""
         folder = self.folder / "trials" / str(trial_id)
-        folder.mkdir(parents=True, exist_ok=True)
         searcher = {**self.config["searcher"], "name": "single"}
         config = {**self.config, "hyperparameters": self.trials[trial_id - 1], "searcher": searcher}
-        write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        with os_errors_of(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         script, *arguments = entrypoint_script(self.config)
         arguments += ["--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)]
         arguments += ["--cache", str(self.folder / "cache")]
@@ -170,8 +199,8 @@ class LocalExperiment(Experiment):
                 environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[slot % gpus]
         command = (script, arguments, self.model_def, environment, threads, folder / "log.txt")
         process = PROCESSES.Process(target=run_script, args=command)
-        process.start()
         trial = self.running[trial_id] = RunningTrial(process, slot, folder)
+        process.start()
         if saved := trial.last_event("checkpoint"):
             console.print(f"{self.describe(trial_id)}: resumes from step {saved['steps_completed']}", markup=False)
         elif not console.is_terminal:  # without a table that shows it
@@ -182,14 +211,16 @@ class LocalExperiment(Experiment):
         trial = self.running.pop(trial_id)
         state = "ERROR" if trial.process.exitcode else "COMPLETED"
         result = summarize(trial_id, state, self.trials[trial_id - 1], trial.events, self.searcher)
+        if trial.process.exitcode:
+            result["error"] = read_failure(trial.process.exitcode, trial.log, trial.log_start)
         if state == "COMPLETED":
             delete_superseded(trial.events, best=result["checkpoint_uuid"])
         self.results[trial_id] = result
         self.write_results()
         seconds = time.monotonic() - trial.started
         outcome = f"{self.describe(trial_id)}: {state} after {seconds:.0f} s"
-        if trial.process.exitcode:
-            outcome += f": {read_failure(trial.process.exitcode, trial.log)} (see {trial.log})"
+        if "error" in result:
+            outcome += f": {result['error']} (see {trial.log})"
         else:
             self.durations.append(seconds)
             if self.searcher.metric in result["best_metrics"]:
@@ -208,9 +239,9 @@ class LocalExperiment(Experiment):
     def write_results(self) -> None:
         """Write `trials.jsonl`, the best checkpoint so far and the report."""
         lines = [json.dumps(self.results[trial_id]) + "\n" for trial_id in sorted(self.results)]
-        write_atomically(self.folder / "trials.jsonl", "".join(lines))
+        self._write("trials.jsonl", "".join(lines))
         if best := self.best():
-            write_atomically(self.folder / "best_checkpoint", f"{best['checkpoint_uuid']}\n")
+            self._write("best_checkpoint", f"{best['checkpoint_uuid']}\n")
         self.write_report()
 
     def write_report(self) -> None:
@@ -250,9 +281,13 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return next((key for key in {**before, **after} if before.get(key) != after.get(key)), None)
 
 
-def read_failure(exitcode: int, log: Path) -> str:
-    """Return why a trial's process failed: the signal that ended it, or the last line of its log."""
+def read_failure(exitcode: int, log: Path, start: int) -> str:
+    """Return why a trial's process failed: the signal that ended it, or the last `error: ` or other line of its log.
+
+    The log of its earlier starts ends at the byte `start`.
+    """
     if exitcode < 0:
         return f"ended by {signal.Signals(-exitcode).name}"
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    lines = [line.strip() for line in log.read_bytes()[start:].decode(errors="replace").split("\n") if line.strip()]
+    errors = [line for line in lines if re.match(r"error( \([^)]*\))?: ", line)]
+    return next(reversed(errors or lines), "it printed nothing")

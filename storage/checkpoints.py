@@ -10,8 +10,9 @@ from determined.errors import CheckpointNotFound
 from huggingface_hub.constants import HF_HOME
 
 from config.validation import check_uuid
-from errors import TemporaryError, UserError
+from errors import TemporaryError, UserError, one_line
 from storage.files import BUNDLE
+from storage.manifests import MANIFEST, check_files
 from storage.shared_cache import make_once, once_per_node
 
 # The files from which a model loads: weights, configuration, tokenizer and chat template. The rest of a checkpoint
@@ -32,8 +33,13 @@ def local_checkpoint_storage() -> Path:
 
 
 def is_model_file(path: str) -> bool:
-    """Return whether `path` within a checkpoint belongs to the model; a selector for downloads."""
+    """Return whether `path` within a checkpoint belongs to the model."""
     return any(fnmatch(Path(path).name, pattern) for pattern in MODEL_FILES)
+
+
+def is_downloaded(path: str) -> bool:
+    """Return whether `path` belongs to the model or says whether its files are whole; a selector for downloads."""
+    return is_model_file(path) or Path(path).name == MANIFEST
 
 
 def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
@@ -41,16 +47,18 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
 
     They are kept under $HF_HOME/determined/<uuid>, so the trials of a grid that share that folder download them once.
     Call it on every rank; one rank of each node downloads. Raises `UserError` for an id that is not a UUID, an unknown
-    one and a checkpoint without weights.
+    one, and a checkpoint without weights or with a damaged file.
     """
     check_uuid(ckpt_uuid, "model_ckpt")
 
     def download(folder: Path) -> None:
         try:
             mode = core.DownloadMode.NoSharedDownload
-            core_context.checkpoint.download(ckpt_uuid, folder, download_mode=mode, selector=is_model_file)
+            core_context.checkpoint.download(ckpt_uuid, folder, download_mode=mode, selector=is_downloaded)
         except CheckpointNotFound:
             raise TemporaryError(f"model_ckpt {ckpt_uuid}: no such checkpoint in the storage") from None
+        except Exception as error:  # each kind of storage raises its own
+            raise TemporaryError(f"model_ckpt {ckpt_uuid}: {one_line(error) or type(error).__name__}") from error
 
     once_per_node(core_context.distributed, lambda: fetch_once(ckpt_uuid, download, "model_ckpt"))
     return str(model_folder(cached_checkpoint(ckpt_uuid), ckpt_uuid))
@@ -69,33 +77,46 @@ def cached_checkpoint(ckpt_uuid: str) -> Path:
 def fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:
     """Have `fetch` fill the checkpoint's folder, unless it is there or another process is fetching it just now.
 
-    Raises `UserError` if the checkpoint holds no weights.
+    Raises `UserError` if the checkpoint holds no weights, or a damaged file.
     """
 
     def make(scratch: Path) -> None:
         fetch(scratch)
-        model_folder(scratch, ckpt_uuid, key)
+        model_folder(scratch, ckpt_uuid, key, verify=True)
 
     folder = cached_checkpoint(ckpt_uuid)
-    make_once(folder, make, has_weights, lambda: print(f"checkpoint {ckpt_uuid}: another process is fetching it"))
+    make_once(folder, make, is_fetched, lambda: print(f"checkpoint {ckpt_uuid}: another process is fetching it"))
 
 
-def local_checkpoint(ckpt_uuid: str, key: str) -> Path:
-    """Return the model folder of a local run's checkpoint. Raises `UserError` as `download_ckpt` does."""
+def is_fetched(folder: Path) -> bool:
+    """Return whether a folder that `fetch_once` of an earlier release has filled can be loaded."""
+    try:
+        check_files(model_folder(folder, folder.name), select=is_model_file)
+    except UserError:
+        return False
+    return True
+
+
+def local_checkpoint(ckpt_uuid: str, key: str, verify: bool = False) -> Path:
+    """Return the model folder of a local run's checkpoint. Raises `UserError` as `download_ckpt` does.
+
+    Only with `verify` are the model's files read, to find damage.
+    """
     check_uuid(ckpt_uuid, key)
     store = local_checkpoint_storage()
     if not (store / ckpt_uuid).is_dir():
         raise UserError(f"{key} {ckpt_uuid}: no such checkpoint in {store}")
-    return model_folder(store / ckpt_uuid, ckpt_uuid, key)
+    return model_folder(store / ckpt_uuid, ckpt_uuid, key, verify)
 
 
-def has_weights(folder: Path) -> bool:
-    """Return whether a checkpoint's folder holds a model's weights."""
-    return any(folder.rglob("*.safetensors"))
-
-
-def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt") -> Path:
-    """Return the folder within a checkpoint that holds its model. Raises `UserError` if none does."""
-    if not has_weights(checkpoint):
+def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt", verify: bool = False) -> Path:
+    """Return the folder within a checkpoint that holds its model. Raises `UserError` if none does, or if damaged."""
+    weights = min(checkpoint.rglob("*.safetensors"), default=None)
+    if weights is None:
         raise UserError(f"{key} {ckpt_uuid}: the checkpoint holds no model weights (*.safetensors)")
-    return min(checkpoint.rglob("*.safetensors")).parent
+    if verify:
+        try:
+            check_files(weights.parent, select=is_model_file)
+        except UserError as error:
+            raise UserError(f"{key} {ckpt_uuid}: the checkpoint is damaged: {error}") from error
+    return weights.parent

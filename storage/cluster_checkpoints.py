@@ -15,8 +15,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from urllib3.exceptions import HTTPError
 
 from config.validation import check_uuid
-from errors import UserError, one_line
-from storage.checkpoints import cached_checkpoint, fetch_once, has_weights, is_model_file, model_folder
+from errors import TemporaryError, UserError, one_line
+from storage.checkpoints import cached_checkpoint, fetch_once, is_downloaded, is_fetched, model_folder
+from storage.shared_cache import is_made
 
 # What can stand before the colon, and what the number or UUID after it names.
 CLUSTER_SOURCES = {"exp": "experiment", "trial": "trial", "ckpt": "checkpoint"}
@@ -34,7 +35,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
         check_uuid(name, key)
     elif not name.isdecimal():
         raise UserError(f"{key} {source!r}: after {kind}: comes the number of the {CLUSTER_SOURCES[kind]}")
-    if kind != "ckpt" or not has_weights(cached_checkpoint(name)):
+    if kind != "ckpt" or not is_made(cached_checkpoint(name), is_fetched):
         with one_line_cluster_errors(f"{key} {source}", CLUSTER_SOURCES[kind]):
             checkpoint = _find_checkpoint(kind, name)
             if checkpoint is None:
@@ -47,6 +48,20 @@ def cluster_checkpoint(source: str, key: str) -> Path:
             fetch_once(checkpoint.uuid, lambda folder: _download(checkpoint, folder, key), key)
             name = checkpoint.uuid
     return model_folder(cached_checkpoint(name), name, key)
+
+
+def trial_checkpoints(trial_id: int) -> list[str]:
+    """Return the UUIDs of the checkpoints that the cluster still has of a trial, that of the most steps first.
+
+    (By steps: times are those of the agents' clocks.) Raises `TemporaryError` if the master does not say.
+    """
+    try:
+        with one_line_cluster_errors(f"trial {trial_id}", "trial"):
+            order = client.CheckpointSortBy.BATCH_NUMBER, client.OrderBy.DESC
+            found = Determined().get_trial(trial_id).list_checkpoints(*order)
+    except UserError as error:
+        raise TemporaryError(str(error)) from error
+    return [checkpoint.uuid for checkpoint in found if checkpoint.state is client.CheckpointState.COMPLETED]
 
 
 @contextmanager
@@ -93,7 +108,7 @@ def _download(checkpoint: client.Checkpoint, folder: Path, key: str) -> None:
 
     The SDK's own `download` has no selector: it would download the optimizer's state too, twice the model's size.
     """
-    sizes = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_model_file(name)}
+    sizes = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_downloaded(name)}
     with _DownloadProgress(f"checkpoint {checkpoint.uuid}", folder, sum(sizes.values())):
         try:
             if checkpoint.training is None:
@@ -101,7 +116,7 @@ def _download(checkpoint: client.Checkpoint, folder: Path, key: str) -> None:
             # In a container a shared file system is mounted in a place of its own.
             mounted = SHARED_FS_CONTAINER_PATH if det.get_cluster_info() else None
             config = checkpoint.training.experiment_config["checkpoint_storage"]
-            storage.build(config, mounted).download(checkpoint.uuid, str(folder), selector=is_model_file)
+            storage.build(config, mounted).download(checkpoint.uuid, str(folder), selector=is_downloaded)
         except Exception as from_storage:  # each kind of storage raises its own
             try:
                 _download_through_master(checkpoint, folder, set(sizes))

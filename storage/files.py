@@ -1,24 +1,49 @@
-"""Files that survive a kill: written whole or not at all, or appended to a line at a time."""
+"""Files that survive a kill and a power cut: written whole or not at all, or appended to a line at a time."""
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from errors import os_errors_of
 
 BUNDLE = Path(__file__).resolve().parent.parent  # the project's own folder, wherever it was copied to
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, even after a kill, finds either the old text or the new one."""
+    """Write a text file so that a reader, even after a power cut, finds either the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        flush_to_disk(partial)
         partial.replace(path)
+        flush_to_disk(path.parent, within=False)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def flush_to_disk(path: Path, within: bool = True) -> None:
+    """Wait until a file, or a folder and what is `within` it, is on the disk."""
+    for item in (*path.rglob("*"), path) if within else (path,):
+        folder, descriptor = item.is_dir(), os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not folder:  # some file systems of networks refuse it for folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
@@ -32,10 +57,20 @@ def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row).encode() + b"\n")
 
 
+def read_json(text: bytes) -> Any:
+    """Return the value of a JSON text; None if it is none, as after a kill or a power cut, which leaves NUL bytes."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def read_json_lines(path: Path) -> list[Any]:
-    """Return the rows of a JSON Lines file without a line that a kill cut short; [] if there is no file."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    """Return the value of each line of a JSON Lines file, None for a line that is not JSON; [] if there is no file."""
+    with os_errors_of(path):
+        return [read_json(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def is_object(value: Any, fields: Mapping[str, Any]) -> bool:
+    """Return whether a value read from JSON is an object with these fields, each of the type given."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), of) for name, of in fields.items())

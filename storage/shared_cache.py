@@ -15,7 +15,9 @@ from determined import core
 from filelock import FileLock
 
 from errors import UserError
+from storage.files import flush_to_disk, remove
 from storage.locks import locked, open_lock, try_to_lock
+from storage.manifests import MANIFEST, check_files, hash_files, write_manifest
 
 Action = Callable[[], object]  # its result is not used
 
@@ -23,23 +25,37 @@ Action = Callable[[], object]  # its result is not used
 def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[Path], bool], on_wait: Action) -> bool:
     """Have `make` fill `folder` unless it is whole already, or another process is making it just now.
 
-    `on_wait` is called before a wait for that process. Returns whether this process made it. Raises `UserError` if the
-    folder cannot be made.
+    `is_whole` is asked about a folder of an earlier release, which has no manifest. `on_wait` is called before a wait
+    for that process. Returns whether this process made it. Raises `UserError` if the folder cannot be made.
     """
-    if is_whole(folder):
+    if is_made(folder, is_whole):
         return False
     scratch = folder.with_name(f"{folder.name}.partial")
     with locked(folder.with_name(f"{folder.name}.lock"), on_wait):
-        if is_whole(folder):
+        if is_made(folder, is_whole):
             return False
         for leftover in (scratch, folder):  # left by a process that was killed, or by a cleaner of old files
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
         try:
             make(scratch)
+            write_manifest(scratch, hash_files(scratch))
+            flush_to_disk(scratch)
             scratch.rename(folder)
+            flush_to_disk(folder.parent, within=False)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
+    return True
+
+
+def is_made(folder: Path, is_whole: Callable[[Path], bool]) -> bool:
+    """Return whether `folder` is as `make_once` left it, or whole without a manifest."""
+    if not (folder / MANIFEST).exists():
+        return is_whole(folder)
+    try:
+        check_files(folder)
+    except UserError:
+        return False
     return True
 
 

@@ -247,7 +247,10 @@ class Master:
         return self._checkpoints([t for t in self.trials.values() if t.experiment_id == experiment_id])
 
     def trial_checkpoints(self, trial_id: int, query: Any, body: Any) -> dict[str, Any]:
-        return self._checkpoints([self.trials[trial_id]])
+        found = self._checkpoints([self.trials[trial_id]])
+        if query.get("sortByAttr") == ["SORT_BY_BATCH_NUMBER"] and query["orderBy"] == ["ORDER_BY_DESC"]:
+            found["checkpoints"].sort(key=lambda c: -c["metadata"]["steps_completed"])
+        return found
 
     def get_checkpoint(self, uuid: str, query: Any, body: Any) -> dict[str, Any]:
         return {"checkpoint": self._all_checkpoints(list(self.trials.values()))[uuid]}

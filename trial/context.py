@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -22,9 +23,10 @@ from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from errors import CommandLine, TemporaryError, UserError, one_line, os_errors_of
 from storage.checkpoints import agent_cache, local_checkpoint_storage
+from storage.files import read_json_lines, remove
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
-from trial.events import LocalCheckpointContext, LocalTrainContext, read_events
+from trial.events import TRAINED, LocalCheckpointContext, LocalTrainContext, is_event, read_events
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Trial(Generic[Hyperparameters]):
     latest_checkpoint: str | None  # UUID of the checkpoint to resume from
     cache: Path  # what this trial and others make once and share; see storage/shared_cache.py
     on_cluster: bool
+    earlier_checkpoints: Callable[[], list[str]] = list  # returns the UUIDs of all that were saved, the latest first
     memory_ran_out: Path | None = None  # a file to leave for the next start if memory runs out; see speed/fitting.py
 
     def run(self, train: Callable[["Trial[Hyperparameters]"], None]) -> None:
@@ -125,6 +128,8 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
 def _open_on_cluster(
     cls: type[Hyperparameters], info: Any, distributed: core.DistributedContext | None
 ) -> Iterator[Trial[Hyperparameters]]:
+    from storage.cluster_checkpoints import trial_checkpoints
+
     hide_progress_bars_in_logs()
     hparams = parse_hyperparameters(cls, info.trial.hparams)
     metric = info.trial._config["searcher"]["metric"]
@@ -135,7 +140,9 @@ def _open_on_cluster(
     # Metrics go to the Web UI. AUTO would import tensorboard, which nothing here needs.
     with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
         cache = agent_cache() / f"trials-{os.getuid()}"  # another user could read it, but not add to it
-        yield Trial(hparams, core_context, info.trial.trial_id, metric, info.latest_checkpoint, cache, on_cluster=True)
+        trial_id, latest = info.trial.trial_id, info.latest_checkpoint
+        earlier = functools.partial(trial_checkpoints, trial_id)
+        yield Trial(hparams, core_context, trial_id, metric, latest, cache, True, earlier)
 
 
 @contextmanager
@@ -156,14 +163,26 @@ def _open_locally(
         # A trial whose local_experiment.py was killed lives on for some milliseconds; its successor waits for it.
         lock = only_writer(output, patience=30 if multiprocessing.parent_process() else 0)
         once_per_node(distributed or core.DummyDistributedContext(), lambda: stack.enter_context(lock))
-        earlier, as_written = read_events(events), json.loads(json.dumps(values))
+        if distributed is None or distributed.local_rank == 0:  # what a killed start has left there
+            remove(Path(hparams.args.output_dir))
+        lines, as_written = read_json_lines(events), json.loads(json.dumps(values))
+        earlier = [line for line in lines if is_event(line)]
+        if len(lines) > len(earlier):
+            logger.info("%s: %d of %d lines are damaged: left out", events, len(lines) - len(earlier), len(lines))
         if any(event["kind"] == "hparams" and event["hparams"] != as_written for event in earlier):
-            raise UserError(f"{output} holds a trial with other hyperparameters; remove it, or choose another --output")
-        latest = next((event["uuid"] for event in reversed(earlier) if event["kind"] == "checkpoint"), None)
+            if any(event["kind"] in TRAINED for event in earlier):
+                what = f"{output} holds a trial with other hyperparameters"
+                raise UserError(f"{what}; remove it, or choose another --output")
+            events.unlink(missing_ok=True)  # a mistake ended it before it had trained a step
+
+        def saved() -> list[str]:
+            return [event["uuid"] for event in reversed(read_events(events)) if event["kind"] == "checkpoint"]
+
         core_context = stack.enter_context(core.init(distributed=distributed, checkpoint_storage=str(storage)))
         core_context.train = LocalTrainContext(events, values)
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, events)
-        yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, on_cluster=False)
+        latest = next(iter(saved()), None)
+        yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, False, saved)
         if core_context.distributed.local_rank == 0:  # every checkpoint in it is in the storage by now
             shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
 

@@ -8,7 +8,7 @@ What a start restores, and who does it:
 | what                                                  | from                                 | by                   |
 |-------------------------------------------------------|--------------------------------------|----------------------|
 | the UUID of the latest checkpoint                     | the master, or a local events.jsonl  | trial/context.py     |
-| its files                                             | the checkpoint storage               | load_last_checkpoint |
+| its files, or those of the latest one that is whole   | the checkpoint storage               | latest_checkpoint.py |
 | weights, optimizer, scheduler, random state, place in | model.safetensors, optimizer.pt, ... | the Trainer          |
 | the data                                              |                                      |                      |
 | sums for the next logged means, a pending evaluation  | log_state_<rank>.json                | on_train_begin       |
@@ -26,12 +26,11 @@ from typing import Any
 
 import determined.transformers
 import torch
-from determined.errors import CheckpointNotFound
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from errors import TemporaryError, UserError
-from storage.shared_cache import once_per_node
+from storage.manifests import hash_files, write_manifest
 from trial.context import Trial, TrialStopped
+from trial.latest_checkpoint import fetch_latest_checkpoint, log_state_file, read_log_state
 
 logger = logging.getLogger(__name__)
 
@@ -105,25 +104,14 @@ class DetCallback(determined.transformers.DetCallback):
     def load_last_checkpoint(self, args: TrainingArguments) -> None:
         """Download the latest checkpoint into a folder of its own and point `args.resume_from_checkpoint` at it.
 
+        If it is damaged, that is the latest one before it that is whole, if any.
+
         Upstream reads `args.overwrite_output_dir`, which transformers 5 has removed (AttributeError), and resumes
         from the highest `checkpoint-N` in `output_dir`, which may be an older run's. This can go once it does neither.
-        Raises `UserError` where the storage no longer has the checkpoint.
+        Raises `UserError` where the storage has none of the trial's checkpoints.
         """
-        args.resume_from_checkpoint = None
-        latest, folder, core_context = self.trial.latest_checkpoint, _resumed_from(args), self.trial.core_context
-        if latest is None:
-            return
-        # An interrupted download may have left files there.
-        once_per_node(core_context.distributed, lambda: shutil.rmtree(folder, ignore_errors=True))
-        try:
-            core_context.checkpoint.download(latest, folder)
-        except CheckpointNotFound:
-            raise TemporaryError(f"the trial's latest checkpoint, {latest}, is not in the storage") from None
-        saved = next(folder.glob("checkpoint-*"), None)
-        if saved is None:
-            raise UserError(f"the trial's latest checkpoint, {latest}, was not saved by this project")
-        args.resume_from_checkpoint = str(saved)
-        logger.info("resuming from checkpoint %s, %s", latest, saved.name)
+        saved = fetch_latest_checkpoint(self.trial, _resumed_from(args), args.save_only_model)
+        args.resume_from_checkpoint = str(saved) if saved else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Make up for what was pending at the step of the checkpoint."""
@@ -219,7 +207,7 @@ class DetCallback(determined.transformers.DetCallback):
         self.on_save(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Upload the checkpoint with every rank's part of the log state, and keep no copy.
+        """Upload the checkpoint with every rank's part of the log state and a manifest, and keep no copy.
 
         Upstream has every rank of a node offer every file, and Core API then hashes all of them on each rank to find
         that they are the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all.
@@ -228,6 +216,10 @@ class DetCallback(determined.transformers.DetCallback):
         core_context, name = self.trial.core_context, f"checkpoint-{state.global_step}"
         folder = Path(args.output_dir or ".") / name
         self._save_log_state(folder, args)
+        core_context.distributed.allgather(None)  # the other ranks of this node have written their files too
+        files = core_context.distributed.gather(hash_files(folder) if core_context.distributed.local_rank == 0 else {})
+        if files:  # on the first rank; `upload` has the others wait for it
+            write_manifest(folder, {file: known for part in files for file, known in part.items()})
         self.last_save = state.global_step
         self.trial.latest_checkpoint = core_context.checkpoint.upload(
             args.output_dir,
@@ -243,22 +235,21 @@ class DetCallback(determined.transformers.DetCallback):
         trainer = self.trainer
         log_state = {
             "ranks": args.world_size,
-            "evaluation_due": self.pending.evaluation,  # checkpoints keep its first name
+            "evaluation_due": self.pending.evaluation,
             "globalstep_last_logged": trainer._globalstep_last_logged,
             "tr_loss": trainer._tr_loss.item(),
             "metrics": dict(trainer._metrics["train"]),
             "total_train_tokens": trainer._total_train_tokens,
         }
-        _log_state_file(checkpoint, args.process_index).write_text(json.dumps(log_state))
+        log_state_file(checkpoint, args.process_index).write_text(json.dumps(log_state))
 
     def _load_log_state(self, checkpoint: Path, args: TrainingArguments) -> None:
-        # What all ranks must agree on is the first one's.
-        log_state = json.loads(_log_state_file(checkpoint, 0).read_text())
+        log_state = read_log_state(checkpoint, 0)  # what all ranks must agree on is the first one's
         self.pending.evaluation = log_state["evaluation_due"]
         if log_state["ranks"] != args.world_size:
             logger.info("saved by %d ranks: resuming on %d is not exact", log_state["ranks"], args.world_size)
             return
-        log_state, trainer = json.loads(_log_state_file(checkpoint, args.process_index).read_text()), self.trainer
+        log_state, trainer = read_log_state(checkpoint, args.process_index), self.trainer
         trainer._globalstep_last_logged = log_state["globalstep_last_logged"]
         trainer._tr_loss = torch.tensor(log_state["tr_loss"], device=args.device)
         trainer._metrics["train"].update(log_state["metrics"])
@@ -275,7 +266,3 @@ class DetCallback(determined.transformers.DetCallback):
 
 def _resumed_from(args: TrainingArguments) -> Path:
     return Path(args.output_dir or ".") / "resumed_from"
-
-
-def _log_state_file(checkpoint: Path, rank: int) -> Path:
-    return checkpoint / f"log_state_{rank}.json"

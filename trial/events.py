@@ -13,7 +13,8 @@ from typing import Any, Literal, Required, TypedDict, Unpack
 from determined import core
 from determined.common.storage import SharedFSStorageManager
 
-from storage.files import append_json_line, read_json_lines
+from config.validation import is_uuid
+from storage.files import append_json_line, flush_to_disk, is_object, read_json_lines
 
 
 class TrialEvent(TypedDict, total=False):
@@ -29,14 +30,39 @@ class TrialEvent(TypedDict, total=False):
     status: str
 
 
+STEP = {"steps_completed": int}
+FIELDS: dict[str, dict[str, Any]] = {
+    "hparams": {"hparams": dict},
+    "training": STEP | {"metrics": dict},
+    "validation": STEP | {"metrics": dict},
+    "checkpoint": STEP | {"uuid": str},
+    "progress": {"progress": float | int},
+    "status": {"status": str},
+}
+TRAINED = ("training", "validation", "checkpoint")  # events after which there is something to lose
+
+
 def append_event(path: Path, **event: Unpack[TrialEvent]) -> None:
     """Append an event to a trial's `events.jsonl`."""
     append_json_line(path, event)
 
 
+def is_event(row: Any) -> bool:
+    """Return whether a line of an `events.jsonl` says what an event of its kind does."""
+    fields = FIELDS.get(row["kind"], {}) if is_object(row, {"kind": str}) else {}
+    if not fields or not is_object(row, fields):
+        return False
+    return ("uuid" not in fields or is_uuid(row["uuid"])) and ("metrics" not in fields or is_metrics(row["metrics"]))
+
+
+def is_metrics(value: Any) -> bool:
+    """Return whether `value` has a number for each of its names."""
+    return isinstance(value, dict) and all(isinstance(number, float | int) for number in value.values())
+
+
 def read_events(path: Path) -> list[TrialEvent]:
-    """Read a trial's events in the order in which they were reported."""
-    return read_json_lines(path)
+    """Read a trial's events in the order in which they were reported, without lines that are damaged."""
+    return [row for row in read_json_lines(path) if is_event(row)]
 
 
 def events_by_step(events: list[TrialEvent], kind: str) -> dict[int, TrialEvent]:
@@ -53,6 +79,7 @@ class LocalTrainContext(core.DummyTrainContext):
     def __init__(self, events: Path, hparams: dict[str, Any]) -> None:
         super().__init__()
         self.events, self.hparams = events, hparams
+        self.begun = any(event["kind"] == "hparams" for event in read_events(events))
 
     def report_metrics(self, group: Any, steps_completed: int, metrics: dict[str, Any]) -> None:
         """Write an event of the kind `group`: training or validation."""
@@ -67,8 +94,9 @@ class LocalTrainContext(core.DummyTrainContext):
         self._append(kind="status", status=status)
 
     def _append(self, **event: Any) -> None:
-        if not self.events.exists():
+        if not self.begun:
             append_event(self.events, kind="hparams", hparams=self.hparams)
+            self.begun = True
         append_event(self.events, **event)
 
 
@@ -77,11 +105,15 @@ class LocalCheckpointContext(core.DummyCheckpointContext):
 
     def __init__(self, distributed: core.DistributedContext, storage: Path, events: Path) -> None:
         super().__init__(distributed, SharedFSStorageManager(str(storage)))
-        self.events = events
+        self.storage, self.events = storage, events
 
     def upload(self, ckpt_dir: Any, metadata: Any = None, **kwargs: Any) -> str:
-        """Upload a checkpoint and return its UUID."""
+        """Upload a checkpoint and return its UUID. After a power cut either all of it is there or no event names it."""
         uuid = super().upload(ckpt_dir, metadata, **kwargs)
         if self._dist.rank == 0:
+            flush_to_disk(self.storage / uuid)
+            flush_to_disk(self.storage, within=False)
             append_event(self.events, kind="checkpoint", uuid=uuid, **(metadata or {}))
+            flush_to_disk(self.events)
+            flush_to_disk(self.events.parent, within=False)
         return uuid

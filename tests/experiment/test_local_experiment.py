@@ -127,6 +127,79 @@ def test_what_a_kill_kept_from_being_written(call, write_config, sft_config, tmp
     assert "1 of 1 trial completed" in (tmp_path / "out" / "report.html").read_text()
 
 
+TRAIN = """import sys
+from pathlib import Path
+from config.experiment import read_experiment_config
+from trial.events import append_event
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+hparams = read_experiment_config(options["--config"])["hyperparameters"]
+events = Path(options["--output"], "events.jsonl")
+append_event(events, kind="hparams", hparams=hparams)
+if hparams["max_seq_length"] < 10:
+    sys.exit("error: no row is left")
+append_event(events, kind="validation", steps_completed=1, metrics={"eval_loss": 0.5})
+append_event(events, kind="checkpoint", steps_completed=1, uuid="6b6fbaa7-faa9-4449-867b-2939a147a335")
+"""
+
+
+@pytest.fixture
+def quick(call, write_config, sft_config, tmp_path):
+    """An experiment of a trial that trains nothing and reports what a trial does; returns its status, out and err."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "train.py").write_text(TRAIN)
+
+    def run(limit):
+        changes = {"entrypoint": "python train.py", "hyperparameters__max_seq_length": limit}
+        path = write_config(sft_config, **changes)
+        return call(local_experiment.main, path, tmp_path / "project", "--output", tmp_path / "out")
+
+    return run
+
+
+def test_a_run_that_trained_nothing_does_not_block_a_corrected_command(quick, tmp_path):
+    out = tmp_path / "out"
+    status, told, _ = quick(limit=5)
+    assert status == 1
+    assert "Trial 1 failed: error: no row is left" in told.splitlines()
+    assert trials_in(out)[0]["error"] == "error: no row is left"
+    assert "Trial 1 failed: error: no row is left" in (out / "report.html").read_text()
+    status, told, err = quick(limit=50)
+    assert (status, err) == (0, "")
+    assert f"{out}: its run with another hyperparameters.max_seq_length had trained nothing: replaced\n" in told
+    (trial,) = trials_in(out)
+    assert (trial["state"], trial["hparams"]["max_seq_length"], "error" in trial) == ("COMPLETED", 50, False)
+    assert json.loads((out / "experiment.json").read_text())["hyperparameters"]["max_seq_length"] == 50
+    status, _, err = quick(limit=60)  # now there is something to lose
+    assert status == 2
+    assert "holds a run with another hyperparameters.max_seq_length; remove it" in err
+
+
+@pytest.mark.parametrize("name", ["experiment.json", "command.json", "trials.jsonl", "best_checkpoint"])
+def test_what_a_power_cut_leaves_of_the_runners_files_is_made_again(quick, tmp_path, name):
+    assert quick(limit=50)[0] == 0
+    file = tmp_path / "out" / name
+    whole = file.read_bytes()
+    for damaged in (b"", bytes(len(whole)), whole[: len(whole) // 2], b"\xff\xfe", b"[" * 10**5, b'{"trial_id": 1}\n'):
+        file.write_bytes(damaged)
+        status, out, err = quick(limit=50)
+        assert (status, err) == (0, ""), out
+        assert file.read_bytes() == whole
+        assert (str(file) in out) == (name == "experiment.json" or (name == "trials.jsonl" and damaged != b""))
+    file.unlink()
+    file.mkdir()
+    status, out, err = quick(limit=50)
+    assert (status, err) == (2, f"error: {file}: Is a directory\n")
+
+
+def test_a_damaged_config_does_not_let_another_experiment_in(quick, tmp_path):
+    assert quick(limit=50)[0] == 0
+    (tmp_path / "out" / "experiment.json").write_bytes(bytes(100))
+    status, _, err = quick(limit=60)
+    assert status == 2
+    assert "holds a run with another config; remove it" in err
+    assert (tmp_path / "out" / "experiment.json").read_bytes() == bytes(100)
+
+
 def test_minutes():
     times = {None: "", 5.2: "0:05", 59.7: "1:00", 754: "12:34", 3723: "1:02:03"}
     assert {seconds: format_minutes(seconds) for seconds in times} == times

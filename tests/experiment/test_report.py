@@ -622,14 +622,47 @@ def test_mistakes_get_one_line(call, master, write, tmp_path, arguments, message
 
 def test_a_broken_folder_and_a_missing_master_get_one_line_too(call, write, master):
     folder = write(SFT, [0.5])
-    (folder / "trials.jsonl").write_text("{}\n")
-    status, _, err = call(report.main, folder)
-    assert (status, err) == (2, f"error: {folder} cannot be read: KeyError: 'trial_id'\n")
+    for damaged in (b"", b"\0" * 100, b'{"searcher": {"metr', b"\xff\xfe", b"[]", b'{"searcher": {}}', b"[" * 100_000):
+        (folder / "experiment.json").write_bytes(damaged)
+        status, _, err = call(report.main, folder)
+        assert (status, err.count("\n")) == (2, 1)
+        assert err.startswith(f"error: {folder}/experiment.json: ")
     master.server.shutdown()
     master.server.server_close()
     status, _, err = call(report.main, "exp:1")
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith(f"error: exp:1: no Determined master at {master.url} ")
+
+
+def test_damaged_results_are_left_out_with_a_line(call, write):
+    """A trial without a line is drawn from its events, without those that are damaged."""
+    folder = write(SFT, [0.5])
+    whole = (folder / "trials.jsonl").read_bytes()
+    events = folder / "trials" / "1" / "events.jsonl"
+    outside = b'{"kind": "checkpoint", "uuid": "..", "steps_completed": 9}\n'
+    events.write_bytes(b"\0" * 40 + b"\n" + events.read_bytes() + outside)
+    for damaged in (
+        whole[:-20],
+        b"\0" * len(whole),
+        b"\xff" + whole,
+        b"{}\n",
+        b"7\n",
+        whole.replace(b": 1,", b": 7,", 1),
+    ):
+        (folder / "trials.jsonl").write_bytes(damaged)
+        status, out, err = call(report.main, folder)
+        assert (status, err) == (0, "")
+        assert f"{folder}: 1 damaged lines of trials.jsonl are left out\n" in out
+        page = Page((folder / "report.html").read_text())
+        assert "0 of 1 trial completed, 1 unfinished" in page.root.text
+        assert uuid_of(1, 40) in page.html
+
+
+def test_why_a_trial_failed(write):
+    folder = write(SFT, [0.5], states={1: "ERROR"}.items())
+    result = json.loads((folder / "trials.jsonl").read_text())
+    (folder / "trials.jsonl").write_text(json.dumps(result | {"error": "error: no row is left <b>"}) + "\n")
+    assert "Trial 1 failed: error: no row is left <b>" in Page(render(read_local(folder))).root.text
 
 
 def test_help_teaches(call):

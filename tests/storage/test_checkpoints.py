@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from chat_format import set_chat_format
 from errors import UserError
 from storage.checkpoints import download_ckpt, is_model_file, local_checkpoint, local_checkpoint_storage
+from storage.manifests import hash_files, write_manifest
 from trial.models import load_model_and_tokenizer
 
 
@@ -42,6 +43,7 @@ def test_only_the_model_is_downloaded_and_it_loads_with_its_template(checkpoint,
     folder = Path(download_ckpt(checkpoint, core_context))
     names = {path.name for path in folder.parent.rglob("*") if path.is_file()}
     assert names == {
+        "manifest.json",
         *("model.safetensors", "config.json", "generation_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
@@ -68,6 +70,29 @@ def test_an_interrupted_download_is_not_used_as_a_checkpoint(checkpoint, core_co
     folder = Path(download_ckpt(checkpoint, core_context))
     assert json.loads((folder / "config.json").read_text())["model_type"] == "gemma"
     assert {path.name for path in folder.parent.parent.glob(f"{checkpoint}*")} == {checkpoint, f"{checkpoint}.lock"}
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_torn_checkpoint_is_not_started_from(checkpoint, core_context, manifest):
+    """Nor is what a power cut has left of a download; that is downloaded again."""
+    saved = local_checkpoint_storage() / checkpoint / "checkpoint-7"
+    (saved / "optimizer.pt").unlink()  # nobody who starts from the model needs it
+    if manifest:
+        write_manifest(saved, hash_files(saved))
+    downloaded = Path(download_ckpt(checkpoint, core_context), "model.safetensors")
+    whole = downloaded.read_bytes()
+    downloaded.write_bytes(whole[:-1])
+    assert download_ckpt(checkpoint, core_context) == str(downloaded.parent)
+    assert downloaded.read_bytes() == whole
+
+    shutil.rmtree(downloaded.parents[1])
+    (saved / "model.safetensors").write_bytes(whole[:-1])
+    message = f"model_ckpt {checkpoint}: the checkpoint is damaged: model.safetensors"
+    with pytest.raises(UserError, match=message + (rf" has {len(whole) - 1} of" if manifest else ": ")):
+        download_ckpt(checkpoint, core_context)
+    with pytest.raises(UserError, match=message):
+        local_checkpoint(checkpoint, "model_ckpt", verify=True)
+    assert not downloaded.parents[1].exists()
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -7,8 +7,9 @@ import pytest
 from cluster import Master, Trial
 
 import inference
-from errors import UserError
-from storage.cluster_checkpoints import cluster_checkpoint
+from errors import TemporaryError, UserError
+from storage.cluster_checkpoints import cluster_checkpoint, trial_checkpoints
+from storage.manifests import hash_files, write_manifest
 from trial.models import load_model_and_tokenizer
 
 CONFIG = {"searcher": {"name": "grid", "metric": "eval_rewards/accuracies", "smaller_is_better": False}}
@@ -74,6 +75,29 @@ def test_a_cluster_checkpoint_is_downloaded_once(master, saved):
     assert cluster_checkpoint("exp:1", "--model m") == folder
     master.server.shutdown()
     assert cluster_checkpoint(f"ckpt:{saved['b']}", "--model m") == folder  # nothing to ask a master for
+
+
+def test_a_damaged_checkpoint_is_not_taken(master, saved):
+    folder = master.storage / saved["b"] / "checkpoint-4"
+    write_manifest(folder, hash_files(folder))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)  # as large as before
+    with pytest.raises(
+        UserError, match=rf"m {saved['b']}: the checkpoint is damaged: model.safetensors is not what was"
+    ):
+        cluster_checkpoint("exp:1", "--model m")
+
+
+def test_a_trials_checkpoints_come_by_their_steps(master, saved):
+    """Not by their metrics, nor by times, and without those that were deleted."""
+    assert trial_checkpoints(1) == [saved["b"], saved["a"]]
+    assert trial_checkpoints(2) == [saved["unvalidated"], saved["c"]]
+    master.trials[1].deleted.add(saved["b"])
+    assert trial_checkpoints(1) == [saved["a"]]
+    master.server.shutdown()
+    master.server.server_close()
+    with pytest.raises(TemporaryError, match=rf"trial 1: no Determined master at {master.url}"):
+        trial_checkpoints(1)
 
 
 def test_a_checkpoint_comes_through_the_master_where_its_storage_cannot_be_reached(master, saved, tmp_path):

@@ -150,6 +150,20 @@ def test_sft_preempted_on_one_slot_ends_like_untouched(master, sft_starts, untou
 
 
 @needs_containers
+def test_a_container_resumes_from_the_checkpoint_before_a_damaged_one(master, start, sft_starts, sft_trial, untouched):
+    """It asks the master which one that is."""
+    earlier, last = [report["uuid"] for report in sft_trial.of_kind("checkpoint")][-2:]
+    (weights_file,) = (master.storage / last).glob("checkpoint-*/model.safetensors")
+    weights_file.write_bytes(weights_file.read_bytes()[:-8] + bytes(8))
+    third = start(sft_trial, slots=1)
+    assert third.wait() == 0, third.log.read_text()
+    (told,) = [report["status"] for report in sft_trial.of_kind("status") if "damaged" in report["status"]]
+    assert told.startswith(f"checkpoint {last} is damaged (model.safetensors is not what was saved")
+    assert f": resuming from checkpoint {earlier}, checkpoint-" in told
+    assert same_as(untouched(sft_trial, "sft_finetune", 1), sft_trial, master)
+
+
+@needs_containers
 def test_dpo_killed_on_two_slots_ends_like_untouched(
     master, create, start, untouched, sft_starts, sft_trial, tiny, folder
 ):

@@ -1,0 +1,97 @@
+"""Say whether a folder, such as a checkpoint, is whole: by the manifest saved in it, or else by reading its files."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+from zipfile import ZipFile
+
+from config.validation import validate
+from errors import UserError, reading
+
+MANIFEST = "manifest.json"  # lies beside the files that it lists
+Manifest = dict[str, tuple[int, str]]  # a file's path in that folder: its size in bytes and its SHA-256
+
+
+def hash_files(folder: Path) -> Manifest:
+    """Return the manifest of a folder. Its files are read side by side."""
+    return _hash(_files(folder))
+
+
+def write_manifest(folder: Path, files: Manifest) -> None:
+    """Write the manifest of `folder`."""
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def check_files(
+    folder: Path,
+    needed: Iterable[tuple[str, ...]] = (),
+    select: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Raise `UserError` unless a checkpoint's files are those that were saved; it names the first that is not.
+
+    A checkpoint without a manifest is of an earlier release: its files must be there and readable.
+
+    Args:
+        needed: Patterns, of each of which a file must be there that matches one.
+        select: Which files are checked, by their path in `folder`.
+    """
+    files = _files(folder)
+    listed: Manifest = {}
+    with_manifest = (folder / MANIFEST).exists()
+    if with_manifest:
+        with reading(MANIFEST):
+            listed = validate(Manifest, json.loads((folder / MANIFEST).read_bytes()), MANIFEST)
+    for patterns in needed:
+        if not any(fnmatch(name, pattern) for pattern in patterns for name in (listed if with_manifest else files)):
+            raise UserError(f"{' or '.join(patterns)} is missing")
+    if not with_manifest:
+        for name in filter(select, files):
+            with reading(name):
+                _read(name, files)
+        return
+    for name in (listed := {name: known for name, known in listed.items() if select(name)}):
+        if name not in files:
+            raise UserError(f"{name} is missing")
+        if (size := files[name].stat().st_size) != listed[name][0]:
+            raise UserError(f"{name} has {size} of {listed[name][0]} bytes")
+    found = _hash({name: files[name] for name in listed})
+    for name in listed:
+        if found[name] != listed[name]:
+            raise UserError(f"{name} is not what was saved: its SHA-256 is another")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in paths.items() if name != MANIFEST}
+
+
+def _hash(files: dict[str, Path]) -> Manifest:
+    def hash_file(item: tuple[str, Path]) -> tuple[int, str]:
+        with reading(item[0]), item[1].open("rb") as file:
+            return item[1].stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(files, pool.map(hash_file, files.items()), strict=True))
+
+
+def _read(name: str, files: dict[str, Path]) -> None:
+    """Raise some exception if a file is not what its name says: weights, JSON, or a zip file as torch saves it."""
+    path = files[name]
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "np"):  # compares the header with the file's size
+            pass
+    elif path.suffix == ".json":
+        content = json.loads(path.read_bytes())
+        if name.endswith(".index.json"):
+            for part in sorted({str(Path(name).with_name(part)) for part in content["weight_map"].values()}):
+                if part not in files:
+                    raise UserError(f"{part} is missing")
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        with ZipFile(path) as archive:
+            if torn := archive.testzip():
+                raise UserError(f"{name}: {torn} in it is torn")
