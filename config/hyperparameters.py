@@ -60,7 +60,7 @@ class DataCollator:
 
     def __post_init__(self) -> None:
         if (given := self.response_template) != RESPONSE_TEMPLATE:
-            raise UserError(f"response_template {given!r} is not what answers follow in ChatML: {RESPONSE_TEMPLATE!r}")
+            raise UserError(f".response_template {given!r} is not what answers follow in ChatML: {RESPONSE_TEMPLATE!r}")
 
 
 @dataclass(config=FORBID_UNKNOWN)
@@ -124,10 +124,10 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
 
     def __post_init__(self) -> None:
         if not self.dataset_subsets:
-            raise UserError("dataset_subsets is empty; for all rows of the data set write [{ratio: 1.0}]")
+            raise UserError(".dataset_subsets is empty; for all rows of the data set write [{ratio: 1.0}]")
         if self.streaming and any(share.number_of_samples is None for share in self.dataset_subsets):
             example = "[{number_of_samples: 1000}]; a ratio needs all rows downloaded (streaming: false)"
-            raise UserError(f"streaming: true needs a number_of_samples for each of dataset_subsets, as in {example}")
+            raise UserError(f".streaming: true needs a number_of_samples for each of dataset_subsets, as in {example}")
         from config.training_args import build_sft_config  # torch and TRL: only once everything else is right
 
         self.args = build_sft_config(self.training_args, {"max_length": ("max_seq_length", self.max_seq_length)})
@@ -180,12 +180,12 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
 
     def __post_init__(self) -> None:
         if not self.datasets:
-            raise UserError("datasets is empty")
+            raise UserError(".datasets is empty")
         if not (self.model_ckpt or self.model_name):
             raise UserError("give model_ckpt (the UUID of an SFT checkpoint) or model_name")
         self.start_message = f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
         if self.model_ckpt:
-            check_uuid(self.model_ckpt, "model_ckpt")
+            check_uuid(self.model_ckpt, ".model_ckpt")
             self.start_message = f"DPO starts from checkpoint {self.model_ckpt}"
         from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
 

@@ -156,7 +156,7 @@ def read_local(folder: Path) -> Experiment:
         raise UserError(f"{folder} holds no experiment: experiment.json is missing (local_experiment.py writes it)")
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
-        experiment = Experiment(str(read.get("name", folder.resolve().name)), read, folder)
+        experiment = Experiment(str(read.get("name") or folder.resolve().name), read, folder)
         results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
         experiment.results = {result["trial_id"]: result for result in results}
     except (OSError, LookupError, TypeError, ValueError) as error:
