@@ -121,6 +121,8 @@ def main() -> int:
 
     if not args.dry_run and model_def == BUNDLE:
         start_importing()
+    import transformers
+
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
@@ -128,6 +130,7 @@ def main() -> int:
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
 
+    transformers.utils.logging.set_verbosity_error()  # what it warns of is in the log of each trial
     if (store := local_checkpoint_storage()) in (folder, *folder.parents):
         raise UserError(f"--output {folder}: checkpoints are kept in {store}; choose another folder")
     hide_progress_bars_in_logs()

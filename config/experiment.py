@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, create_model
 
 from config.experiment_keys import check_experiment
 from config.validation import FORBID_UNKNOWN, Count, KeyPath, dotted, validate
-from config.yaml_files import read_yaml
+from config.yaml_files import check_values, override, read_yaml
 from errors import UserError, about, nearest, reading
 
 MOST_TRIALS = 1000
@@ -32,8 +32,11 @@ def read_experiment_config(path: str, overrides: Sequence[str] = ()) -> dict[str
 
     Raises `UserError`, which names the file and the key, for a file that is missing or not an experiment.
     """
+    with about(path or "''"):
+        config = read_yaml(path)
+    config = override(config, overrides)
     with about(path):
-        config = read_yaml(path, overrides)
+        check_values(config)
         check_experiment(config)
     return config
 
@@ -87,7 +90,7 @@ def _axes(level: dict[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath,
         elif isinstance(value, dict):
             if value.keys() & {"vals", "minval", "maxval"}:
                 key = dotted("hyperparameters", path)
-                raise UserError(f"{key}.type is missing{nearest('type', value)}: it is one of {', '.join(SPACES)}")
+                raise UserError(f"{key}.type is missing: it is one of {', '.join(SPACES)}")
             yield from _axes(value, path)
 
 

@@ -7,7 +7,7 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
-from config.validation import FORBID_UNKNOWN, Count, Share, check_uuid, validate
+from config.validation import FORBID_UNKNOWN, Count, NotEmpty, Share, check_uuid, validate
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class DatasetSubset:
 class DataSource:
     """Rows to train on, and how many of them: all, a `ratio` or a `number_of_samples`. See `dataset_utils`."""
 
-    name: str  # a hub id, a folder or a file
+    name: NotEmpty  # a hub id, a folder or a file
     subset: str | None = None  # a configuration of the data set; None: its default one
     split: str | None = None  # None: train, or the only one
     ratio: Share | None = None  # share of the rows, in (0, 1]
@@ -111,8 +111,8 @@ class TrainingHyperparameters(Generic[TrlConfig]):
 class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     """`hyperparameters` of an SFT experiment. `args` is the SFTConfig that they describe."""
 
-    model_name: str  # a hub id or a folder
-    dataset: str  # a hub id, a folder or a file
+    model_name: NotEmpty  # a hub id or a folder
+    dataset: NotEmpty  # a hub id, a folder or a file
     dataset_subsets: list[DatasetSubset] = field(default_factory=lambda: [DatasetSubset(ratio=1.0)])
     split: str | None = None  # of the data set; None: train, or the only one
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
@@ -167,7 +167,7 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
         *(f"eval_{name}/{side}" for name in ("logps", "logits") for side in ("chosen", "rejected")),
     )
 
-    datasets: list[str | DataSource]  # preference data sets: a hub id, a folder, a file, or one with its details
+    datasets: list[NotEmpty | DataSource]  # preference data sets: a hub id, a folder, a file, or one with its details
     model_name: str | None = None  # a hub id or a folder, for use without a model_ckpt
     model_ckpt: str | None = None  # UUID of a Determined checkpoint of an SFT run
     dpo_beta: PositiveFloat | None = None  # penalty for leaving the reference; None: TRL's default, 0.1
@@ -216,9 +216,10 @@ Hyperparameters = TypeVar("Hyperparameters", bound="TrainingHyperparameters[Any]
 def parse_hyperparameters(cls: type[Hyperparameters], values: dict[str, Any]) -> Hyperparameters:
     """Return the `hyperparameters` of a trial as a `cls`.
 
-    Raises `UserError`, which names the key, for an unknown one, a value of the wrong type and a contradiction.
+    A key whose value is null (in a YAML also one with nothing after it) is as if it were not there. Raises `UserError`,
+    which names the key, for an unknown one, a value of the wrong type and a contradiction.
     """
-    return validate(cls, values, "hyperparameters")
+    return validate(cls, {key: value for key, value in values.items() if value is not None}, "hyperparameters")
 
 
 def check_searcher_metric(cls: type[Hyperparameters], metric: str) -> None:

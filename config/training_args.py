@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from config.trying_out import check_fsdp, try_out
-from config.validation import FORBID_UNKNOWN, Count, Natural, validate
+from config.validation import FORBID_UNKNOWN, Count, Natural, NotEmpty, validate
 from errors import UserError, nearest, reading
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ DPO_LOSSES = (
 )  # fmt: skip
 # The losses whose formula contains `label_smoothing`. The others would ignore it without a warning.
 SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+F_DIVERGENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 # Keys of SFTConfig and DPOConfig that would have no effect here, and what does their job.
 REFUSED = {
@@ -76,6 +79,9 @@ LIMITS: dict[Any, str] = {
     Annotated[float, Field(ge=0, le=1)]: "ld_alpha ref_model_mixup_alpha",
     Annotated[int, Field(ge=0, lt=2**32)]: "seed data_seed",
     Annotated[int, AfterValidator(_check_max_steps)]: "max_steps",
+    Count | Literal["auto"]: "pad_to_multiple_of",
+    bool | Literal["all", "non_padding", "no"]: "include_num_input_tokens_seen",
+    NotEmpty: "output_dir",
     Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]: "f_divergence_type",
 }
 LIMIT_OF = {name: limit for limit, names in LIMITS.items() for name in names.split()}
@@ -94,6 +100,8 @@ def build_sft_config(training_args: dict[str, Any], own: OwnKeys) -> SFTConfig:
         reason = "splits long rows, which eval_packing: false would have to cut"
         remedy = "leave eval_packing out, or use packing_strategy: bfd"
         raise UserError(f"{KEY}.packing_strategy {args.packing_strategy!r} {reason}; {remedy}")
+    if args.padding_free and not args.packing and args.max_length is not None:  # refused by TRL once a model is loaded
+        raise UserError(f"{KEY}.padding_free needs packing; nothing computes padding without it either")
     return args
 
 
@@ -101,6 +109,14 @@ def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
     """Return the DPOConfig of `training_args` and of our own keys. Raises `UserError` for what is wrong in them."""
     values = check_training_args(DPOConfig, training_args, own, REFUSED_BY_DPO)
     args = build_training_args(DPOConfig, resolve_dpo_loss(values))
+    # What TRL refuses once the model is loaded.
+    if args.f_divergence_type != "reverse_kl" and not set(args.loss_type) <= F_DIVERGENCE_LOSSES:
+        known = ", ".join(sorted(F_DIVERGENCE_LOSSES))
+        raise UserError(f"{KEY}.f_divergence_type {args.f_divergence_type!r} needs a dpo_loss among {known}")
+    if args.use_weighting and {"aot", "aot_unpaired"} & set(args.loss_type):
+        raise UserError(f"{KEY}.use_weighting: the dpo_loss 'aot' and 'aot_unpaired' have no weights of pairs")
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise UserError(f"{KEY}.sync_ref_model: with precompute_ref_log_probs the reference cannot move")
     machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if args.precompute_ref_log_probs and machines > 1:
         # TRL 1.16 writes them to the first machine's disk and reads them there on every one. This can go once it
@@ -171,6 +187,8 @@ def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{loss_key} 'cdpo' needs training_args.label_smoothing in (0, 0.5), and no loss_weights")
         losses = ["sigmoid", "robust"]
         resolved["loss_weights"] = [2 * (1 - smoothing), -(1 - 2 * smoothing)]
+    if not losses:
+        raise UserError(f"{loss_key} is empty")
     for loss in losses:
         if loss == "kto_pair":
             instead = "TRL made KTO a trainer of its own; 'apo_zero' is the nearest"
@@ -216,9 +234,14 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     if not torch.cuda.is_available():
         # Otherwise the library refuses bf16 on a machine without a GPU, though its CPU may have it.
         values.setdefault("use_cpu", not torch.backends.mps.is_available())
+    for name in cls._VALID_DICT_FIELDS:  # may be JSON
+        if isinstance(text := values.get(name), str) and (text.startswith("{") or name.endswith("_kwargs")):
+            with reading(f"{KEY}.{name} {text!r}"):
+                if not text.startswith("{"):
+                    raise ValueError("not a mapping")
+                json.loads(text)
     with reading(KEY):
         args = cls(**values)
-    try_out(args, KEY)
     for name, value in INEXACT.items():
         if values.get(name) == value:
             logger.warning("training_args.%s: %s: a trial with it does not resume exactly", name, value)
@@ -230,6 +253,7 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
         if dtype != "float32":
             remedy = "for autocast set training_args.bf16 or .fp16"
             raise UserError(f"{key} {dtype!r}: weights stay float32, or small steps would not move them; {remedy}")
+    try_out(args, KEY)
     return args
 
 

@@ -29,9 +29,12 @@ def try_out(args: Any, key: str) -> None:
     trainer.args, trainer.model = copy.copy(args), nn.Sequential(nn.Linear(2, 2))
     trainer.optimizer = trainer.lr_scheduler = trainer.optimizer_cls_and_kwargs = None
     steps = args.max_steps if args.max_steps > 0 else STEPS
-    with reading(f"{key}.optim {args.optim.value}"):
+    with reading(f"{key}.optim_args" if args.optim_args else f"{key}.optim {args.optim.value}"):
         trainer.create_optimizer()
-    with reading(f"{key}.lr_scheduler_type {args.lr_scheduler_type.value}"):
+    scheduler = (
+        "lr_scheduler_kwargs" if args.lr_scheduler_kwargs else f"lr_scheduler_type {args.lr_scheduler_type.value}"
+    )
+    with reading(f"{key}.{scheduler}"):
         trainer.create_scheduler(steps)
         factors = getattr(trainer.lr_scheduler, "lr_lambdas", [])
         rates = [args.learning_rate * f(step) for f in factors for step in (0, 1, steps // 2, steps - 1)]
@@ -49,7 +52,8 @@ def try_out(args: Any, key: str) -> None:
             torch.compile(trainer.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     if args.activation_checkpointing_kwargs:
         with reading(f"{key}.activation_checkpointing_kwargs"):
-            checkpoint(trainer.model, torch.ones(2), **{"use_reentrant": False, **args.activation_checkpointing_kwargs})
+            example = torch.ones(2, requires_grad=True)
+            checkpoint(trainer.model, example, **{"use_reentrant": False, **args.activation_checkpointing_kwargs})
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(f"{key}.use_liger_kernel: the package liger-kernel is not installed")
     attention = (args.model_init_kwargs or {}).get("attn_implementation")

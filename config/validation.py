@@ -16,6 +16,7 @@ KeyPath = tuple[str | int, ...]  # the keys and list indices that lead from a va
 FORBID_UNKNOWN = ConfigDict(extra="forbid", allow_inf_nan=False)  # for pydantic's dataclasses and models
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+NotEmpty = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 # Former names of keys, from the published example or older releases, where the nearest name would mislead.
@@ -95,8 +96,9 @@ def _message(type_: Any, value: Any, invalid: ValidationError, name_key: Callabl
         return f"{name} is not {noun}{hint}"
     if kind in KINDS:
         kinds = dict.fromkeys(_kind(error) for other, error in inside if other == path)
-        return f"{name} is {shorten(repr(error['input']), 100)}, which is not {' or '.join(kinds)}"
-    if kind in ("missing", "too_short"):
+        given = "null" if error["input"] is None else shorten(repr(error["input"]), 100)
+        return f"{name} is {given}, which is not {' or '.join(kinds)}"
+    if kind in ("missing", "too_short", "string_too_short"):
         return f"{name} is {'missing' if kind == 'missing' else 'empty'}"
     if "error" in context:  # raised by a check of ours
         # It begins with the whole key, with the rest of it (`.part`), or with neither.

@@ -1,5 +1,6 @@
 """Read a YAML file as Determined's CLI does, and refuse in one line what its master could not keep."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,41 +11,63 @@ from determined.cli.ntsc import parse_config_overrides
 from determined.common.util import yaml_safe_load
 
 from config.validation import KeyPath, dotted
-from errors import UserError, one_line, os_errors_of, shorten
+from errors import UserError, one_line, shorten
 
 LARGEST_FILE = 250_000  # bytes, which take two seconds to read
 MOST_VALUES = 50_000  # with what aliases (*name) repeat
 DEEPEST = 50  # levels
+MOST_BRACKETS = 200  # open ones; the reader takes minutes for ten thousand
 
 
-def read_yaml(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mapping at `path` with `key=value` overrides, read by the functions that `det e create` calls.
+def read_yaml(path: str) -> dict[str, Any]:
+    """Return the mapping at `path`, read by the function that `det e create` calls.
 
-    They read YAML 1.2: `1e-7` is a float, where PyYAML would see text. Raises `UserError` for a file that holds no
-    mapping, for a value that JSON does not have and for an override that is not `key=value`.
+    It reads YAML 1.2: `1e-7` is a float, where PyYAML would see text. Raises `UserError` for a file that holds no
+    mapping, and for a value that JSON does not have.
     """
-    with os_errors_of(path or "''"):
+    try:
         if Path(path).exists() and not Path(path).is_file():  # a folder; a pipe or a device, which may never end
-            raise UserError("is not a file")
+            raise UserError("not a file")
         with Path(path).open("rb") as file:
-            text = file.read(LARGEST_FILE + 1)
-    if len(text) > LARGEST_FILE:
-        raise UserError(f"is larger than {LARGEST_FILE // 1000} kB")
+            content = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise UserError(str(error.strerror)) from error
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"larger than {LARGEST_FILE // 1000} kB")
     with _yaml_errors():
-        config = yaml_safe_load(text.decode())
+        text = content.decode()
+        _refuse_many_brackets(text)
+        config = yaml_safe_load(text)
     if not isinstance(config, dict):
-        raise UserError("is empty" if config is None else "is not a mapping of keys")
-    _check_values(config, (), iter(range(MOST_VALUES)))
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise UserError(f"--config {override!r} is not key=value")
-        if not all(key.split(".")):
-            raise UserError(f"--config {override!r}: {key!r} is not a key, or keys with dots between them")
-        with _yaml_errors(f"--config {override!r}: "):
-            config = parse_config_overrides(config, [override])
-    _check_values(config, (), iter(range(MOST_VALUES)))
+        raise UserError("empty" if config is None else "not a mapping of keys")
+    check_values(config)
     return config
+
+
+def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `config` with `key=value` overrides. Raises `UserError`, which names the override that is wrong."""
+    for text in overrides:
+        option, (key, equals, _) = f"--config {shorten(repr(text), 100)}", text.partition("=")
+        if not equals:
+            raise UserError(f"{option} is not key=value")
+        *levels, last = key.split(".")
+        if not (last and all(levels)):
+            raise UserError(f"{option}: {key!r} is not a key, or keys with dots between them")
+        above: Any = config
+        for number, level in enumerate(levels, start=1):
+            above = above.get(level) or {}  # null has no keys yet
+            if not isinstance(above, dict):
+                raise UserError(f"{option}: {'.'.join(levels[:number])} is not a mapping, so it has no keys")
+        with _yaml_errors(f"{option}: "):
+            _refuse_many_brackets(text)
+            config = parse_config_overrides(config, [text])
+    return config
+
+
+def _refuse_many_brackets(text: str) -> None:
+    open_brackets = itertools.accumulate((character in "[{") - (character in "]}") for character in text)
+    if max(open_brackets, default=0) > MOST_BRACKETS:
+        raise ValueError(f"more than {MOST_BRACKETS} brackets are open")
 
 
 @contextmanager
@@ -59,16 +82,20 @@ def _yaml_errors(prefix: str = "") -> Iterator[None]:
         raise UserError(f"{prefix}{place}{shorten(problem)}") from error
 
 
-def _check_values(value: Any, path: KeyPath, left: Iterator[int]) -> None:
-    """Raise `UserError` unless JSON has `value`, which is at `path`: a master keeps it as JSON."""
+def check_values(config: dict[str, Any]) -> None:
+    """Raise `UserError` for a value that JSON does not have, as a master keeps a config as JSON, and for too many."""
+    _check_value(config, (), iter(range(MOST_VALUES)))
+
+
+def _check_value(value: Any, path: KeyPath, left: Iterator[int]) -> None:
     name = dotted("", path).removeprefix(".")
     if len(path) > DEEPEST or next(left, None) is None:
-        raise UserError(f"{shorten(name, 60)}: too many values, or levels (does an alias, *name, repeat itself?)")
+        raise UserError(f"{path[0]}: too many values, or levels (does an alias, *name, repeat itself?)")
     if isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(value, dict):
                 _check_text(key, f"{name}: the key {key!r}")
-            _check_values(part, (*path, key), left)
+            _check_value(part, (*path, key), left)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}, which is not a finite number")
     elif isinstance(value, int) and abs(value) >= 2**63:

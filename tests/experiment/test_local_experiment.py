@@ -133,17 +133,16 @@ def test_minutes():
 
 
 def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo_config, tmp_path):
-    schedulers = {"type": "categorical", "vals": ["cosine_with_min_lr", "linear"]}
-    path = write_config(
-        dpo_config, searcher__name="grid", **{f"{ARGS}lr_scheduler_type": schedulers, f"{ARGS}max_steps": 1}
-    )
+    options = {"type": "categorical", "vals": [{"no_such_option": 1}, {}]}  # of which only the model can know
+    changes = {"searcher__name": "grid", f"{ARGS}model_init_kwargs": options, f"{ARGS}max_steps": 1}
+    path = write_config(dpo_config, **changes)
     status, out, _ = call(local_experiment.main, path, "--output", tmp_path / "out")
     assert status == 1
     failed, completed = trials_in(tmp_path / "out")
     assert (failed["state"], failed["checkpoint_uuid"], failed["metrics"]) == ("ERROR", None, {})
     assert completed["state"] == "COMPLETED"
     error = next(line for line in out.splitlines() if line.startswith("trial 1 of 2") and "ERROR" in line)
-    assert re.search(r"ERROR after \d+ s: ValueError: .*min_lr.*see .*trials/1/log\.txt", error)
+    assert re.search(r"ERROR after \d+ s: .*no_such_option.*see .*trials/1/log\.txt", error)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +164,12 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
         ("hyperparameter.dpo_beta=1", "hyperparameter is not a key of an experiment (did you mean 'hyperparameters'?)"),
         ("searcher=grid", "searcher is 'grid', which is not a mapping"),
         ("searcher", "--config 'searcher' is not key=value"),
+        (
+            "hyperparameters.training_args.num_train_epochs=-1",
+            "config.yaml: hyperparameters.training_args.num_train_ep",
+        ),
+        ("hyperparameters.training_args.optim=adamw_bnb_8bit", "optim adamw_bnb_8bit: You need to install"),
+        ("resources.slots_per_trial=two", "resources.slots_per_trial is 'two', which is not a whole number"),
     ],
 )
 def test_mistakes_cost_nothing(call, write_config, dpo_config, tmp_path, override, message):
