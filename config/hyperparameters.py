@@ -37,7 +37,7 @@ class DataSource:
 
     name: NotEmpty  # a hub id, a folder or a file
     subset: str | None = None  # a configuration of the data set; None: its default one
-    split: str | None = None  # None: train, or the only one
+    split: NotEmpty | None = None  # None: train, or the only one
     ratio: Share | None = None  # share of the rows, in (0, 1]
     number_of_samples: Count | None = None  # rows
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
@@ -68,7 +68,7 @@ class ChatTokens:
     """Whether the turn markers get token ids of their own, or remain text that the tokenizer splits."""
 
     add_chat_tokens: bool = False  # add special_tokens to the vocabulary, with new embeddings
-    special_tokens: list[str] = field(default_factory=lambda: [IM_START, IM_END])
+    special_tokens: list[NotEmpty] = field(default_factory=lambda: [IM_START, IM_END])
 
 
 TrlConfig = TypeVar("TrlConfig", "SFTConfig", "DPOConfig")
@@ -85,6 +85,15 @@ class TrainingHyperparameters(Generic[TrlConfig]):
     start_message: str = ""  # a line for the log on what DPO starts from; empty for SFT
     # TRL reports these at an evaluation, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
+
+    def check_metric(self) -> None:
+        """Raise `UserError` unless evaluations report what `training_args` choose the best model by."""
+        metric = self.args.metric_for_best_model
+        if metric and f"eval_{metric.removeprefix('eval_')}" not in self.eval_metrics:
+            known = ", ".join(self.eval_metrics)
+            raise UserError(
+                f".training_args.metric_for_best_model {metric!r} is not reported; it may be one of {known}"
+            )
 
     @property
     def split_seed(self) -> int:
@@ -114,7 +123,7 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     model_name: NotEmpty  # a hub id or a folder
     dataset: NotEmpty  # a hub id, a folder or a file
     dataset_subsets: list[DatasetSubset] = field(default_factory=lambda: [DatasetSubset(ratio=1.0)])
-    split: str | None = None  # of the data set; None: train, or the only one
+    split: NotEmpty | None = None  # of the data set; None: train, or the only one
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
     streaming: bool = False  # take number_of_samples of each subset without downloading the rest
     max_seq_length: PositiveInt | None = None  # tokens of a row, prompt and answer; None: TRL's default, 1024
@@ -131,6 +140,7 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
         from config.training_args import build_sft_config  # torch and TRL: only once everything else is right
 
         self.args = build_sft_config(self.training_args, {"max_length": ("max_seq_length", self.max_seq_length)})
+        self.check_metric()
         self.packing = self.args.packing
         self.added_tokens = self.chat_tokens.special_tokens if self.chat_tokens.add_chat_tokens else None
 
@@ -192,6 +202,7 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
         own = {name: (name, getattr(self, name)) for name in ("max_length", "precompute_ref_log_probs")}
         own |= {"beta": ("dpo_beta", self.dpo_beta), "loss_type": ("dpo_loss", self.dpo_loss)}
         self.args = build_dpo_config(self.training_args, own)
+        self.check_metric()
 
     @property
     def sources(self) -> list[DataSource]:

@@ -102,6 +102,7 @@ def build_sft_config(training_args: dict[str, Any], own: OwnKeys) -> SFTConfig:
         raise UserError(f"{KEY}.packing_strategy {args.packing_strategy!r} {reason}; {remedy}")
     if args.padding_free and not args.packing and args.max_length is not None:  # refused by TRL once a model is loaded
         raise UserError(f"{KEY}.padding_free needs packing; nothing computes padding without it either")
+    _warn_if_inexact(args)
     return args
 
 
@@ -123,7 +124,14 @@ def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
         # gathers them.
         reason = f"needs a trial on one machine; this one runs on {machines}"
         raise UserError(f"hyperparameters.precompute_ref_log_probs: true {reason}")
+    _warn_if_inexact(args)
     return args
+
+
+def _warn_if_inexact(args: SFTConfig | DPOConfig) -> None:
+    for name, value in INEXACT.items():
+        if getattr(args, name, None) == value:
+            logger.warning("training_args.%s: %s: a trial with it does not resume exactly", name, value)
 
 
 def check_training_args(
@@ -242,9 +250,6 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
                 json.loads(text)
     with reading(KEY):
         args = cls(**values)
-    for name, value in INEXACT.items():
-        if values.get(name) == value:
-            logger.warning("training_args.%s: %s: a trial with it does not resume exactly", name, value)
     model_init_kwargs: Any = args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
     for name in {"dtype", "torch_dtype"} & model_init_kwargs.keys():
         dtype, key = model_init_kwargs[name], f"{KEY}.model_init_kwargs.{name}"

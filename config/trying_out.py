@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,7 @@ def try_out(args: Any, key: str) -> None:
     """Raise `UserError`, with a key in `key`, for what the libraries would refuse once the training begins."""
     from accelerate.utils import GradientAccumulationPlugin
     from transformers import Trainer
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
     from transformers.utils import is_liger_kernel_available
 
     trainer: Any = Trainer.__new__(Trainer)  # its __init__ would start accelerate, and write to output_dir
@@ -43,8 +44,13 @@ def try_out(args: Any, key: str) -> None:
     if args.max_steps > 0 and args.get_warmup_steps(steps) > steps:
         raise UserError(f"{key}.warmup_steps {args.warmup_steps:g} is more than the {steps} steps of the training")
     with reading(f"{key}.report_to"):
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
+        get_reporting_integration_callbacks(args.report_to)  # knows the names
+    if missing := set(args.report_to) - {*get_available_reporting_integrations(), "flyte"}:
+        raise UserError(f"{key}.report_to {min(missing)!r}: its package is not installed")
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        raise UserError(f"{key}.push_to_hub needs a token of the hub, in the environment variable HF_TOKEN")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise UserError(f"{key}.dataloader_persistent_workers needs dataloader_num_workers above 0")
     with reading(f"{key}.accelerator_config"):
         GradientAccumulationPlugin(**(args.accelerator_config.gradient_accumulation_kwargs or {}))
     if args.torch_compile:

@@ -97,7 +97,9 @@ def _message(type_: Any, value: Any, invalid: ValidationError, name_key: Callabl
     if kind in KINDS:
         kinds = dict.fromkeys(_kind(error) for other, error in inside if other == path)
         given = "null" if error["input"] is None else shorten(repr(error["input"]), 100)
-        return f"{name} is {given}, which is not {' or '.join(kinds)}"
+        choices = ", ".join(error.get("ctx", {}).get("expected", "") for _, error in inside)
+        hint = nearest(given.strip("'"), re.findall("'([^']+)'", choices))
+        return f"{name} is {given}, which is not {' or '.join(kinds)}{hint}"
     if kind in ("missing", "too_short", "string_too_short"):
         return f"{name} is {'missing' if kind == 'missing' else 'empty'}"
     if "error" in context:  # raised by a check of ours
@@ -110,7 +112,7 @@ def _message(type_: Any, value: Any, invalid: ValidationError, name_key: Callabl
 
 def _kind(error: ErrorDetails) -> str:
     expected = error.get("ctx", {}).get("expected", "")  # such as "'no', 'steps' or 'epoch'"
-    return KINDS[error["type"]].format(expected=expected.replace("'", "").replace(" or ", ", "))
+    return KINDS[error["type"]].format(expected=shorten(expected.replace("'", "").replace(" or ", ", "), 150))
 
 
 def _path(value: Any, error: ErrorDetails) -> KeyPath:
