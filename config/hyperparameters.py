@@ -91,9 +91,7 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         metric = self.args.metric_for_best_model
         if metric and f"eval_{metric.removeprefix('eval_')}" not in self.eval_metrics:
             known = ", ".join(self.eval_metrics)
-            raise UserError(
-                f".training_args.metric_for_best_model {metric!r} is not reported; it may be one of {known}"
-            )
+            raise UserError(f".training_args.metric_for_best_model {metric!r} is not one that is reported: {known}")
 
     @property
     def split_seed(self) -> int:

@@ -70,7 +70,7 @@ def parse(training_args, cls=SFTHyperparameters, **others):
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers needs dataloader_num_workers above 0"),
         (
             {"metric_for_best_model": "x"},
-            "metric_for_best_model 'x' is not reported; it may be one of eval_loss, eval_",
+            "metric_for_best_model 'x' is not one that is reported: eval_loss, eval_",
         ),
         ({"optim": "adamw_troch"}, "… (did you mean 'adamw_torch'?)"),
         ({"padding_free": True}, "padding_free needs packing"),

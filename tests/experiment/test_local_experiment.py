@@ -118,11 +118,13 @@ def test_trials_are_as_python_would_run_their_script(call, write_config, sft_con
 def test_what_a_kill_kept_from_being_written(call, write_config, sft_config, tmp_path):
     """Killed after its last trial was recorded and before the rest was written: the same command writes it."""
     path = write_config(sft_config, **{f"{ARGS}max_steps": 1, f"{ARGS}dataloader_num_workers": 1})
-    assert call(local_experiment.main, path, "--output", tmp_path / "out")[0] == 0
+    # Text that looks like a number stays text in the trial's own config.
+    words = (path, "--output", tmp_path / "out", "--config", 'description="1e5"')
+    assert call(local_experiment.main, *words)[0] == 0
     best = (tmp_path / "out" / "best_checkpoint").read_text()
     for name in ("best_checkpoint", "report.html"):
         (tmp_path / "out" / name).unlink()
-    assert call(local_experiment.main, path, "--output", tmp_path / "out")[0] == 0
+    assert call(local_experiment.main, *words)[0] == 0
     assert (tmp_path / "out" / "best_checkpoint").read_text() == best
     assert "1 of 1 trial completed" in (tmp_path / "out" / "report.html").read_text()
 
