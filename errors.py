@@ -84,9 +84,16 @@ def reading(what: object) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = one_line(error) or type(error).__name__
-        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 1]}\N{HORIZONTAL ELLIPSIS}"
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {shorten(one_line(error)) or type(error).__name__}") from error
+
+
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """Begin the message of a `UserError` within with `what` it is about, such as the file."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 @contextmanager
@@ -101,6 +108,11 @@ def os_errors_of(name: object) -> Iterator[None]:
 def one_line(error: object) -> str:
     """Return the message of `error` with every run of white space, including line breaks, replaced by one space."""
     return " ".join(str(error).split())
+
+
+def shorten(text: str, longest: int = LONGEST_REASON) -> str:
+    """Return `text`, or its beginning and an ellipsis if it has more than `longest` characters."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

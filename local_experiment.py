@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.experiment import entrypoint_script, read_experiment_config
-from errors import CommandLine, UserError, exit_on_user_error, os_errors_of
-from storage.files import BUNDLE
+from errors import CommandLine, UserError, about, exit_on_user_error, os_errors_of
+from storage.files import BUNDLE, path_component
+
+CHECKPOINTS = "checkpoints"  # the folder beside those of the experiments; see storage/checkpoints.py
 
 if TYPE_CHECKING:
     from experiment.kinds import Hyperparameters
@@ -100,31 +102,42 @@ def main() -> int:
     args = parse_arguments()
     config = read_experiment_config(args.config_file, args.config)
     model_def = Path(args.model_def).resolve()
-    script = entrypoint_script(config)[0]
-    if not (model_def / script).is_file():
-        raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
+    with about(args.config_file):
+        script = entrypoint_script(config)[0]
+        if not (model_def / script).is_file():
+            raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} must be 0 or more")
     if args.max_concurrent < 1:
         raise UserError(f"--max-concurrent {args.max_concurrent} must be 1 or more")
-    name = str(config.get("name", Path(args.config_file).stem))
-    folder = Path(args.output or Path("local_runs") / name.replace("/", "_")).resolve()
+    name = config.get("name") or Path(args.config_file).stem
+    component = path_component(name)
+    if component.casefold() == CHECKPOINTS:
+        component += "_experiment"
+    folder = Path(args.output or Path("local_runs") / component).resolve()
 
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from experiment.trial_process import start_importing
 
     if not args.dry_run and model_def == BUNDLE:
         start_importing()
+    import transformers
+
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
+    from storage.checkpoints import local_checkpoint_storage
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
 
-    experiment = LocalExperiment(name, config, folder, model_def)
+    transformers.utils.logging.set_verbosity_error()  # what it warns of is in the log of each trial
+    if (store := local_checkpoint_storage()) in (folder, *folder.parents):
+        raise UserError(f"--output {folder}: checkpoints are kept in {store}; choose another folder")
     hide_progress_bars_in_logs()
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
-        trials = experiment.parse_trials()
+        with about(args.config_file):
+            experiment = LocalExperiment(name, config, folder, model_def)
+            trials = experiment.parse_trials()
         if args.dry_run:
             if experiment.kind is None:
                 raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")

@@ -7,7 +7,7 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
-from config.validation import FORBID_UNKNOWN, Count, Share, check_uuid, validate
+from config.validation import FORBID_UNKNOWN, Count, NotEmpty, Share, check_uuid, validate
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class DatasetSubset:
 class DataSource:
     """Rows to train on, and how many of them: all, a `ratio` or a `number_of_samples`. See `dataset_utils`."""
 
-    name: str  # a hub id, a folder or a file
+    name: NotEmpty  # a hub id, a folder or a file
     subset: str | None = None  # a configuration of the data set; None: its default one
-    split: str | None = None  # None: train, or the only one
+    split: NotEmpty | None = None  # None: train, or the only one
     ratio: Share | None = None  # share of the rows, in (0, 1]
     number_of_samples: Count | None = None  # rows
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
@@ -60,7 +60,7 @@ class DataCollator:
 
     def __post_init__(self) -> None:
         if (given := self.response_template) != RESPONSE_TEMPLATE:
-            raise UserError(f"response_template {given!r} is not what answers follow in ChatML: {RESPONSE_TEMPLATE!r}")
+            raise UserError(f".response_template {given!r} is not what answers follow in ChatML: {RESPONSE_TEMPLATE!r}")
 
 
 @dataclass(config=FORBID_UNKNOWN)
@@ -68,7 +68,7 @@ class ChatTokens:
     """Whether the turn markers get token ids of their own, or remain text that the tokenizer splits."""
 
     add_chat_tokens: bool = False  # add special_tokens to the vocabulary, with new embeddings
-    special_tokens: list[str] = field(default_factory=lambda: [IM_START, IM_END])
+    special_tokens: list[NotEmpty] = field(default_factory=lambda: [IM_START, IM_END])
 
 
 TrlConfig = TypeVar("TrlConfig", "SFTConfig", "DPOConfig")
@@ -85,6 +85,13 @@ class TrainingHyperparameters(Generic[TrlConfig]):
     start_message: str = ""  # a line for the log on what DPO starts from; empty for SFT
     # TRL reports these at an evaluation, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
+
+    def check_metric(self) -> None:
+        """Raise `UserError` unless evaluations report what `training_args` choose the best model by."""
+        metric = self.args.metric_for_best_model
+        if metric and f"eval_{metric.removeprefix('eval_')}" not in self.eval_metrics:
+            known = ", ".join(self.eval_metrics)
+            raise UserError(f".training_args.metric_for_best_model {metric!r} is not one that is reported: {known}")
 
     @property
     def split_seed(self) -> int:
@@ -111,10 +118,10 @@ class TrainingHyperparameters(Generic[TrlConfig]):
 class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     """`hyperparameters` of an SFT experiment. `args` is the SFTConfig that they describe."""
 
-    model_name: str  # a hub id or a folder
-    dataset: str  # a hub id, a folder or a file
+    model_name: NotEmpty  # a hub id or a folder
+    dataset: NotEmpty  # a hub id, a folder or a file
     dataset_subsets: list[DatasetSubset] = field(default_factory=lambda: [DatasetSubset(ratio=1.0)])
-    split: str | None = None  # of the data set; None: train, or the only one
+    split: NotEmpty | None = None  # of the data set; None: train, or the only one
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
     streaming: bool = False  # take number_of_samples of each subset without downloading the rest
     max_seq_length: PositiveInt | None = None  # tokens of a row, prompt and answer; None: TRL's default, 1024
@@ -124,13 +131,14 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
 
     def __post_init__(self) -> None:
         if not self.dataset_subsets:
-            raise UserError("dataset_subsets is empty; for all rows of the data set write [{ratio: 1.0}]")
+            raise UserError(".dataset_subsets is empty; for all rows of the data set write [{ratio: 1.0}]")
         if self.streaming and any(share.number_of_samples is None for share in self.dataset_subsets):
             example = "[{number_of_samples: 1000}]; a ratio needs all rows downloaded (streaming: false)"
-            raise UserError(f"streaming: true needs a number_of_samples for each of dataset_subsets, as in {example}")
+            raise UserError(f".streaming: true needs a number_of_samples for each of dataset_subsets, as in {example}")
         from config.training_args import build_sft_config  # torch and TRL: only once everything else is right
 
         self.args = build_sft_config(self.training_args, {"max_length": ("max_seq_length", self.max_seq_length)})
+        self.check_metric()
         self.packing = self.args.packing
         self.added_tokens = self.chat_tokens.special_tokens if self.chat_tokens.add_chat_tokens else None
 
@@ -167,7 +175,7 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
         *(f"eval_{name}/{side}" for name in ("logps", "logits") for side in ("chosen", "rejected")),
     )
 
-    datasets: list[str | DataSource]  # preference data sets: a hub id, a folder, a file, or one with its details
+    datasets: list[NotEmpty | DataSource]  # preference data sets: a hub id, a folder, a file, or one with its details
     model_name: str | None = None  # a hub id or a folder, for use without a model_ckpt
     model_ckpt: str | None = None  # UUID of a Determined checkpoint of an SFT run
     dpo_beta: PositiveFloat | None = None  # penalty for leaving the reference; None: TRL's default, 0.1
@@ -180,18 +188,19 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
 
     def __post_init__(self) -> None:
         if not self.datasets:
-            raise UserError("datasets is empty")
+            raise UserError(".datasets is empty")
         if not (self.model_ckpt or self.model_name):
             raise UserError("give model_ckpt (the UUID of an SFT checkpoint) or model_name")
         self.start_message = f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
         if self.model_ckpt:
-            check_uuid(self.model_ckpt, "model_ckpt")
+            check_uuid(self.model_ckpt, ".model_ckpt")
             self.start_message = f"DPO starts from checkpoint {self.model_ckpt}"
         from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
 
         own = {name: (name, getattr(self, name)) for name in ("max_length", "precompute_ref_log_probs")}
         own |= {"beta": ("dpo_beta", self.dpo_beta), "loss_type": ("dpo_loss", self.dpo_loss)}
         self.args = build_dpo_config(self.training_args, own)
+        self.check_metric()
 
     @property
     def sources(self) -> list[DataSource]:
@@ -216,9 +225,10 @@ Hyperparameters = TypeVar("Hyperparameters", bound="TrainingHyperparameters[Any]
 def parse_hyperparameters(cls: type[Hyperparameters], values: dict[str, Any]) -> Hyperparameters:
     """Return the `hyperparameters` of a trial as a `cls`.
 
-    Raises `UserError`, which names the key, for an unknown one, a value of the wrong type and a contradiction.
+    A key whose value is null (in a YAML also one with nothing after it) is as if it were not there. Raises `UserError`,
+    which names the key, for an unknown one, a value of the wrong type and a contradiction.
     """
-    return validate(cls, values, "hyperparameters")
+    return validate(cls, {key: value for key, value in values.items() if value is not None}, "hyperparameters")
 
 
 def check_searcher_metric(cls: type[Hyperparameters], metric: str) -> None:

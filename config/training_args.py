@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import sys
@@ -10,15 +11,17 @@ from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from config.validation import Count, validate
-from errors import UserError, nearest, one_line
+from config.trying_out import check_fsdp, try_out
+from config.validation import FORBID_UNKNOWN, Count, Natural, NotEmpty, validate
+from errors import UserError, nearest, reading
 
 logger = logging.getLogger(__name__)
+KEY = "hyperparameters.training_args"
 
 # The names `DPOTrainer` dispatches on. It refuses other names only at the first loss, after the reference pass.
 DPO_LOSSES = (
@@ -27,6 +30,8 @@ DPO_LOSSES = (
 )  # fmt: skip
 # The losses whose formula contains `label_smoothing`. The others would ignore it without a warning.
 SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+F_DIVERGENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 # Keys of SFTConfig and DPOConfig that would have no effect here, and what does their job.
 REFUSED = {
@@ -52,6 +57,35 @@ REFUSED_BY_DPO = REFUSED | {
 # Settings whose state is not saved in a checkpoint: rows in a newly drawn order, a reference that moves.
 INEXACT = {"train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "sync_ref_model": True}
 
+
+def _check_max_steps(steps: int) -> int:
+    if steps < 1 and steps != -1:
+        raise ValueError(f"{steps} is not a number of steps: 1 or more, or -1 for num_train_epochs")
+    return steps
+
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+# The library accepts any number for these keys. Beyond these limits it fails late, learns nothing, or learns NaN.
+LIMITS: dict[Any, str] = {
+    Count: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps"
+    " save_total_limit dataloader_prefetch_factor dataset_num_proc ddp_timeout ddp_bucket_cap_mb max_length"
+    " precompute_ref_batch_size ref_model_sync_steps",
+    Natural: "dataloader_num_workers",
+    Positive: "learning_rate num_train_epochs adam_epsilon logging_steps eval_steps save_steps beta discopop_tau",
+    NotNegative: "warmup_steps weight_decay max_grad_norm eval_delay router_aux_loss_coef neftune_noise_alpha",
+    BelowOne: "adam_beta1 adam_beta2 label_smoothing_factor label_smoothing",
+    Annotated[float, Field(ge=0, le=1)]: "ld_alpha ref_model_mixup_alpha",
+    Annotated[int, Field(ge=0, lt=2**32)]: "seed data_seed",
+    Annotated[int, AfterValidator(_check_max_steps)]: "max_steps",
+    Count | Literal["auto"]: "pad_to_multiple_of",
+    bool | Literal["all", "non_padding", "no"]: "include_num_input_tokens_seen",
+    NotEmpty: "output_dir",
+    Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]: "f_divergence_type",
+}
+LIMIT_OF = {name: limit for limit, names in LIMITS.items() for name in names.split()}
+
 Config = TypeVar("Config", SFTConfig, DPOConfig)
 OwnKeys = dict[str, tuple[str, Any]]  # TRL's name: the key of ours that sets it, and its value (None: not set)
 
@@ -60,12 +94,15 @@ def build_sft_config(training_args: dict[str, Any], own: OwnKeys) -> SFTConfig:
     """Return the SFTConfig of `training_args` and of our own keys. Raises `UserError` for what is wrong in them."""
     args = build_training_args(SFTConfig, check_training_args(SFTConfig, training_args, own, REFUSED_BY_SFT))
     if args.packing and args.max_length is None:
-        raise UserError("training_args.packing needs max_seq_length, the length of a pack")
+        raise UserError(f"{KEY}.packing needs max_seq_length, the length of a pack")
     if args.packing and args.packing_strategy != "bfd" and args.eval_packing is False:
         # TRL would cut the evaluation's rows itself, without a warning.
         reason = "splits long rows, which eval_packing: false would have to cut"
         remedy = "leave eval_packing out, or use packing_strategy: bfd"
-        raise UserError(f"training_args.packing_strategy {args.packing_strategy!r} {reason}; {remedy}")
+        raise UserError(f"{KEY}.packing_strategy {args.packing_strategy!r} {reason}; {remedy}")
+    if args.padding_free and not args.packing and args.max_length is not None:  # refused by TRL once a model is loaded
+        raise UserError(f"{KEY}.padding_free needs packing; nothing computes padding without it either")
+    _warn_if_inexact(args)
     return args
 
 
@@ -73,12 +110,28 @@ def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
     """Return the DPOConfig of `training_args` and of our own keys. Raises `UserError` for what is wrong in them."""
     values = check_training_args(DPOConfig, training_args, own, REFUSED_BY_DPO)
     args = build_training_args(DPOConfig, resolve_dpo_loss(values))
+    # What TRL refuses once the model is loaded.
+    if args.f_divergence_type != "reverse_kl" and not set(args.loss_type) <= F_DIVERGENCE_LOSSES:
+        known = ", ".join(sorted(F_DIVERGENCE_LOSSES))
+        raise UserError(f"{KEY}.f_divergence_type {args.f_divergence_type!r} needs a dpo_loss among {known}")
+    if args.use_weighting and {"aot", "aot_unpaired"} & set(args.loss_type):
+        raise UserError(f"{KEY}.use_weighting: the dpo_loss 'aot' and 'aot_unpaired' have no weights of pairs")
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise UserError(f"{KEY}.sync_ref_model: with precompute_ref_log_probs the reference cannot move")
     machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if args.precompute_ref_log_probs and machines > 1:
         # TRL 1.16 writes them to the first machine's disk and reads them there on every one. This can go once it
         # gathers them.
-        raise UserError(f"precompute_ref_log_probs: true needs a trial on one machine; this one runs on {machines}")
+        reason = f"needs a trial on one machine; this one runs on {machines}"
+        raise UserError(f"hyperparameters.precompute_ref_log_probs: true {reason}")
+    _warn_if_inexact(args)
     return args
+
+
+def _warn_if_inexact(args: SFTConfig | DPOConfig) -> None:
+    for name, value in INEXACT.items():
+        if getattr(args, name, None) == value:
+            logger.warning("training_args.%s: %s: a trial with it does not resume exactly", name, value)
 
 
 def check_training_args(
@@ -87,13 +140,13 @@ def check_training_args(
     """Return `training_args`, checked against the fields of `cls`, and our own keys under TRL's names."""
     for name in training_args:
         if name in refused:
-            raise UserError(f"training_args.{name} has no effect here: {refused[name]}")
+            raise UserError(f"{KEY}.{name} has no effect here: {refused[name]}")
     model = _model_of(cls)  # type: ignore[arg-type]  # mypy takes a dataclass's own hash for its class's
-    checked = validate(model, training_args, "training_args")
+    checked = validate(model, training_args, KEY)
     values = {name: getattr(checked, name) for name in training_args}
     for name, (key, value) in own.items():
         if name in training_args and value is not None:
-            raise UserError(f"{key} and training_args.{name} set the same thing; keep one of them")
+            raise UserError(f"hyperparameters.{key} and {KEY}.{name} set the same thing; keep one of them")
         values |= {} if value is None else {name: value}
     return values
 
@@ -101,13 +154,16 @@ def check_training_args(
 @functools.cache
 def _model_of(cls: Any) -> type[BaseModel]:
     """The fields of `cls` as a pydantic model, with some types narrower or wider than upstream's hints."""
-    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    hints = typing.get_type_hints(cls) | dict.fromkeys(batches, Count) | {"fsdp": bool | str | None}
+    hints = typing.get_type_hints(cls) | {"fsdp": bool | str | None}
+    for field in dataclasses.fields(cls):
+        limit = LIMIT_OF.get(field.name) or Literal[tuple(field.metadata.get("choices", ()))]
+        if limit != Literal[()]:
+            hints[field.name] = limit | None if type(None) in typing.get_args(hints[field.name]) else limit
     # TRL refuses another loss for SFT too, but only once the model is loaded.
     hints["loss_type"] = Literal["nll", "dft"] if cls is SFTConfig else str | list[str]
     fields: dict[str, Any] = {f.name: (_narrow(hints[f.name]), None) for f in dataclasses.fields(cls) if f.init}
     # `arbitrary_types_allowed` is for classes of the library's that a later release may add.
-    config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+    config = ConfigDict(**FORBID_UNKNOWN, protected_namespaces=(), arbitrary_types_allowed=True)
     return create_model(cls.__name__, __config__=config, **fields)
 
 
@@ -133,25 +189,28 @@ def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
     losses = training_args.get("loss_type", ["sigmoid"])
     losses = [losses] if isinstance(losses, str) else losses
     smoothing = training_args.get("label_smoothing", 0.0)
-    resolved = dict(training_args)
+    resolved, loss_key = dict(training_args), "hyperparameters.dpo_loss"
     if losses == ["cdpo"]:
         if "loss_weights" in training_args or not 0 < smoothing < 0.5:
-            raise UserError("dpo_loss 'cdpo' needs training_args.label_smoothing in (0, 0.5), and no loss_weights")
+            raise UserError(f"{loss_key} 'cdpo' needs training_args.label_smoothing in (0, 0.5), and no loss_weights")
         losses = ["sigmoid", "robust"]
         resolved["loss_weights"] = [2 * (1 - smoothing), -(1 - 2 * smoothing)]
+    if not losses:
+        raise UserError(f"{loss_key} is empty")
     for loss in losses:
         if loss == "kto_pair":
-            raise UserError("dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own; 'apo_zero' is the nearest")
+            instead = "TRL made KTO a trainer of its own; 'apo_zero' is the nearest"
+            raise UserError(f"{loss_key} 'kto_pair' is gone: {instead}")
         if loss not in DPO_LOSSES:
             known = f"{', '.join(DPO_LOSSES)}, cdpo{nearest(loss, DPO_LOSSES)}"
-            raise UserError(f"dpo_loss {loss!r} is not one of {known}")
+            raise UserError(f"{loss_key} {loss!r} is not one of {known}")
     if "robust" in losses and not 0 <= smoothing < 0.5:
-        raise UserError(f"training_args.label_smoothing {smoothing:g} is not in [0, 0.5); dpo_loss 'robust' needs that")
+        raise UserError(f"{KEY}.label_smoothing {smoothing:g} is not in [0, 0.5); dpo_loss 'robust' needs that")
     if smoothing and not SMOOTHED_LOSSES & set(losses):
         smoothed = f"cdpo and {', '.join(sorted(SMOOTHED_LOSSES))}"
-        raise UserError(f"training_args.label_smoothing has no effect on dpo_loss {losses[0]!r}, only on {smoothed}")
+        raise UserError(f"{KEY}.label_smoothing has no effect on dpo_loss {losses[0]!r}, only on {smoothed}")
     if "exo_pair" in losses and not smoothing:
-        raise UserError("dpo_loss 'exo_pair' needs training_args.label_smoothing above 0 (its paper uses 1e-3)")
+        raise UserError(f"{loss_key} 'exo_pair' needs training_args.label_smoothing above 0 (its paper uses 1e-3)")
     return resolved | {"loss_type": losses}
 
 
@@ -171,6 +230,7 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
             values.setdefault(old.replace("gradient", "activation"), values.pop(old))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if values.get("fsdp") and processes == 1:
+        check_fsdp(cls, values, KEY)
         logger.info("training_args.fsdp: there is one process, so nothing to shard; left out")
         values = {name: value for name, value in values.items() if name not in ("fsdp", "fsdp_config")}
     elif values.get("fsdp") and not torch.accelerator.is_available():
@@ -182,21 +242,23 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     if not torch.cuda.is_available():
         # Otherwise the library refuses bf16 on a machine without a GPU, though its CPU may have it.
         values.setdefault("use_cpu", not torch.backends.mps.is_available())
-    try:
+    for name in cls._VALID_DICT_FIELDS:  # may be JSON
+        if isinstance(text := values.get(name), str) and (text.startswith("{") or name.endswith("_kwargs")):
+            with reading(f"{KEY}.{name} {text!r}"):
+                if not text.startswith("{"):
+                    raise ValueError("not a mapping")
+                json.loads(text)
+    with reading(KEY):
         args = cls(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"training_args: {one_line(error)}") from error
-    for name, value in INEXACT.items():
-        if values.get(name) == value:
-            logger.warning("training_args.%s: %s: a trial with it does not resume exactly", name, value)
     model_init_kwargs: Any = args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
     for name in {"dtype", "torch_dtype"} & model_init_kwargs.keys():
-        dtype, key = model_init_kwargs[name], f"training_args.model_init_kwargs.{name}"
+        dtype, key = model_init_kwargs[name], f"{KEY}.model_init_kwargs.{name}"
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise UserError(f"{key} {dtype!r} is not a dtype of torch")
         if dtype != "float32":
             remedy = "for autocast set training_args.bf16 or .fp16"
             raise UserError(f"{key} {dtype!r}: weights stay float32, or small steps would not move them; {remedy}")
+    try_out(args, KEY)
     return args
 
 

@@ -9,20 +9,22 @@ from typing import Annotated, Any, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from errors import UserError, nearest
+from errors import UserError, nearest, shorten
 
 KeyPath = tuple[str | int, ...]  # the keys and list indices that lead from a value to a part of it
 
-FORBID_UNKNOWN = ConfigDict(extra="forbid")  # for pydantic's dataclasses and models
+FORBID_UNKNOWN = ConfigDict(extra="forbid", allow_inf_nan=False)  # for pydantic's dataclasses and models
+Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+NotEmpty = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 # Former names of keys, from the published example or older releases, where the nearest name would mislead.
 RENAMED = {
     "hyperparameters.model": "model_name",
-    "training_args.evaluation_strategy": "eval_strategy",
-    "training_args.warmup_ratio": "warmup_steps, where a number below 1 is a ratio",
-    "training_args.group_by_length": "train_sampling_strategy: group_by_length",
+    "hyperparameters.training_args.evaluation_strategy": "eval_strategy",
+    "hyperparameters.training_args.warmup_ratio": "warmup_steps, where a number below 1 is a ratio",
+    "hyperparameters.training_args.group_by_length": "train_sampling_strategy: group_by_length",
 }
 # pydantic's types of errors: a key that no field has; a value of the wrong kind, and which one was expected.
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -83,7 +85,8 @@ def validate(
 
 def dotted(key: str, path: KeyPath) -> str:
     """Return the name of the part of `key` that `path` leads to, as in `hyperparameters.datasets[0].ratio`."""
-    return key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    parts = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return key + parts if key else parts.removeprefix(".")
 
 
 def _message(type_: Any, value: Any, invalid: ValidationError, name_key: Callable[[KeyPath], str], noun: str) -> str:
@@ -99,18 +102,23 @@ def _message(type_: Any, value: Any, invalid: ValidationError, name_key: Callabl
         return f"{name} is not {noun}{hint}"
     if kind in KINDS:
         kinds = dict.fromkeys(_kind(error) for other, error in inside if other == path)
-        return f"{name} is {error['input']!r}, which is not {' or '.join(kinds)}"
-    if kind in ("missing", "too_short"):
+        given = "null" if error["input"] is None else shorten(repr(error["input"]), 100)
+        choices = ", ".join(error.get("ctx", {}).get("expected", "") for _, error in inside)
+        hint = nearest(given.strip("'"), re.findall("'([^']+)'", choices))
+        return f"{name} is {given}, which is not {' or '.join(kinds)}{hint}"
+    if kind in ("missing", "too_short", "string_too_short"):
         return f"{name} is {'missing' if kind == 'missing' else 'empty'}"
     if "error" in context:  # raised by a check of ours
-        return text if (text := str(context["error"])).startswith(name) else f"{name}: {text}"
+        # It begins with the whole key, with the rest of it (`.part`), or with neither.
+        text = str(context["error"])
+        return text if text.startswith(name) else f"{name}{'' if text.startswith('.') else ': '}{text}"
     bound = error["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
     return f"{name} {error['input']} is not {bound.replace('less than or equal to', 'at most')}"
 
 
 def _kind(error: ErrorDetails) -> str:
     expected = error.get("ctx", {}).get("expected", "")  # such as "'no', 'steps' or 'epoch'"
-    return KINDS[error["type"]].format(expected=expected.replace("'", "").replace(" or ", ", "))
+    return KINDS[error["type"]].format(expected=shorten(expected.replace("'", "").replace(" or ", ", "), 150))
 
 
 def _path(value: Any, error: ErrorDetails) -> KeyPath:

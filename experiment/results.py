@@ -200,7 +200,7 @@ def read_local(folder: Path) -> Experiment:
     """Read an experiment from its folder, unfinished trials too. Raises `UserError` if it cannot be read."""
     config = read_local_config(folder)
     with reading(folder / "experiment.json"):
-        experiment = Experiment(str(config.get("name", folder.resolve().name)), config, folder)
+        experiment = Experiment(str(config.get("name") or folder.resolve().name), config, folder)
         trials = expand_trials(config)
     experiment.results, experiment.damaged = read_results(folder, trials)
     for trial_id, hparams in enumerate(trials, start=1):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from determined.common.util import yaml_safe_dump
 from rich.console import Console
 from rich.live import Live
 
@@ -180,11 +180,12 @@ class LocalExperiment(Experiment):
     def start(self, trial_id: int, max_concurrent: int) -> None:
         """Start a trial's process: it resumes if it was started before."""
         folder = self.folder / "trials" / str(trial_id)
-        searcher = {**self.config["searcher"], "name": "single"}
+        searcher = {key: value for key, value in self.config["searcher"].items() if key != "max_concurrent_trials"}
+        searcher["name"] = "single"
         config = {**self.config, "hyperparameters": self.trials[trial_id - 1], "searcher": searcher}
         with os_errors_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            write_atomically(folder / "config.yaml", yaml_safe_dump(config, default_flow_style=False))
         script, *arguments = entrypoint_script(self.config)
         arguments += ["--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)]
         arguments += ["--cache", str(self.folder / "cache")]

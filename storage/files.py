@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,12 @@ from typing import Any
 from errors import os_errors_of
 
 BUNDLE = Path(__file__).resolve().parent.parent  # the project's own folder, wherever it was copied to
+
+
+def path_component(name: str) -> str:
+    """Return `name` as one that a file or folder can have: one part of a path, not hidden, at most 100 bytes long."""
+    safe = re.sub(r"[^\w .+=@,()-]", "_", name).strip(". ").encode()[:100].decode(errors="ignore").rstrip(". ")
+    return safe or "experiment"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -94,7 +94,7 @@ def test_entrypoint_script_is_found_behind_a_launcher():
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("a: [1", [], "not YAML"),
+        ("a: [1", [], "c.yaml: line 1, column 6: expected .,. or .\]., but got"),
         ("- a\n", [], "not a mapping"),
         ("name: x\n", [], "hyperparameters is missing"),
         ("hyperparameters: {}\nsearcher: grid\n", [], "searcher is 'grid', which is not a mapping"),

@@ -44,7 +44,10 @@ def test_trls_own_names_serve_as_well():
         ({"model_name": 5}, "hyperparameters.model_name is 5, which is not text"),
         ({"max_seq_length": "4k"}, "hyperparameters.max_seq_length is '4k', which is not a whole number"),
         ({"max_seq_length": 0}, "max_seq_length 0 is not greater than 0"),
-        ({"max_seq_length": 9, "training_args": {"max_length": 9}}, "max_seq_length and training_args.max_length"),
+        (
+            {"max_seq_length": 9, "training_args": {"max_length": 9}},
+            "max_seq_length and hyperparameters.training_args.max_length",
+        ),
         ({"dataset_subsets": [{"subset": "a"}]}, r"dataset_subsets\[0\]: subset 'a'.*this has neither"),
         ({"dataset_subsets": [{"subset": "a", "ratio": 1, "number_of_samples": 1}]}, "this has both"),
         ({"dataset_subsets": [{"subset": "a", "ratio": 1.5}]}, r"dataset_subsets\[0\].ratio 1.5 is not at most 1"),
@@ -99,7 +102,10 @@ def test_sft_errors_name_the_key(values, message):
         ({"datasets": [1]}, r"datasets\[0\] is 1, which is not text"),
         ({"datasets": []}, "datasets is empty"),
         ({"dpo_beta": 0}, "dpo_beta 0 is not greater than 0"),
-        ({"dpo_beta": 0.1, "training_args": {"beta": 0.1}}, "dpo_beta and training_args.beta set the same thing"),
+        (
+            {"dpo_beta": 0.1, "training_args": {"beta": 0.1}},
+            "dpo_beta and hyperparameters.training_args.beta set the same thing",
+        ),
         ({"dpo_loss": "sigmod"}, r"dpo_loss 'sigmod' is not one of .* \(did you mean 'sigmoid'\?\)"),
         ({"dpo_loss": "kto_pair"}, "dpo_loss 'kto_pair' is gone: TRL made KTO a trainer of its own"),
         ({"dpo_loss": "cdpo"}, "dpo_loss 'cdpo' needs training_args.label_smoothing"),

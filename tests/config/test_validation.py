@@ -51,7 +51,7 @@ def test_a_value_of_the_right_type_is_accepted(hint, value, expected):
         (float, True, "key is True, which is not a number"),
         (bool, 1, "key is 1, which is not true or false"),
         (str, datetime.date(2024, 1, 1), "key is datetime.date(2024, 1, 1), which is not text"),
-        (Color, "green", "key is 'green', which is not one of red, blue"),
+        (Color, "green", "key is 'green', which is not one of red, blue (did you mean 'red'?)"),
         (str | list[str] | None, 5, "key is 5, which is not text or a list, as in [a, b]"),
         (list[str | DataSource], [5], "key[0] is 5, which is not text or a mapping"),
         (list[str | DataSource], ["a", {"rato": 1}], "key[1].rato is not a hyperparameter (did you mean 'ratio'?)"),

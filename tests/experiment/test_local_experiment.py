@@ -118,11 +118,13 @@ def test_trials_are_as_python_would_run_their_script(call, write_config, sft_con
 def test_what_a_kill_kept_from_being_written(call, write_config, sft_config, tmp_path):
     """Killed after its last trial was recorded and before the rest was written: the same command writes it."""
     path = write_config(sft_config, **{f"{ARGS}max_steps": 1, f"{ARGS}dataloader_num_workers": 1})
-    assert call(local_experiment.main, path, "--output", tmp_path / "out")[0] == 0
+    # Text that looks like a number stays text in the trial's own config.
+    words = (path, "--output", tmp_path / "out", "--config", 'description="1e5"')
+    assert call(local_experiment.main, *words)[0] == 0
     best = (tmp_path / "out" / "best_checkpoint").read_text()
     for name in ("best_checkpoint", "report.html"):
         (tmp_path / "out" / name).unlink()
-    assert call(local_experiment.main, path, "--output", tmp_path / "out")[0] == 0
+    assert call(local_experiment.main, *words)[0] == 0
     assert (tmp_path / "out" / "best_checkpoint").read_text() == best
     assert "1 of 1 trial completed" in (tmp_path / "out" / "report.html").read_text()
 
@@ -206,17 +208,16 @@ def test_minutes():
 
 
 def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo_config, tmp_path):
-    schedulers = {"type": "categorical", "vals": ["cosine_with_min_lr", "linear"]}
-    path = write_config(
-        dpo_config, searcher__name="grid", **{f"{ARGS}lr_scheduler_type": schedulers, f"{ARGS}max_steps": 1}
-    )
+    options = {"type": "categorical", "vals": [{"no_such_option": 1}, {}]}  # of which only the model can know
+    changes = {"searcher__name": "grid", f"{ARGS}model_init_kwargs": options, f"{ARGS}max_steps": 1}
+    path = write_config(dpo_config, **changes)
     status, out, _ = call(local_experiment.main, path, "--output", tmp_path / "out")
     assert status == 1
     failed, completed = trials_in(tmp_path / "out")
     assert (failed["state"], failed["checkpoint_uuid"], failed["metrics"]) == ("ERROR", None, {})
     assert completed["state"] == "COMPLETED"
     error = next(line for line in out.splitlines() if line.startswith("trial 1 of 2") and "ERROR" in line)
-    assert re.search(r"ERROR after \d+ s: ValueError: .*min_lr.*see .*trials/1/log\.txt", error)
+    assert re.search(r"ERROR after \d+ s: .*no_such_option.*see .*trials/1/log\.txt", error)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,12 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
         ("hyperparameter.dpo_beta=1", "hyperparameter is not a key of an experiment (did you mean 'hyperparameters'?)"),
         ("searcher=grid", "searcher is 'grid', which is not a mapping"),
         ("searcher", "--config 'searcher' is not key=value"),
+        (
+            "hyperparameters.training_args.num_train_epochs=-1",
+            "config.yaml: hyperparameters.training_args.num_train_ep",
+        ),
+        ("hyperparameters.training_args.optim=adamw_bnb_8bit", "optim adamw_bnb_8bit: You need to install"),
+        ("resources.slots_per_trial=two", "resources.slots_per_trial is 'two', which is not a whole number"),
     ],
 )
 def test_mistakes_cost_nothing(call, write_config, dpo_config, tmp_path, override, message):

@@ -1,0 +1,133 @@
+"""The keys of an experiment beside its hyperparameters, with their types: what Determined's master accepts.
+
+The master checks them when an experiment is created (its schemas/expconf/v0). Neither the CLI nor the Python package
+knows them. Where it only ignores a key, as `data`, or few have what it is about, as `slurm`, any mapping will do.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, create_model
+
+from config.validation import FORBID_UNKNOWN, Count, Natural, validate
+from errors import UserError
+
+Texts = list[str]
+
+
+def _keys(title: str, required: str = "", /, **types: Any) -> Any:
+    """A model of a mapping: a key may be missing or null unless it is `required`."""
+    fields: Any = {key: (type_ if key in required.split() else (type_ | None, None)) for key, type_ in types.items()}
+    return create_model(title, __config__=FORBID_UNKNOWN, **fields)
+
+
+def _checked(type_: Any, is_right: Callable[[Any], object], wrong: str) -> Any:
+    """The type of the values of `type_` that are right; the others are told to be `wrong`."""
+
+    def check(value: Any) -> Any:
+        if not is_right(value):
+            raise ValueError(f"{value!r} {wrong}" if isinstance(value, str) else wrong)
+        return value
+
+    return Annotated[type_, AfterValidator(check)]
+
+
+ABSOLUTE_PATH = _checked(str, lambda path: path.startswith("/"), "is not an absolute path")
+MEMORY_SIZE = re.compile(r"([0-9]*[.])?[0-9]+ ?(([kmgtp](i?b)?)|b)?", re.IGNORECASE)
+BY_DEVICE = dict.fromkeys(("cpu", "cuda", "rocm", "gpu"))
+LENGTH = _checked(
+    _keys("Length", batches=Natural, records=Natural, epochs=Natural),
+    lambda length: len(length.model_fields_set) == 1,
+    "give one of batches, records and epochs",
+)
+BIND_MOUNT = _keys(
+    "BindMount", "host_path container_path",
+    host_path=ABSOLUTE_PATH, container_path=str, read_only=bool, propagation=str,
+)  # fmt: skip
+PROXY_PORT = _keys(
+    "ProxyPort", "proxy_port", proxy_port=float, proxy_tcp=bool, unauthenticated=bool, default_service_id=bool
+)
+ENVIRONMENT = _keys(
+    "Environment",
+    image=str | _keys("Images", **dict.fromkeys(BY_DEVICE, str)),
+    environment_variables=Texts | _keys("Variables", **dict.fromkeys(BY_DEVICE, Texts)),
+    proxy_ports=list[PROXY_PORT], ports=dict[str, int], force_pull_image=bool, registry_auth=dict[str, str | None],  # type: ignore[valid-type]
+    add_capabilities=Texts, drop_capabilities=Texts, pod_spec=dict,
+)  # fmt: skip
+RESOURCES = _keys(
+    "Resources",
+    agent_label=str, devices=list[str | dict[str, str]], is_single_node=bool, max_slots=int, native_parallel=bool,
+    priority=Annotated[int, Field(ge=1, le=99)], resource_pool=str, slots=int, slots_per_trial=Natural, weight=float,
+    shm_size=int | _checked(str, MEMORY_SIZE.fullmatch, "is not a size of memory, as in 2g"),
+)  # fmt: skip
+ACTION = Literal["cancel_retries", "exclude_node"]
+LOG_POLICY = _checked(
+    _keys("LogPolicy", name=str, pattern=str, action=ACTION | _keys("LogAction", "type", type=ACTION)),
+    lambda policy: policy.name or policy.model_fields_set >= {"pattern", "action"},
+    "give a name, or a pattern and an action",
+)
+PROFILING = _keys("Profiling", enabled=bool, begin_on_batch=Natural, end_after_batch=Natural, sync_timings=bool)
+OPTIMIZATIONS = _keys(
+    "Optimizations",
+    aggregation_frequency=Count, auto_tune_tensor_fusion=bool, average_aggregated_gradients=bool,
+    average_training_metrics=bool, gradient_compression=bool, grad_updates_size_file=str,
+    mixed_precision=Literal["O0", "O1", "O2", "O3"], tensor_fusion_cycle_time=Natural, tensor_fusion_threshold=Natural,
+)  # fmt: skip
+EXPERIMENT: type[BaseModel] = _keys(
+    "Experiment", "hyperparameters searcher",
+    hyperparameters=dict, searcher=dict, checkpoint_storage=dict, name=str, entrypoint=str | Texts, description=str,
+    bind_mounts=list[BIND_MOUNT], environment=ENVIRONMENT, resources=RESOURCES, log_policies=list[LOG_POLICY],  # type: ignore[valid-type]
+    max_restarts=Natural, checkpoint_policy=Literal["best", "all", "none"], labels=Texts, workspace=str, project=str,
+    min_checkpoint_period=LENGTH, min_validation_period=LENGTH, scheduling_unit=Count, records_per_epoch=int,
+    perform_initial_validation=bool, preemption_timeout=int, debug=bool, profiling=PROFILING,
+    optimizations=OPTIMIZATIONS, reproducibility=_keys("Reproducibility", experiment_seed=Natural),
+    retention_policy=_keys("Retention", log_retention_days=Annotated[int, Field(ge=-1, le=32767)]),
+    **dict.fromkeys(("data", "data_layer", "integrations", "internal", "pbs", "security", "slurm"), dict),
+    tensorboard_storage=dict,
+)  # fmt: skip
+
+CONCURRENT = {"max_concurrent_trials": Natural}
+SEVERAL = {**CONCURRENT, "max_trials": Count}
+SEARCHERS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "grid": CONCURRENT,
+    "random": SEVERAL,
+    "adaptive_asha": SEVERAL | dict.fromkeys(("bracket_rungs", "max_rungs", "max_time", "time_metric", "mode"), Any)
+    | dict.fromkeys(("divisor", "stop_once"), Any),
+}  # fmt: skip
+TEXT_OF_STORAGE = {  # the keys whose values are text
+    "shared_fs": "host_path storage_path propagation container_path checkpoint_path tensorboard_path",
+    "directory": "container_path",
+    "s3": "access_key bucket secret_key endpoint_url prefix",
+    "gcs": "bucket prefix",
+    "azure": "container connection_string account_url credential",
+}
+# For a section with variants: the key that says which one is meant, the keys that all have, and those of each.
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "searcher": (
+        "name",
+        {"metric": str, "smaller_is_better": bool, "max_length": Natural | LENGTH, "source_trial_id": int,
+         "source_checkpoint_uuid": str},
+        SEARCHERS,
+    ),
+    "checkpoint_storage": (
+        "type",
+        dict.fromkeys(("save_experiment_best", "save_trial_best", "save_trial_latest"), Natural),
+        {kind: dict.fromkeys(keys.split(), str) for kind, keys in TEXT_OF_STORAGE.items()},
+    ),
+}  # fmt: skip
+
+
+def check_experiment(config: dict[str, Any]) -> None:
+    """Raise `UserError`, which names the key, for what Determined would not accept in `config`."""
+    validate(EXPERIMENT, config, "", noun="a key of an experiment")
+    for section, (tag, common, variants) in VARIANTS.items():
+        given = config.get(section) or {}
+        kind = given.get(tag)
+        if kind is not None and kind not in tuple(variants):
+            raise UserError(f"{section}.{tag} is {kind!r}, which is not one of {', '.join(variants)}")
+        # Without a kind, the cluster's administrator has said which one it is.
+        own = variants[kind] if kind else {key: type_ for keys in variants.values() for key, type_ in keys.items()}
+        noun = f"a key of {section}{f' with {tag} {kind}' if kind else ''}"
+        validate(_keys(section, **{tag: str}, **common, **own), given, section, noun=noun)

@@ -1,0 +1,160 @@
+"""What the libraries would refuse once a training begins, and what they would accept that makes no sense."""
+
+import os
+
+import pytest
+import torch
+
+from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from errors import UserError
+
+SFT = {"model_name": "m", "dataset": "d"}
+DPO = {"model_name": "m", "datasets": ["d"]}
+
+
+def parse(training_args, cls=SFTHyperparameters, **others):
+    values = (SFT if cls is SFTHyperparameters else DPO) | others
+    return parse_hyperparameters(cls, {**values, "training_args": {"use_cpu": True, "bf16": False, **training_args}})
+
+
+@pytest.mark.parametrize(
+    ("training_args", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate 0 is not greater than 0"),
+        ({"learning_rate": float("inf")}, "learning_rate inf is not a finite number"),
+        ({"num_train_epochs": -1}, "num_train_epochs -1 is not greater than 0"),
+        ({"max_steps": 0}, "max_steps: 0 is not a number of steps: 1 or more, or -1 for num_train_epochs"),
+        ({"max_steps": -2}, "max_steps: -2 is not a number of steps: 1 or more, or -1 for num_train_epochs"),
+        ({"max_steps": 10, "warmup_steps": 11}, "warmup_steps 11 is more than the 10 steps of the training"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1 is not at least 0"),
+        ({"adam_beta1": 1}, "adam_beta1 1 is not less than 1"),
+        ({"max_grad_norm": -1}, "max_grad_norm -1 is not at least 0"),
+        ({"seed": 2**32}, "seed 4294967296 is not less than 4294967296"),
+        ({"logging_steps": 0}, "logging_steps 0 is not greater than 0"),
+        ({"save_total_limit": 0}, "save_total_limit 0 is not at least 1"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is not at least 1"),
+        ({"log_level": "loud"}, "log_level is 'loud', which is not one of detail, debug, info, warning, error, crit"),
+        ({"train_sampling_strategy": "x"}, "train_sampling_strategy is 'x', which is not one of random, sequential"),
+        ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit: You need to install `bitsandbytes`"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "optim_args: not enough values to unpack"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_type cosine_with_min_lr: One of min_lr or min",
+        ),
+        ({"lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_kwargs: get_linear_schedule_with_warmup() got an unexpected"),
+        ({"lr_scheduler_kwargs": "{x"}, "lr_scheduler_kwargs '{x': Expecting property name"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}, "warmup_steps": 5},
+            "lr_scheduler_kwargs: could not convert string to float: 'x'",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1.0}},
+            "lr_scheduler_kwargs: the learning rate would be -",
+        ),
+        ({"report_to": "no_such_tracker"}, "report_to: no_such_tracker is not supported, only"),
+        ({"report_to": "mlflow"}, "report_to 'mlflow': its package is not installed"),
+        ({"deepspeed": {"train_batch_size": 1}}, "training_args: No package metadata was found for The 'deepspeed"),
+        ({"fsdp": True, "fsdp_config": {"auto_wrap_policy": "X"}}, "fsdp_config: `auto_wrap_policy` must be one of"),
+        ({"fsdp": True, "fsdp_config": {"state_dict_type": "X"}}, "fsdp_config: 'X'"),
+        ({"accelerator_config": {"x": 1}}, "training_args: AcceleratorConfig.__init__() got an unexpected keyword"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"x": 1}}},
+            "accelerator_config: GradientAccumulationPlugin.__init__() got an unexpected keyword argument 'x'",
+        ),
+        ({"torch_compile": True, "torch_compile_mode": "x"}, "torch_compile: Unrecognized mode=x, should be one of"),
+        ({"activation_checkpointing_kwargs": {"x": 1}}, "activation_checkpointing_kwargs: Sequential.forward() got an"),
+        ({"model_init_kwargs": "x"}, "model_init_kwargs 'x': not a mapping"),
+        ({"model_init_kwargs": {"attn_implementation": "x"}}, 'attn_implementation: Specified `attn_implementation="x'),
+        ({"use_liger_kernel": True}, "use_liger_kernel: the package liger-kernel is not installed"),
+        ({"push_to_hub": True}, "push_to_hub needs a token of the hub"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers needs dataloader_num_workers above 0"),
+        (
+            {"metric_for_best_model": "x"},
+            "metric_for_best_model 'x' is not one that is reported: eval_loss, eval_",
+        ),
+        ({"optim": "adamw_troch"}, "… (did you mean 'adamw_torch'?)"),
+        ({"padding_free": True}, "padding_free needs packing"),
+        ({"fp16": True, "bf16": True}, "training_args: At most one of fp16 and bf16 can be True, but not both"),
+    ],
+)
+def test_training_args_that_no_training_takes(training_args, message, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(UserError) as error:
+        parse(training_args)
+    assert str(error.value).startswith("hyperparameters.training_args")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("training_args", "others", "message"),
+    [
+        ({"beta": float("inf")}, {}, "hyperparameters.training_args.beta inf is not a finite number"),
+        ({}, {"dpo_beta": float("nan")}, "hyperparameters.dpo_beta nan is not a finite number"),
+        ({}, {"dpo_loss": []}, "hyperparameters.dpo_loss is empty"),
+        ({"ld_alpha": 2}, {}, "hyperparameters.training_args.ld_alpha 2 is not at most 1"),
+        ({"loss_weights": [1, 2]}, {}, "hyperparameters.training_args: `loss_weights` must have the same length"),
+        (
+            {"f_divergence_type": "js_divergence"},
+            {"dpo_loss": "apo_zero"},
+            "hyperparameters.training_args.f_divergence_type 'js_divergence' needs a dpo_loss among discopop,",
+        ),
+        (
+            {"use_weighting": True},
+            {"dpo_loss": "aot"},
+            "training_args.use_weighting: the dpo_loss 'aot'",
+        ),
+        (
+            {"sync_ref_model": True},
+            {"precompute_ref_log_probs": True},
+            "hyperparameters.training_args.sync_ref_model: with precompute_ref_log_probs the reference cannot move",
+        ),
+    ],
+)
+def test_dpos_own(training_args, others, message):
+    with pytest.raises(UserError) as error:
+        parse(training_args, DPOHyperparameters, **others)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "training_args",
+    [
+        {"max_steps": -1, "warmup_steps": 500},
+        {"max_steps": 1, "warmup_steps": 0.1},
+        {"optim": "sgd", "optim_args": "momentum=0.9"},
+        {"optim": "adafactor", "lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}'},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"fsdp": True, "fsdp_config": {"version": 1, "transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}},
+        {"model_init_kwargs": {"attn_implementation": "eager"}},
+        {"activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"metric_for_best_model": "loss", "save_strategy": "best", "eval_strategy": "epoch"},
+        {"max_length": None, "pad_to_multiple_of": "auto", "max_grad_norm": 0},
+    ],
+)
+def test_training_args_that_do(training_args):
+    parse(training_args)
+
+
+def test_trying_out_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Neither files, nor drawn random numbers, nor what FSDP tells its processes, nor accelerate's state."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.chdir(tmp_path)
+    before, drawn = dict(os.environ), torch.random.get_rng_state()
+    AcceleratorState._reset_state()
+    parse({"fsdp": True, "output_dir": "out", "model_init_kwargs": {"attn_implementation": "sdpa"}})
+    assert list(tmp_path.iterdir()) == []
+    assert dict(os.environ) == before
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert AcceleratorState._shared_state == {}
+
+
+def test_null_is_as_if_the_key_were_not_there():
+    hparams = parse({}, columns=None, max_seq_length=None, dataset_subsets=None)
+    assert (hparams.columns, hparams.args.max_length, hparams.dataset_subsets[0].ratio) == ({}, 1024, 1.0)
+    with pytest.raises(UserError, match=r"^hyperparameters\.dataset is missing$"):
+        parse({}, dataset=None)
