@@ -31,9 +31,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config.experiment import entrypoint_script, read_experiment_config
 from errors import CommandLine, UserError, exit_on_user_error
-from storage.files import BUNDLE
 
 if TYPE_CHECKING:
     from experiment.kinds import Hyperparameters
@@ -98,6 +96,9 @@ def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], exam
 def main() -> int:
     """Run the experiment of the command line. Returns 1 if a trial failed."""
     args = parse_arguments()
+    from config.experiment import entrypoint_script, read_experiment_config
+    from storage.files import BUNDLE
+
     config = read_experiment_config(args.config_file, args.config)
     model_def = Path(args.model_def).resolve()
     script = entrypoint_script(config)[0]
@@ -146,8 +147,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

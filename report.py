@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 from errors import CommandLine, UserError, exit_on_user_error, os_errors_of
-from storage.files import write_atomically
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,6 +32,7 @@ def main() -> None:
     """Write the report of the experiment that the command line names."""
     args = parse_arguments()
     from experiment.results import read_cluster, read_local  # 0.3 s: --help does without
+    from storage.files import write_atomically
 
     source = args.experiment
     if source.startswith("exp:"):

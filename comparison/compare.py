@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from chat_format import Message
+from chat_format import Message, check_template
 from comparison import generation, preference_metrics
 from comparison.cluster_task import Task
 from comparison.files import Comparison
@@ -77,6 +77,7 @@ def load_model(
     model, tokenizer = load_model_and_tokenizer(source, key, dtype=getattr(torch, options.dtype))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key} {source!r}: its tokenizer has no EOS token, so answers would never end")
+    check_template(tokenizer)
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
 
@@ -106,15 +107,10 @@ class ResultStore(dict[str, Any]):
 
 
 @contextmanager
-def open_results(path: Path | None, console: Console) -> Iterator[ResultStore]:
+def open_results(path: Path | None) -> Iterator[ResultStore]:
     """Open the results of an unfinished comparison for this process alone, and delete them once it is finished."""
     with only_writer(path) if path else nullcontext():
-        try:
-            yield ResultStore(path)
-        except KeyboardInterrupt:
-            if path and path.exists():
-                console.print(f"\n{path} holds the results so far: the same command continues from it", soft_wrap=True)
-            raise
+        yield ResultStore(path)
         if path:
             path.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPO, run_script
 from pydantic import ValidationError
+from rich.console import Console
 
 import inference
 from chat_format import encode, set_chat_format
@@ -477,7 +478,7 @@ def test_control_characters_and_markup_do_not_reach_the_terminal(capsys):
         reference="a",
         settings="",
     )
-    print_comparison(inference.console, of)
+    print_comparison(Console(highlight=False, emoji=False), of)
     out = capsys.readouterr().out
     assert "Why? :fire:" in out
     assert "red \\x1b[31m :warning: [bold]" in out
