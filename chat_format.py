@@ -35,7 +35,7 @@ IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 RESPONSE_TEMPLATE = f"{IM_START}assistant\n"  # every prompt ends with it
 # What a model's own template may take for a short conversation: CPU seconds, memory, characters of text.
-TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 5, 2**30, 10**6
+TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 2, 2**30, 10**6
 
 # Saved with the tokenizer, so that a server that does not know this project prompts the model in the same way.
 CHAT_ML_TEMPLATE = (

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from types import FrameType
 from typing import Any, NoReturn
@@ -181,12 +181,18 @@ class CommandLine(argparse.ArgumentParser):
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse `args`, by default those of this process, after looking for options that do not exist."""
         words, known = list(sys.argv[1:] if args is None else args), self._option_string_actions
+        for word in words:
+            if "\0" in word or any("\ud800" <= character <= "\udfff" for character in word):
+                raise UserError(f"argument {word[:80]!r} is not UTF-8 text, or has a null character")
         # argparse would first report what is missing, which is often what the misspelled option should have given.
         for word in itertools.takewhile("--".__ne__, words):
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and not any(option.startswith(name) for option in known):
                 raise UserError(f"{name}: no such option{nearest(name, known)}")
         options = super().parse_args(words, namespace)
+        for action in self._actions:
+            if getattr(options, action.dest, None) == "":
+                raise UserError(f"{', '.join(action.option_strings) or action.metavar} is empty")
         if options.__dict__.pop("debug", False):
             logger.addHandler(logging.StreamHandler())
             logger.setLevel(logging.DEBUG)
@@ -194,7 +200,19 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` where argparse would print the usage and exit."""
-        raise UserError(message)
+        raise UserError(reason(message))
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return the type of an option: a whole number that is not less than `minimum`."""
+
+    def parse(text: str) -> int:
+        with suppress(ValueError):
+            if (number := int(text)) >= minimum:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+
+    return parse
 
 
 @contextmanager
@@ -223,7 +241,7 @@ def os_errors_of(name: object) -> Iterator[None]:
         raise UserError(f"{name}: {error.strerror}") from error
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException | str) -> str:
     """Return what a library says of an error, in one line that is not too long."""
     text = one_line(error) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}\N{HORIZONTAL ELLIPSIS}"

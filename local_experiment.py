@@ -27,11 +27,12 @@ trials and resumes the others from their latest checkpoints.
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import CommandLine, UserError, exit_on_user_error
+from errors import CommandLine, UserError, at_least, exit_on_user_error
 
 if TYPE_CHECKING:
     from experiment.kinds import Hyperparameters
@@ -63,11 +64,17 @@ def parse_arguments() -> argparse.Namespace:
         help="train nothing, and need no weights: show what would be learned, token by token, what the length limits"
         " cut, and what the training would cost in steps and memory",
     )
-    add("--examples", metavar="N", type=int, default=1, help="rows of each source that --dry-run shows (default: 1)")
+    add(
+        "--examples",
+        metavar="N",
+        type=at_least(0),
+        default=1,
+        help="rows of each source that --dry-run shows (default: 1)",
+    )
     add(
         "--max-concurrent",
         metavar="N",
-        type=int,
+        type=at_least(1),
         default=1,
         help="trials at a time (default: 1): each needs memory of its own, and they share cores and GPUs",
     )
@@ -97,19 +104,18 @@ def main() -> int:
     """Run the experiment of the command line. Returns 1 if a trial failed."""
     args = parse_arguments()
     from config.experiment import entrypoint_script, read_experiment_config
-    from storage.files import BUNDLE
+    from storage.files import BUNDLE, check_output
 
     config = read_experiment_config(args.config_file, args.config)
     model_def = Path(args.model_def).resolve()
     script = entrypoint_script(config)[0]
     if not (model_def / script).is_file():
         raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
-    if args.examples < 0:
-        raise UserError(f"--examples {args.examples} must be 0 or more")
-    if args.max_concurrent < 1:
-        raise UserError(f"--max-concurrent {args.max_concurrent} must be 1 or more")
     name = str(config.get("name", Path(args.config_file).stem))
-    folder = Path(args.output or Path("local_runs") / name.replace("/", "_")).resolve()
+    folder = Path(args.output or Path("local_runs") / name.replace("/", "_"))
+    folder = Path(os.path.realpath(folder))  # `resolve` would raise for a symlink that leads to itself
+    if not args.dry_run:
+        check_output(folder, "--output", is_folder=True)
 
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from experiment.trial_process import start_importing
@@ -119,9 +125,11 @@ def main() -> int:
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
+    from storage.checkpoints import check_folders
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
 
+    check_folders()
     experiment = LocalExperiment(name, config, folder, model_def)
     hide_progress_bars_in_logs()
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's

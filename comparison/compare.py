@@ -46,14 +46,17 @@ from trial.models import check_source, load_model_and_tokenizer
 
 def find_model(source: str, key: str) -> str:
     """Return the folder or hub id of a SOURCE; download it first if it is on a cluster. Raises `UserError`."""
-    if not Path(source).exists():
+    with os_errors_of(key):  # a name that is too long, for example
+        exists = Path(source).exists()
+    if not exists:
         if source.partition(":")[0] in CLUSTER_SOURCES and ":" in source:
             return str(cluster_checkpoint(source, key))
         if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
             try:
                 return str(local_checkpoint(source, key))
             except UserError as error:
-                raise UserError(f"{error}; if it is on a cluster, give ckpt:{source}") from None
+                elsewhere = "LOCAL_CHECKPOINT_STORAGE names another folder"
+                raise UserError(f"{error} ({elsewhere}); if it is on a cluster, give ckpt:{source}") from None
     check_source(source, key)
     return source
 
@@ -64,7 +67,9 @@ def choose_device(name: str | None, key: str) -> torch.device:
     try:
         device = torch.device(name or best)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise UserError("it cannot generate")
+    except (RuntimeError, AssertionError, NotImplementedError, UserError) as error:
         raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error
     return device
 
@@ -165,6 +170,9 @@ class ComparedModel:
         if not self.store.keys() >= set(keys):
             model, tokenizer = self._loaded
             tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
+            if not any(tokenized["fits"]):
+                least = f"leaves none of the {len(pairs)} pairs room, as {self.name} is prompted"
+                raise UserError(f"{self.options.key('max_length')} {max_length} {least}; raise it")
             for key, fits in zip(keys, tokenized["fits"][:], strict=True):
                 if not fits:
                     self.store.add(key, None)
@@ -257,8 +265,8 @@ def compare(
     with Progress(*columns, TextColumn("{task.fields[speed]}"), console=console) as progress:
         for name, source in models.items():
             model = ComparedModel(name, source, options, device, store, progress, task, expected)
+            scores[name] = model.score(pairs) if pairs else []  # first, as that finds a limit that leaves nothing
             answers[name] = model.answer(prompts)
-            scores[name] = model.score(pairs) if pairs else []
             del model  # makes room in memory for the next one
             gc.collect()
             torch.cuda.empty_cache()  # does nothing where CUDA is not used

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
@@ -19,7 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 from config.hyperparameters import DataSource
 from data.formats import MissingColumnError
 from errors import TemporaryError, UserError, nearest, reading, reason, run_in_child
-from storage.files import refuse_special_files
+from storage.files import check_output, refuse_special_files
 from storage.fingerprints import fingerprint
 from storage.hub import looks_like_path, quiet_lookup
 
@@ -65,6 +66,7 @@ def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSou
     With a `stream_seed`, `source.number_of_samples` rows, which must be set, are drawn and kept in the cache of
     `datasets`. Only as much of the source is read as that takes.
     """
+    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME", is_folder=True)
     with _explain_load_errors(source):
         # pandas' and pyarrow's readers of JSON end Python where it is nested too deeply (pandas 3.1, pyarrow 26). What
         # the child reads stays in the cache. This can go once they raise.

@@ -20,8 +20,9 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from errors import CommandLine, TemporaryError, UserError
-from storage.checkpoints import agent_cache, local_checkpoint_storage
+from errors import CommandLine, TemporaryError, UserError, at_least
+from storage.checkpoints import agent_cache, check_folders, local_checkpoint_storage
+from storage.files import check_output
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
 from trial.events import LocalCheckpointContext, LocalTrainContext, read_events
@@ -139,6 +140,9 @@ def _open_locally(
         command = f"python local_experiment.py {arguments.config}"
         raise UserError(f"{arguments.config} is a search of {1 + len(others)} trials; run {command}")
     hide_progress_bars_in_logs()
+    check_output(Path(arguments.output), "--output", is_folder=True)
+    check_output(Path(arguments.cache or arguments.output), "--cache", is_folder=True)
+    check_folders()
     hparams = parse_hyperparameters(cls, values)
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
@@ -177,6 +181,6 @@ Off the cluster, python local_experiment.py runs a whole experiment through this
     add, output = parser.add_argument, f"local_runs/{Path(sys.argv[0]).stem}"
     add("--config", default=default_config, help="experiment YAML without a search (default: %(default)s)")
     add("--output", default=output, help="the trial's folder, which is also resumed from (default: %(default)s)")
-    add("--trial-id", type=int, default=1, help="number written to its checkpoints (default: 1)")
+    add("--trial-id", type=at_least(1), default=1, help="number written to its checkpoints (default: 1)")
     add("--cache", help="folder for tokenized data and reference log-probs, to share (default: OUTPUT/cache)")
     return parser.parse_args()

@@ -65,11 +65,13 @@ def load_model_and_tokenizer(
                         config, dtype=torch.float32, trust_remote_code=trust, **attention
                     )
     except UserError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(f"{key} {source!r}: its weights have other shapes than its config.json says") from error
         if Path(source).exists():
             raise
         reason = str(error).removeprefix(f"{key} {source!r}: ")
         raise TemporaryError(f"{key} {source!r}: no such folder, and the hub does not give it: {reason}") from error
-    _check_vocabulary(model, tokenizer, f"{key} {source!r}")
+    _check_fit(model, tokenizer, f"{key} {source!r}")
     if weights and os.environ.get("LOCAL_RANK", "0") == "0":  # under FSDP the others load nothing
         _check_weights(model, info, f"{key} {source!r}")
     if tokenizer.pad_token_id is None:
@@ -78,15 +80,20 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
-def _check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", what: str) -> None:
-    """Raise `UserError` if the model has no embedding for a token of the tokenizer's own or a special one.
+def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", what: str) -> None:
+    """Raise `UserError` if the model is none to generate with, or has no embedding for a token of the tokenizer's own.
 
     (Others that were added may be meant for another model: Gemma 3's tokenizer has one for pictures.)
     """
     rows: Any = model.get_input_embeddings().num_embeddings
-    last = max(tokenizer.vocab_size - 1, tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0)
+    with reading(what):
+        used = tokenizer("Tea?")["input_ids"]
+    last = max(tokenizer.vocab_size - 1, tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0, *used)
     if last >= rows:
         raise UserError(f"{what}: the model has {rows} embeddings, but its tokenizer's ids go up to {last}")
+    name, named = type(model).__name__, model.config.architectures or []
+    if not getattr(model.config, "is_decoder", True) and name not in named:  # BERT's, which sees what comes next
+        raise UserError(f"{what}: it is {', '.join(map(str, named))}, no causal language model")
 
 
 def _check_weights(model: "PreTrainedModel", info: dict[str, Any], what: str) -> None:
