@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 LONGEST_REASON = 300  # characters of a library's message
+LONGEST_LINE = 700  # of ours
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -84,7 +85,7 @@ def _ending(error: BaseException | None) -> tuple[int, str]:
         return 2, f"error (may be temporary): {where}{one_line(error.strerror or error)}"
     if isinstance(error, UserError):
         temporary = " (may be temporary)" if isinstance(error, TemporaryError) else ""
-        return 2, f"error{temporary}: {one_line(error)}"
+        return 2, f"error{temporary}: {reason(error, LONGEST_LINE)}"
     return 0, ""
 
 
@@ -241,10 +242,10 @@ def os_errors_of(name: object) -> Iterator[None]:
         raise UserError(f"{name}: {error.strerror}") from error
 
 
-def reason(error: BaseException | str) -> str:
+def reason(error: BaseException | str, longest: int = LONGEST_REASON) -> str:
     """Return what a library says of an error, in one line that is not too long."""
     text = one_line(error) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def one_line(error: object) -> str:

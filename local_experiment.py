@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import CommandLine, UserError, at_least, exit_on_user_error
+from errors import CommandLine, UserError, at_least, exit_on_user_error, os_errors_of
 
 if TYPE_CHECKING:
     from experiment.kinds import Hyperparameters
@@ -107,9 +107,11 @@ def main() -> int:
     from storage.files import BUNDLE, check_output
 
     config = read_experiment_config(args.config_file, args.config)
-    model_def = Path(args.model_def).resolve()
+    model_def = Path(os.path.realpath(args.model_def))
     script = entrypoint_script(config)[0]
-    if not (model_def / script).is_file():
+    with os_errors_of(f"entrypoint script {script}"):  # a name that is too long, for example
+        is_there = (model_def / script).is_file()
+    if not is_there:
         raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
     name = str(config.get("name", Path(args.config_file).stem))
     folder = Path(args.output or Path("local_runs") / name.replace("/", "_"))

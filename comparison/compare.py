@@ -41,7 +41,7 @@ from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
 from storage.files import append_json_line, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
-from trial.models import check_source, load_model_and_tokenizer
+from trial.models import check_source, find_on_hub, load_model_and_tokenizer
 
 
 def find_model(source: str, key: str) -> str:
@@ -58,6 +58,8 @@ def find_model(source: str, key: str) -> str:
                 elsewhere = "LOCAL_CHECKPOINT_STORAGE names another folder"
                 raise UserError(f"{error} ({elsewhere}); if it is on a cluster, give ckpt:{source}") from None
     check_source(source, key)
+    if not exists:
+        find_on_hub(source, key)
     return source
 
 

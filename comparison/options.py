@@ -40,6 +40,8 @@ def _as_list(value: Any) -> list[Any]:  # a single value may stand where a list 
 
 
 def _read_source(value: Any) -> Any:
+    if value in ("", "{}", {}):
+        raise UserError("is empty")
     try:  # a command line has the text of a YAML mapping: {name: x, split: y}
         return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
     except yaml.YAMLError as error:

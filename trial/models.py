@@ -23,6 +23,22 @@ def check_source(source: str, key: str) -> None:
         raise UserError(f"{what}: {'not a' if path.exists() else 'no such'} folder")
 
 
+def find_on_hub(source: str, key: str) -> None:
+    """Raise `TemporaryError` unless the hub, or its cache on this machine, has a model of this id."""
+    from transformers.utils import cached_file
+
+    try:
+        with reading(f"{key} {source!r}"), quiet_lookup():
+            cached_file(source, "config.json")
+    except UserError as error:
+        raise _not_given(source, key, error) from error
+
+
+def _not_given(source: str, key: str, error: UserError) -> TemporaryError:
+    what = f"{key} {source!r}: "
+    return TemporaryError(f"{what}no such folder, and the hub does not give it: {str(error).removeprefix(what)}")
+
+
 def _meant(folder: Path) -> str:
     """Return what to give instead of a folder that only leads to a model, in words; "" if it does not."""
     best = folder / "best_checkpoint"
@@ -69,8 +85,7 @@ def load_model_and_tokenizer(
             raise UserError(f"{key} {source!r}: its weights have other shapes than its config.json says") from error
         if Path(source).exists():
             raise
-        reason = str(error).removeprefix(f"{key} {source!r}: ")
-        raise TemporaryError(f"{key} {source!r}: no such folder, and the hub does not give it: {reason}") from error
+        raise _not_given(source, key, error) from error
     _check_fit(model, tokenizer, f"{key} {source!r}")
     if weights and os.environ.get("LOCAL_RANK", "0") == "0":  # under FSDP the others load nothing
         _check_weights(model, info, f"{key} {source!r}")
