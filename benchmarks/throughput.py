@@ -157,7 +157,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_configurations(named: list[str] | None) -> list[str]:
-    """Return those that are `named`, else those that a user would choose here. Exits if one cannot run here."""
+    """Return those that are `named`, else those that a user would choose here. Raises if one cannot run here."""
     import torch
 
     from config.training_args import has_bf16
@@ -189,7 +189,7 @@ def machine() -> dict[str, Any]:
 def make_model(name: str, folder: Path, own_tokenizer: bool, kept: Path | None = None) -> Path:
     """Return the folder of the model, with its `own_tokenizer` or with one that makes each word a token.
 
-    A model of `MODELS` is made in `kept`, unless it is there already. Exits if something else is there.
+    A model of `MODELS` is made in `kept`, unless it is there already. Raises if something else is there.
     """
     import torch
     import transformers

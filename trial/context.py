@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -98,6 +99,7 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
     on_cluster = info is not None and info.task_type == "TRIAL"
     arguments = None if on_cluster else _parse_arguments(default_config, description)
     logging.basicConfig(level=logging.INFO, format=det.LOG_FORMAT, stream=sys.stdout)
+    _hide_noise()
     if os.environ.get("WORLD_SIZE") == "1":
         # With the launcher's process group of one, accelerate would wrap the model in DDP, which holds the gradients
         # twice. This can go once accelerate does not.
@@ -161,6 +163,16 @@ def _open_locally(
         yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, on_cluster=False)
         if core_context.distributed.local_rank == 0:  # every checkpoint in it is in the storage by now
             shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
+
+
+def _hide_noise() -> None:
+    """Keep two messages out of the log that a user can do nothing about."""
+    # accelerate 1.15 says so after an evaluation, though nothing of it is left out. This can go once it says so at
+    # debug level.
+    no_length = "The used dataset had no length"
+    logging.getLogger("accelerate.accelerator").addFilter(lambda record: no_length not in str(record.msg))
+    # TRL 1.16 reads an attribute that transformers 5.23 has renamed. This can go once it does not.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def hide_progress_bars_in_logs() -> None:
