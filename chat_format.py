@@ -16,12 +16,16 @@ turn's content gets a space after its first character, so no content can end its
 from __future__ import annotations
 
 import re
+import resource
+import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 from jinja2 import TemplateError
 
-from errors import UserError
+from errors import UserError, reading, run_in_child
 
 if TYPE_CHECKING:  # slow to import, and a command needs only the constants to read a YAML
     from transformers import PreTrainedModel
@@ -30,6 +34,8 @@ if TYPE_CHECKING:  # slow to import, and a command needs only the constants to r
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 RESPONSE_TEMPLATE = f"{IM_START}assistant\n"  # every prompt ends with it
+# What a model's own template may take for a short conversation: CPU seconds, memory, characters of text.
+TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 2, 2**30, 10**6
 
 # Saved with the tokenizer, so that a server that does not know this project prompts the model in the same way.
 CHAT_ML_TEMPLATE = (
@@ -58,7 +64,7 @@ def encode(tokenizer: Tokenizer, prompt: list[Message], answer: str | None = Non
     and the answer is the next line. Raises `UserError` if the template renders an answered prompt differently.
     """
     if tokenizer.chat_template is None:
-        ids, stop = tokenizer(plain_text(prompt))["input_ids"], [tokenizer.eos_token_id]
+        ids, stop = _tokenize(tokenizer, plain_text(prompt), add_special_tokens=True), [tokenizer.eos_token_id]
         return ids, ([] if answer is None else _tokenize(tokenizer, "\n") + _tokenize(tokenizer, answer) + stop)
     if answer is None:
         return [token for ids, _ in _segments(tokenizer, prompt, add_generation_prompt=True) for token in ids], []
@@ -102,20 +108,49 @@ def _segments(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> I
         yield _tokenize(tokenizer, text[position:]), False
 
 
-def _tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _tokenize(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    with reading(f"the tokenizer of {tokenizer.name_or_path!r}"):
+        return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
 
 def _render(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> str:
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
-    except TemplateError as error:
-        # The templates of some models, such as gemma-2b-it, refuse a system turn. Its text then opens the user turn.
-        if messages[0]["role"] == "system":
-            system, user, *rest = messages
-            merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
-            return _render(tokenizer, [merged, *rest], **kwargs)
-        raise UserError(f"the chat template of {tokenizer.name_or_path!r} refuses a conversation: {error}") from error
+    with reading(f"the chat template of {tokenizer.name_or_path!r}"):
+        try:
+            return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+        except TemplateError:
+            # Templates of some models, such as gemma-2b-it, refuse a system turn. Its text then opens the user turn.
+            if messages[0]["role"] != "system":
+                raise
+    system, user, *rest = messages
+    merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
+    return _render(tokenizer, [merged, *rest], **kwargs)
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+    """Raise `UserError` if the tokenizer's chat template takes too much time or memory, or crashes Python.
+
+    A child process renders a short conversation: nothing in jinja2's sandbox limits what a template takes.
+    """
+
+    def render() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS + 1))
+        memory = psutil.Process().memory_info().vms + TEMPLATE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        turns = [{"role": role, "content": "Tea?"} for role in ("user", "assistant", "user")]
+        try:
+            text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except MemoryError:
+            sys.exit(3)
+        sys.exit(2 if len(text) > TEMPLATE_CHARACTERS else 0)
+
+    if tokenizer.chat_template in (None, CHAT_ML_TEMPLATE):
+        return
+    status = run_in_child(render)
+    if status not in (0, 1):  # 1: it raises something, which is reported where it is used
+        ends = {2: f"writes more than {TEMPLATE_CHARACTERS:,} characters", 3: "runs out of memory"}
+        ends[-signal.SIGXCPU] = f"takes more than {TEMPLATE_SECONDS} seconds"
+        what = ends.get(status, "crashes Python")
+        raise UserError(f"the chat template of {tokenizer.name_or_path!r} {what} for a short conversation")
 
 
 def plain_text(prompt: list[Message]) -> str:

@@ -3,12 +3,16 @@
 `det e create dpo.yaml . --config hyperparameters.model_ckpt=UUID` runs it from the SFT checkpoint of that UUID.
 """
 
-from config.hyperparameters import DPOHyperparameters
+from typing import TYPE_CHECKING
+
 from errors import exit_on_user_error
-from trial.context import Trial, open_trial
+
+if TYPE_CHECKING:
+    from config.hyperparameters import DPOHyperparameters
+    from trial.context import Trial
 
 
-def train(trial: Trial[DPOHyperparameters]) -> None:
+def train(trial: "Trial[DPOHyperparameters]") -> None:
     """Train the trial's policy on pairs of a chosen and a rejected answer, against the model that it starts from."""
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from chat_format import set_chat_format
@@ -58,6 +62,9 @@ def train(trial: Trial[DPOHyperparameters]) -> None:
 @exit_on_user_error
 def main() -> None:
     """Open this process's trial and train it."""
+    from config.hyperparameters import DPOHyperparameters
+    from trial.context import open_trial
+
     with open_trial(DPOHyperparameters, "dpo.yaml", __doc__) as trial:
         trial.run(train)
 

@@ -20,19 +20,20 @@ prompted as in training. An interrupted comparison with an --output_file continu
 is a conversation with one model.
 """
 
-import sys
+from typing import TYPE_CHECKING
 
-import determined as det
-from rich.console import Console
-
-from comparison.options import ComparisonOptions, parse_command_line, parse_hyperparameters
 from errors import exit_on_user_error
 
-console = Console(highlight=False, emoji=False)
+if TYPE_CHECKING:
+    from comparison.options import ComparisonOptions
 
 
-def parse_arguments() -> ComparisonOptions:
+def parse_arguments() -> "ComparisonOptions":
     """Return the options: a cluster task has them in its YAML's hyperparameters, a script on its command line."""
+    import determined as det
+
+    from comparison.options import parse_command_line, parse_hyperparameters
+
     info = det.get_cluster_info()
     if info and info.task_type == "TRIAL":
         return parse_hyperparameters(info.trial.hparams)
@@ -42,18 +43,11 @@ def parse_arguments() -> ComparisonOptions:
 @exit_on_user_error
 def main() -> None:
     """Compare the models, or chat with one of them."""
-    try:
-        run(parse_arguments())
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        sys.exit(130)
-
-
-def run(options: ComparisonOptions) -> None:
-    """Load the questions, compare the models on them, and write the results; or chat."""
+    options = parse_arguments()
     # Here and not above: they take seconds to import, and --help or a mistake in an option should not wait for them.
     import torch
     import transformers
+    from rich.console import Console
 
     from comparison.chat import chat
     from comparison.cluster_task import open_task
@@ -62,6 +56,7 @@ def run(options: ComparisonOptions) -> None:
     from comparison.questions import load_questions
     from trial.context import hide_progress_bars_in_logs
 
+    console = Console(highlight=False, emoji=False)
     hide_progress_bars_in_logs()
     transformers.utils.logging.set_verbosity_error()  # a model's own sampling defaults do not matter here
     device = choose_device(options.device, options.key("device"))
@@ -76,7 +71,7 @@ def run(options: ComparisonOptions) -> None:
         unfinished = outputs[0].with_name(f"{outputs[0].name}.unfinished") if outputs else None
         if task.restored and unfinished and not unfinished.exists() and all(path.exists() for path in outputs):
             return  # everything was done and saved before the restart
-        with open_results(unfinished, console) as store:
+        with open_results(unfinished) as store:
             questions = load_questions(options, console)
             comparison = compare(models, questions, options, device, store, task, console)
             print_comparison(console, comparison)

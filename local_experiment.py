@@ -27,13 +27,12 @@ trials and resumes the others from their latest checkpoints.
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config.experiment import entrypoint_script, read_experiment_config
-from errors import CommandLine, UserError, about, exit_on_user_error, os_errors_of
-from storage.files import BUNDLE, path_component
+from errors import CommandLine, UserError, about, at_least, exit_on_user_error, os_errors_of
 
 CHECKPOINTS = "checkpoints"  # the folder beside those of the experiments; see storage/checkpoints.py
 
@@ -67,11 +66,17 @@ def parse_arguments() -> argparse.Namespace:
         help="train nothing, and need no weights: show what would be learned, token by token, what the length limits"
         " cut, and what the training would cost in steps and memory",
     )
-    add("--examples", metavar="N", type=int, default=1, help="rows of each source that --dry-run shows (default: 1)")
+    add(
+        "--examples",
+        metavar="N",
+        type=at_least(0),
+        default=1,
+        help="rows of each source that --dry-run shows (default: 1)",
+    )
     add(
         "--max-concurrent",
         metavar="N",
-        type=int,
+        type=at_least(1),
         default=1,
         help="trials at a time (default: 1): each needs memory of its own, and they share cores and GPUs",
     )
@@ -100,21 +105,25 @@ def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], exam
 def main() -> int:
     """Run the experiment of the command line. Returns 1 if a trial failed."""
     args = parse_arguments()
+    from config.experiment import entrypoint_script, read_experiment_config
+    from storage.files import BUNDLE, check_output, path_component
+
     config = read_experiment_config(args.config_file, args.config)
-    model_def = Path(args.model_def).resolve()
+    model_def = Path(os.path.realpath(args.model_def))
     with about(args.config_file):
         script = entrypoint_script(config)[0]
-        if not (model_def / script).is_file():
+        with os_errors_of(f"entrypoint script {script}"):  # a name that is too long, for example
+            is_there = (model_def / script).is_file()
+        if not is_there:
             raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
-    if args.examples < 0:
-        raise UserError(f"--examples {args.examples} must be 0 or more")
-    if args.max_concurrent < 1:
-        raise UserError(f"--max-concurrent {args.max_concurrent} must be 1 or more")
     name = config.get("name") or Path(args.config_file).stem
     component = path_component(name)
     if component.casefold() == CHECKPOINTS:
         component += "_experiment"
-    folder = Path(args.output or Path("local_runs") / component).resolve()
+    folder = Path(args.output or Path("local_runs") / component)
+    folder = Path(os.path.realpath(folder))  # `resolve` would raise for a symlink that leads to itself
+    if not args.dry_run:
+        check_output(folder, "--output", is_folder=True)
 
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from experiment.trial_process import start_importing
@@ -126,13 +135,14 @@ def main() -> int:
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
-    from storage.checkpoints import local_checkpoint_storage
+    from storage.checkpoints import check_folders, local_checkpoint_storage
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
 
     transformers.utils.logging.set_verbosity_error()  # what it warns of is in the log of each trial
     if (store := local_checkpoint_storage()) in (folder, *folder.parents):
         raise UserError(f"--output {folder}: checkpoints are kept in {store}; choose another folder")
+    check_folders()
     hide_progress_bars_in_logs()
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
         with about(args.config_file):
@@ -162,8 +172,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

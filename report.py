@@ -12,8 +12,7 @@ trial's curves, and a table. An experiment that still runs, or lost some of its 
 import argparse
 from pathlib import Path
 
-from errors import CommandLine, UserError, exit_on_user_error, os_errors_of
-from storage.files import write_atomically
+from errors import CommandLine, UserError, exit_on_user_error, os_errors_of, reason
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,15 +32,16 @@ def main() -> None:
     """Write the report of the experiment that the command line names."""
     args = parse_arguments()
     from experiment.results import read_cluster, read_local  # 0.3 s: --help does without
+    from storage.files import check_output, write_atomically
 
     source = args.experiment
-    if source.startswith("exp:"):
-        experiment, output = read_cluster(source), Path(f"{source.replace(':', '-')}-report.html")
-    elif Path(source).is_dir():
-        experiment, output = read_local(Path(source)), Path(source) / "report.html"
-    else:
+    with os_errors_of(reason(source)):  # a name that is too long, for example
+        is_folder = Path(source).is_dir()
+    if not (on_cluster := source.startswith("exp:")) and not is_folder:
         raise UserError(f"{source!r} is neither a folder nor exp:NUMBER, an experiment of the cluster")
-    output = Path(args.output or output)
+    output = Path(f"{source.replace(':', '-')}-report.html") if on_cluster else Path(source) / "report.html"
+    check_output(output := Path(args.output or output), "--output")
+    experiment = read_cluster(source) if on_cluster else read_local(Path(source))
     from experiment.report_page import render  # takes seconds: a mistake is reported before
 
     page = render(experiment)

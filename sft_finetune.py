@@ -1,11 +1,15 @@
 """Supervised fine-tuning (SFT): turn a pre-trained model into one that answers. `det e create sft.yaml .` runs it."""
 
-from config.hyperparameters import SFTHyperparameters
+from typing import TYPE_CHECKING
+
 from errors import exit_on_user_error
-from trial.context import Trial, open_trial
+
+if TYPE_CHECKING:
+    from config.hyperparameters import SFTHyperparameters
+    from trial.context import Trial
 
 
-def train(trial: Trial[SFTHyperparameters]) -> None:
+def train(trial: "Trial[SFTHyperparameters]") -> None:
     """Fine-tune the trial's model on its conversations."""
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from trl import SFTTrainer
@@ -38,6 +42,9 @@ def train(trial: Trial[SFTHyperparameters]) -> None:
 @exit_on_user_error
 def main() -> None:
     """Open this process's trial and train it."""
+    from config.hyperparameters import SFTHyperparameters
+    from trial.context import open_trial
+
     with open_trial(SFTHyperparameters, "sft.yaml", __doc__) as trial:
         trial.run(train)
 

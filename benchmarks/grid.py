@@ -8,7 +8,6 @@ whole command in its own folder with an empty cache. The table shows medians ove
 reference passes: a trial's events say whether the reference model computed log-probs for it.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,6 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from errors import CommandLine, UserError, at_least, exit_on_user_error
 
 REPO = Path(__file__).resolve().parent.parent
 SFT = REPO / "local_runs" / "tiny-sft" / "best_checkpoint"
@@ -44,12 +46,13 @@ def measure(name: str, overrides: list[str], max_concurrent: int, sft: str) -> t
     return seconds, trials, passes
 
 
+@exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: %(default)s)")
+    parser = CommandLine(__doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="number of rounds (default: %(default)s)")
     rounds = parser.parse_args().rounds
     if not SFT.exists():
-        sys.exit(f"error: {SFT} is missing; make demo writes it")
+        raise UserError(f"{SFT} is missing; make demo writes it")
     sft = SFT.read_text().strip()
     cases = {"one trial alone": (ALONE, 1), "grid, one at a time": ([], 1), "grid, three at a time": ([], 3)}
     runs = {name: [] for name in cases}

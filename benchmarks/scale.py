@@ -15,7 +15,6 @@ sft.yaml's 60,000 samples and two epochs of dpo.yaml's pairs for each of its nin
 reference pass.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -27,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import throughput
-from throughput import REPO
+from throughput import REPO, CommandLine, UserError, at_least, check_output, exit_on_user_error
 
 COLOURS = {"ours": "tab:blue", "trl-fp32": "tab:gray", "trl": "tab:brown"}
 PEAK = throughput.PEAK_FLOPS["H100"]  # the H200 has the same peak
@@ -45,10 +44,13 @@ PANELS: dict[str, list[tuple[float, list[str]]]] = {  # x, and the options of th
 }
 
 
+@exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--output", default="scale.png", help="picture; the numbers go to the same path with .json")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of each run (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=2, help="measured steps of each run (default: %(default)s)"
+    )
     parser.add_argument(
         "--configurations", nargs="+", default=["ours", "trl-fp32"], choices=COLOURS, help="default: ours trl-fp32"
     )
@@ -56,9 +58,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.full_run is not None:
         if not 1 <= args.full_run <= 100:
-            sys.exit(f"error: --full-run {args.full_run:g} must be a percentage from 1 to 100")
+            raise UserError(f"--full-run {args.full_run:g} must be a percentage from 1 to 100")
         full_run(args.full_run / 100)
         return
+    check_output(Path(args.output), "--output")
     points = [
         {"panel": panel, "x": x, **point}
         for panel, cases in PANELS.items()

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from errors import CommandLine, at_least, exit_on_user_error
 
+REPO = Path(__file__).resolve().parent.parent
 # What the entrypoints import when they train, by the part that a call counts as.
 PARTS = {
     "data": ("dataset_utils.load_sft_dataset", "dataset_utils.load_dpo_dataset"),
@@ -36,11 +37,12 @@ PARTS = {
 }
 
 
+@exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("experiment", help="YAML of an experiment with a single trial")
     parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE", help="override a key of the YAML")
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="number of rounds (default: %(default)s)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

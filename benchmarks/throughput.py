@@ -51,9 +51,11 @@ from typing import Any
 
 import yaml
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from errors import CommandLine, UserError, at_least, exit_on_user_error, reading
+from storage.files import check_output
 
+REPO = Path(__file__).resolve().parent.parent
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
 COMMON = {"num_key_value_heads": 1, "max_position_embeddings": 8192}
 GEMMA_3 = {"max_position_embeddings": 32768, "sliding_window": 512, "query_pre_attn_scalar": 256}
@@ -84,6 +86,7 @@ CONFIGURATIONS = ("ours", *TRL_ARGUMENTS)
 WARM_UP = 1  # steps
 
 
+@exit_on_user_error
 def main() -> None:
     args = parse_arguments()
     if args.worker:
@@ -100,22 +103,27 @@ def main() -> None:
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     if {(result["kind"], result["configuration"]) for result in results} < set(product(args.kind, args.configurations)):
-        sys.exit("error: some configurations could not be measured; see above")
+        raise UserError("some configurations could not be measured; see above")
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = CommandLine(__doc__)
+    add, count = parser.add_argument, at_least(1)
     add("--model", default="small", help=f"{', '.join(MODELS)} or a model's folder (default: small)")
     add("--model-folder", type=Path, help="folder to make the model in, or to find it in (default: a new one)")
     add("--kind", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"], help="default: both")
     add("--dataset", help="file or folder of rows to train on (default: random words)")
-    add("--length", type=int, nargs="+", help="tokens of every sequence, one number for each kind (default: varied)")
-    add("--batch", type=int, default=4, help="rows per batch; for DPO pairs (default: %(default)s)")
-    add("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
-    add("--steps", type=int, default=4, help="measured steps of each run (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="runs of each configuration (default: %(default)s)")
-    add("--processes", type=int, default=1, help="processes of each training (default: %(default)s)")
+    add(
+        "--length",
+        type=at_least(32),
+        nargs="+",
+        help="tokens of every sequence, one number for each kind (default: varied)",
+    )
+    add("--batch", type=count, default=4, help="rows per batch; for DPO pairs (default: %(default)s)")
+    add("--accumulate", type=count, default=1, help="batches per step (default: %(default)s)")
+    add("--steps", type=count, default=4, help="measured steps of each run (default: %(default)s)")
+    add("--rounds", type=count, default=3, help="runs of each configuration (default: %(default)s)")
+    add("--processes", type=count, default=1, help="processes of each training (default: %(default)s)")
     defaults = "a GPU all but trl-fp32, on a CPU with bf16 instructions all but trl-liger, on another ours trl-fp32"
     add("--configurations", nargs="+", choices=CONFIGURATIONS, help=f"default: on {defaults}")
     setting = "set a key of training_args in `ours`, as in activation_checkpointing=true"
@@ -124,22 +132,32 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--json", help="write all measurements to this file")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
+    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops {args.peak_tflops:g} must be above 0")
+    for word in args.set:
+        name, equals, value = word.partition("=")
+        with reading(f"--set {word!r}"):
+            yaml.safe_load(value)
+        if not (name and equals):
+            raise UserError(f"--set {word!r} is not KEY=VALUE")
+    if args.json:
+        check_output(Path(args.json), "--json")
     if args.length and len(args.length) != len(args.kind):
-        sys.exit(f"error: --length: give one number for each of {', '.join(args.kind)}, as in --length 4096 2048")
+        raise UserError(f"--length: give one number for each of {', '.join(args.kind)}, as in --length 4096 2048")
     if args.model not in MODELS and not Path(args.model, "config.json").is_file():
         needed = "config.json, weights and, for --dataset, a tokenizer"
-        sys.exit(f"error: --model {args.model}: must be one of {', '.join(MODELS)} or a model's folder (with {needed})")
+        raise UserError(f"--model {args.model}: must be one of {', '.join(MODELS)} or a model's folder (with {needed})")
     if args.model not in MODELS and args.model_folder:
-        sys.exit(f"error: --model-folder: keeps a model that is made, but --model {args.model} is there already")
+        raise UserError(f"--model-folder: keeps a model that is made, but --model {args.model} is there already")
     if args.model in MODELS and args.dataset:
-        sys.exit(f"error: --dataset: {args.model} has no real tokenizer; set --model to a model's folder")
+        raise UserError(f"--dataset: {args.model} has no real tokenizer; set --model to a model's folder")
     if args.dataset and not Path(args.dataset).exists():
-        sys.exit(f"error: --dataset {args.dataset}: no such file or folder")
+        raise UserError(f"--dataset {args.dataset}: no such file or folder")
     return args
 
 
 def choose_configurations(named: list[str] | None) -> list[str]:
-    """Return those that are `named`, else those that a user would choose here. Exits if one cannot run here."""
+    """Return those that are `named`, else those that a user would choose here. Raises if one cannot run here."""
     import torch
 
     from config.training_args import has_bf16
@@ -149,7 +167,7 @@ def choose_configurations(named: list[str] | None) -> list[str]:
     chosen = named or (likely if gpu or has_bf16(use_cpu=True) else ["ours", "trl-fp32"])
     if "trl-liger" in chosen and not (gpu and importlib.util.find_spec("liger_kernel")):
         missing = "the package liger-kernel (pip install liger-kernel)" if gpu else "a CUDA device"
-        sys.exit(f"error: --configurations: trl-liger needs {missing}; without it, name the others")
+        raise UserError(f"--configurations: trl-liger needs {missing}; without it, name the others")
     return chosen
 
 
@@ -171,7 +189,7 @@ def machine() -> dict[str, Any]:
 def make_model(name: str, folder: Path, own_tokenizer: bool, kept: Path | None = None) -> Path:
     """Return the folder of the model, with its `own_tokenizer` or with one that makes each word a token.
 
-    A model of `MODELS` is made in `kept`, unless it is there already. Exits if something else is there.
+    A model of `MODELS` is made in `kept`, unless it is there already. Raises if something else is there.
     """
     import torch
     import transformers
@@ -183,7 +201,7 @@ def make_model(name: str, folder: Path, own_tokenizer: bool, kept: Path | None =
         if recipe.is_file() and recipe.read_text() == json.dumps(MODELS[name]):
             return made
         if made.is_file() or (made.is_dir() and any(made.iterdir())):
-            sys.exit(f"error: --model-folder {made}: holds something other than a whole {name} that was made here")
+            raise UserError(f"--model-folder {made}: holds something other than a whole {name} that was made here")
         cls, changes = MODELS[name]
         config = getattr(transformers, cls)(**changes)
         torch.manual_seed(0)
@@ -299,7 +317,7 @@ def print_table(kind: str, args: argparse.Namespace, medians: dict[str, dict[str
 def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> dict[str, Any]:
     """Run one measurement in its own process, or processes, and return its result.
 
-    Raises `ChildProcessError` with the end of the output if a process fails.
+    Raises `ChildProcessError` with the end of the output if a process fails, and `UserError` for the user's mistake.
     """
     folder.mkdir()
     spec = {
@@ -319,6 +337,8 @@ def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: P
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("result-*.json"))]
+    if done.returncode == 2 and (said := done.stderr.strip().rpartition("\n")[2]).startswith("error: "):
+        raise UserError(said.removeprefix("error: "))
     if done.returncode or len(results) != args.processes:
         raise ChildProcessError(f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
     summed = ("tokens_per_second", "supervised_per_second", "peak_gb")

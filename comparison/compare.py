@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from chat_format import Message
+from chat_format import Message, check_template
 from comparison import generation, preference_metrics
 from comparison.cluster_task import Task
 from comparison.files import Comparison
@@ -40,20 +40,25 @@ from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
 from storage.files import append_json_line, is_object, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
-from trial.models import check_source, load_model_and_tokenizer
+from trial.models import check_source, find_on_hub, load_model_and_tokenizer
 
 
 def find_model(source: str, key: str) -> str:
     """Return the folder or hub id of a SOURCE; download it first if it is on a cluster. Raises `UserError`."""
-    if not Path(source).exists():
+    with os_errors_of(key):  # a name that is too long, for example
+        exists = Path(source).exists()
+    if not exists:
         if source.partition(":")[0] in CLUSTER_SOURCES and ":" in source:
             return str(cluster_checkpoint(source, key))
         if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
             try:
                 return str(local_checkpoint(source, key, verify=True))
             except UserError as error:
-                raise UserError(f"{error}; if it is on a cluster, give ckpt:{source}") from None
+                elsewhere = "LOCAL_CHECKPOINT_STORAGE names another folder"
+                raise UserError(f"{error} ({elsewhere}); if it is on a cluster, give ckpt:{source}") from None
     check_source(source, key)
+    if not exists:
+        find_on_hub(source, key)
     return source
 
 
@@ -63,7 +68,9 @@ def choose_device(name: str | None, key: str) -> torch.device:
     try:
         device = torch.device(name or best)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise UserError("it cannot generate")
+    except (RuntimeError, AssertionError, NotImplementedError, UserError) as error:
         raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error
     return device
 
@@ -76,6 +83,7 @@ def load_model(
     model, tokenizer = load_model_and_tokenizer(source, key, dtype=getattr(torch, options.dtype))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key} {source!r}: its tokenizer has no EOS token, so answers would never end")
+    check_template(tokenizer)
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
 
@@ -117,15 +125,10 @@ def _is_result(value: Any) -> bool:
 
 
 @contextmanager
-def open_results(path: Path | None, console: Console) -> Iterator[ResultStore]:
+def open_results(path: Path | None) -> Iterator[ResultStore]:
     """Open the results of an unfinished comparison for this process alone, and delete them once it is finished."""
     with only_writer(path) if path else nullcontext():
-        try:
-            yield ResultStore(path)
-        except KeyboardInterrupt:
-            if path and path.exists():
-                console.print(f"\n{path} holds the results so far: the same command continues from it", soft_wrap=True)
-            raise
+        yield ResultStore(path)
         if path:
             path.unlink(missing_ok=True)
 
@@ -180,6 +183,9 @@ class ComparedModel:
         if not self.store.keys() >= set(keys):
             model, tokenizer = self._loaded
             tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
+            if not any(tokenized["fits"]):
+                least = f"leaves none of the {len(pairs)} pairs room, as {self.name} is prompted"
+                raise UserError(f"{self.options.key('max_length')} {max_length} {least}; raise it")
             for key, fits in zip(keys, tokenized["fits"][:], strict=True):
                 if not fits:
                     self.store.add(key, None)
@@ -272,8 +278,8 @@ def compare(
     with Progress(*columns, TextColumn("{task.fields[speed]}"), console=console) as progress:
         for name, source in models.items():
             model = ComparedModel(name, source, options, device, store, progress, task, expected)
+            scores[name] = model.score(pairs) if pairs else []  # first, as that finds a limit that leaves nothing
             answers[name] = model.answer(prompts)
-            scores[name] = model.score(pairs) if pairs else []
             del model  # makes room in memory for the next one
             gc.collect()
             torch.cuda.empty_cache()  # does nothing where CUDA is not used

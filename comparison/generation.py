@@ -61,6 +61,8 @@ def shorten_prompt(
     Raises `UserError` if there is no room for any of the prompt's last turn.
     """
     ids, context = encode(tokenizer, prompt)[0], context_length(model)
+    if not ids:
+        raise UserError(f"the tokenizer or chat template of {tokenizer.name_or_path!r} makes no token of a prompt")
     if context is None or len(ids) + max_new_tokens <= context:
         return ids, False
     shorter = cut_prompt(tokenizer, prompt, context - max_new_tokens)

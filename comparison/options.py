@@ -11,9 +11,12 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from config.validation import KeyPath, dotted, validate
 from errors import CommandLine, UserError, nearest, one_line
+from storage.files import check_output
 
 DEFAULT_DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")  # dpo.yaml's: their held-out rows are asked
 OUTPUT_SUFFIXES = (".html", ".csv", ".jsonl", ".md", ".json")
+COLDEST = 0.01  # temperature: logits are divided by it, and become infinite near 0
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as torch and numpy take
 RESERVED_NAMES = ("question", "preferred")  # the other columns of a table of answers
 SHORTHANDS = {"exp_id": "exp", "trial_id": "trial"}  # `exp_id: 12` is short for `model: {"exp:12": "exp:12"}`
 PUBLISHED = ("output_file", *SHORTHANDS)  # options of the published example, which have an underscore there
@@ -37,6 +40,8 @@ def _as_list(value: Any) -> list[Any]:  # a single value may stand where a list 
 
 
 def _read_source(value: Any) -> Any:
+    if value in ("", "{}", {}):
+        raise UserError("is empty")
     try:  # a command line has the text of a YAML mapping: {name: x, split: y}
         return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
     except yaml.YAMLError as error:
@@ -71,7 +76,7 @@ class Sampling(BaseModel):
     """0 always takes the likeliest token; above 0, tokens are sampled"""
     top_p: float = Field(1.0, gt=0, le=1)
     """sample from the likeliest tokens that have this probability together"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the sampling; the same seed and --batch-size give the same answers on the same hardware"""
 
 
@@ -94,7 +99,7 @@ class ComparisonOptions(Sampling):
     jondurbin/truthy-dpo-v0.1)"""
     number_of_samples: int | None = Field(None, ge=1)
     """how many questions to ask (default: 10)"""
-    data_seed: int | None = None
+    data_seed: Seed | None = None
     """training_args.data_seed of the DPO run, if it set one: it decides which rows are held out"""
     prompt: Texts = []
     """your own question instead; repeatable. Pairs are then scored only if you name a --dataset"""
@@ -152,15 +157,15 @@ class ComparisonOptions(Sampling):
         if own and self.number_of_pairs and not self.dataset:
             raise UserError(f"{key('number_of_pairs')} needs a {key('dataset')} beside your own questions")
         for path in map(Path, self.output_file):
-            folder = next(folder for folder in path.absolute().parents if folder.exists())
             if path.suffix not in OUTPUT_SUFFIXES:
                 raise UserError(
                     f"{key('output_file')} {path}: its name must end in one of {', '.join(OUTPUT_SUFFIXES)}"
                 )
-            if path.is_dir():
-                raise UserError(f"{key('output_file')} {path}: it is a folder")
-            if not folder.is_dir() or not os.access(folder, os.W_OK):
-                raise UserError(f"{key('output_file')} {path}: {folder} is not a folder to write to")
+            check_output(path, key("output_file"))
+        if len(set(map(os.path.realpath, self.output_file))) < len(self.output_file):
+            raise UserError(f"{key('output_file')}: the same file is named twice")
+        if 0 < self.temperature < COLDEST:
+            raise UserError(f"{key('temperature')} {self.temperature:g} must be 0, or at least {COLDEST}")
 
 
 def _make_options(values: dict[str, Any], strict: bool, spell: Callable[[str], str]) -> ComparisonOptions:

@@ -5,19 +5,22 @@ A mistake in the data is a `UserError` that names the file and the line, or the 
 
 import itertools
 import json
+import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
 from config.hyperparameters import DataSource
 from data.formats import MissingColumnError
-from errors import TemporaryError, UserError, nearest, one_line
+from errors import TemporaryError, UserError, nearest, reading, reason, run_in_child
+from storage.files import check_output, refuse_special_files
 from storage.fingerprints import fingerprint
 from storage.hub import looks_like_path, quiet_lookup
 
@@ -63,26 +66,39 @@ def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSou
     With a `stream_seed`, `source.number_of_samples` rows, which must be set, are drawn and kept in the cache of
     `datasets`. Only as much of the source is read as that takes.
     """
-    streamed = stream_seed is not None
+    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME", is_folder=True)
     with _explain_load_errors(source):
-        arguments, split = _load_arguments(source), source.split
-        rows: Any = load_dataset(**arguments, split=split, streaming=streamed)
-        if split is None:
-            if "train" not in rows and len(rows) > 1:
-                raise UserError(f"data set {source}: no train split among {', '.join(rows)}; choose one with split")
-            split = "train" if "train" in rows else next(iter(rows))
-            rows = rows[split]
-        if streamed:
-            # Shuffling draws from a buffer of 1000 rows. The buffer is filled from ten files at a time, which are taken
-            # in random order and read from their beginning. A uniform sample would need to read all files.
-            drawn = rows.shuffle(seed=stream_seed).take(source.number_of_samples)
-            # Its own fingerprint would be the lambda's. The builder's hash is the hub's commit, or the files' state.
-            builder = load_dataset_builder(**arguments)
-            key = (arguments, builder.hash, builder.config_id, split, source.number_of_samples, stream_seed)
-            rows = Dataset.from_generator(lambda: iter(drawn), features=drawn.features, fingerprint=fingerprint(*key))
+        # pandas' and pyarrow's readers of JSON end Python where it is nested too deeply (pandas 3.1, pyarrow 26). What
+        # the child reads stays in the cache. This can go once they raise.
+        arguments = _load_arguments(source)
+        is_local = Path(source.name).exists()
+        if is_local and (status := run_in_child(lambda: _load(source, arguments, stream_seed))) < 0:
+            ended = f"its reader crashes ({signal.Signals(-status).name}): is it nested too deeply, or only null?"
+            raise UserError(f"data set {source}: {ended}")
+        rows, split = _load(source, arguments, stream_seed)
     if len(rows) == 0:
         raise UserError(f"data set {source}: it has no rows")
-    return LoadedSource(source, rows, split, streamed)
+    return LoadedSource(source, rows, split, stream_seed is not None)
+
+
+def _load(source: DataSource, arguments: dict[str, Any], stream_seed: int | None) -> tuple[Dataset, str]:
+    """Return the rows of a source, and the split that they are."""
+    split, streamed = source.split, stream_seed is not None
+    rows: Any = load_dataset(**arguments, split=split, streaming=streamed)
+    if split is None:
+        if "train" not in rows and len(rows) > 1:
+            raise UserError(f"data set {source}: no train split among {', '.join(rows)}; choose one with split")
+        split = "train" if "train" in rows else next(iter(rows))
+        rows = rows[split]
+    if streamed:
+        # Shuffling draws from a buffer of 1000 rows. The buffer is filled from ten files at a time, which are taken
+        # in random order and read from their beginning. A uniform sample would need to read all files.
+        drawn = rows.shuffle(seed=stream_seed).take(source.number_of_samples)
+        # Its own fingerprint would be the lambda's. The builder's hash is the hub's commit, or the files' state.
+        builder = load_dataset_builder(**arguments)
+        key = (arguments, builder.hash, builder.config_id, split, source.number_of_samples, stream_seed)
+        rows = Dataset.from_generator(lambda: iter(drawn), features=drawn.features, fingerprint=fingerprint(*key))
+    return rows, split
 
 
 def convert_rows(
@@ -97,20 +113,39 @@ def convert_rows(
     number of its `row` there, from 1. Raises `UserError` with the place of the first row that is malformed.
     """
     # `Dataset.map` would be slower for a part of the rows, and draw a progress bar. A row of a `lazy` data set decodes
-    # a column when it is first read, and knows which columns have not been read (datasets 5.2).
+    # a column when it is first read.
     rows = _rename_columns(loaded, known_columns).with_format("python", lazy=True)
     converted = []
     for index in np.sort(indices).tolist():
         try:
-            row = rows[index]
+            row, values = _Row(), rows[index]
+            for column in values:
+                with reading(f"column {column!r}"):
+                    row[column] = values[column] if column in known_columns else None
             converted.append({**convert(row), "source": str(loaded.source), "row": index + 1})
-            for column in sorted(loaded.source.columns.keys() & row.keys_to_format):
+            for column in sorted(loaded.source.columns.keys() - row.used):
                 raise UserError(f"columns.{column} is not read, because the row also has the columns of another format")
-        except (UserError, UnicodeDecodeError) as error:
+        except UserError as error:
             place = loaded.locate(None if isinstance(error, MissingColumnError) else index)
-            problem = error if isinstance(error, UserError) else f"not UTF-8 text ({error.reason})"
-            raise UserError(f"{place}: {problem}") from error
+            raise UserError(f"{place}: {error}") from error
     return Dataset.from_list(converted)
+
+
+class _Row(dict[str, Any]):
+    """A row that remembers which of its columns were used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.used.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """Return the value of a column, or `default`."""
+        self.used.add(column)
+        return super().get(column, default)
 
 
 def split_rows(rows: Dataset, seed: int, count: int, name: str) -> DatasetDict:
@@ -130,6 +165,7 @@ def refuse_overlaps(sources: list[DataSource]) -> None:
 
 def _load_arguments(source: DataSource) -> dict[str, Any]:
     path, name = Path(source.name), f"data set {source.name}"
+    refuse_special_files(path, name, "**/*")
     if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(source.name)):
         raise UserError(f"{name}: no such file or folder")
     if path.is_file():
@@ -163,18 +199,16 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
             raise UserError(f"{name}: it has no rows") from None
         if isinstance(error, DatasetGenerationError):
             cause = error.__cause__ or error
-            problem = _find_malformed_line(source) or f"{name}: {one_line(cause)}"
-        elif is_local and not isinstance(error, (OSError, ValueError)):
-            raise
+            problem = _find_malformed_line(source) or f"{name}: {reason(cause)}"
         elif "BuilderConfig" in text or "Config name is missing" in text:
             known = get_dataset_config_names(source.name)
             unknown = f"unknown subset {source.subset!r}{nearest(source.subset or '', known)}"
             fault = unknown if source.subset else "dataset_subsets must name a subset"
             problem = f"{name}: {fault}: it has {', '.join(known)}"
         elif is_local or "split" in text:
-            problem = f"{name}: {one_line(error)}"
+            problem = f"{name}: {reason(error)}"
         else:
-            problem = f"{name}: no such file or folder, and the hub does not provide it ({one_line(error)})"
+            problem = f"{name}: no such file or folder, and the hub does not provide it ({reason(error)})"
         # The hub and the network raise errors of many kinds, which may pass. A ValueError is the user's mistake.
         raise (UserError if is_local or isinstance(cause, ValueError) else TemporaryError)(problem) from error
 

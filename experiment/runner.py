@@ -32,6 +32,7 @@ from trial.events import TRAINED, TrialEvent, is_event, read_events
 from trial.models import check_source
 
 POLL_SECONDS = 0.2
+STOP_SECONDS = 10  # for a trial to end by itself
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -231,8 +232,11 @@ class LocalExperiment(Experiment):
 
     def stop(self) -> None:
         """End the trials that still run; each resumes from its latest checkpoint."""
-        for process in multiprocessing.active_children():
+        for process in (children := multiprocessing.active_children()):
             process.terminate()
+        for process in children:
+            process.join(STOP_SECONDS)
+            process.kill()
             process.join()
         if self.running:
             self.write_report()

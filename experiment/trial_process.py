@@ -4,7 +4,7 @@ The imports take eight seconds; a forked trial starts in one. (Only on Linux: on
 """
 
 import atexit
-import ctypes
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -15,21 +15,22 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from errors import end_with_parent
 from storage.files import BUNDLE
 
 PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 IMPORTS = ["determined.transformers", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer"]
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def start_importing() -> None:
     """Start the process that trials are forked from, so that it imports while this one looks at the data."""
     # For multiprocessing's own helper: it would warn on the terminal of a lock that a killed trial has left.
     sys.warnoptions.append("ignore:resource_tracker")
-    PROCESSES.set_forkserver_preload(IMPORTS)
+    PROCESSES.set_forkserver_preload(["experiment.ends_with_parent", *IMPORTS])
     if PROCESSES.get_start_method() == "forkserver":
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process to handle
-        forkserver.ensure_running()
+        with contextlib.chdir(BUNDLE):  # for it to find a module of ours
+            forkserver.ensure_running()
         signal.signal(signal.SIGINT, handler)
 
 
@@ -52,8 +53,7 @@ def run_script(
         os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the log shows what is printed, also of a trial that is killed
         if threads is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # for the same end as `_end_with_parent`'s
+        end_with_parent()  # as `_end_with_parent` has the others end
         os.execv(sys.executable, [sys.executable, str(path), *arguments])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.set_start_method(None, force=True)  # data loading workers are forked, as in any script

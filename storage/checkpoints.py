@@ -11,7 +11,7 @@ from huggingface_hub.constants import HF_HOME
 
 from config.validation import check_uuid
 from errors import TemporaryError, UserError, one_line
-from storage.files import BUNDLE
+from storage.files import BUNDLE, check_output
 from storage.manifests import MANIFEST, check_files
 from storage.shared_cache import make_once, once_per_node
 
@@ -29,7 +29,13 @@ def local_checkpoint_storage() -> Path:
 
     All experiments share it, as on a cluster. The environment variable LOCAL_CHECKPOINT_STORAGE moves it.
     """
-    return Path(os.environ.get("LOCAL_CHECKPOINT_STORAGE", BUNDLE / "local_runs" / "checkpoints")).resolve()
+    return Path(os.path.realpath(os.environ.get("LOCAL_CHECKPOINT_STORAGE") or BUNDLE / "local_runs" / "checkpoints"))
+
+
+def check_folders() -> None:
+    """Raise `UserError` unless local runs can write their checkpoints, and what they share, where they are kept."""
+    check_output(local_checkpoint_storage(), "LOCAL_CHECKPOINT_STORAGE", is_folder=True)
+    check_output(agent_cache(), "HF_HOME", is_folder=True)
 
 
 def is_model_file(path: str) -> bool:

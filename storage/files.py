@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from errors import os_errors_of
+from errors import UserError, os_errors_of
 
 BUNDLE = Path(__file__).resolve().parent.parent  # the project's own folder, wherever it was copied to
 
@@ -17,6 +19,33 @@ def path_component(name: str) -> str:
     """Return `name` as one that a file or folder can have: one part of a path, not hidden, at most 100 bytes long."""
     safe = re.sub(r"[^\w .+=@,()-]", "_", name).strip(". ").encode()[:100].decode(errors="ignore").rstrip(". ")
     return safe or "experiment"
+
+
+def refuse_special_files(path: Path, what: str, pattern: str = "*") -> None:
+    """Raise `UserError` about `what` if it is neither file nor folder, nor is what matches `pattern` in the folder.
+
+    Reading a pipe or a device could wait or go on for ever.
+    """
+    with os_errors_of(what):
+        for found in (path, *(path.glob(pattern) if path.is_dir() else ())):
+            if found.exists() and not (found.is_file() or found.is_dir()):
+                raise UserError(f"{what}: {found} is neither a file nor a folder")
+
+
+def check_output(path: Path, key: str, *, is_folder: bool = False) -> None:
+    """Raise `UserError` about `key`, which names `path`, unless a file can be written there, or into a folder there.
+
+    It leaves nothing behind.
+    """
+    with os_errors_of(f"{key} {path}"):
+        if path.exists() and path.is_dir() != is_folder:
+            raise UserError(f"{key} {path}: it is {'not ' if is_folder else ''}a folder")
+        with suppress(FileNotFoundError):
+            os.lstat(path if is_folder else f"{path}.unfinished.partial")  # the longest name that will be used there
+        folder = path if is_folder else path.parent
+        existing = next(folder for folder in (folder, *folder.absolute().parents) if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"x" * 2**16)
 
 
 def write_atomically(path: Path, text: str) -> None:

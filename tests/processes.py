@@ -16,7 +16,7 @@ from determined.core import DistributedContext
 
 REPO = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sft_finetune", "dpo_finetune"])
+CONTEXT.set_forkserver_preload(["config.hyperparameters", "trial.context"])
 
 
 def free_ports(count: int) -> list[int]:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,9 +22,9 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from errors import CommandLine, TemporaryError, UserError, one_line, os_errors_of
-from storage.checkpoints import agent_cache, local_checkpoint_storage
-from storage.files import read_json_lines, remove
+from errors import CommandLine, TemporaryError, UserError, at_least, one_line, os_errors_of
+from storage.checkpoints import agent_cache, check_folders, local_checkpoint_storage
+from storage.files import check_output, read_json_lines, remove
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
 from trial.events import TRAINED, LocalCheckpointContext, LocalTrainContext, is_event, read_events
@@ -109,6 +110,7 @@ def open_trial(cls: type[Hyperparameters], default_config: str, description: str
     on_cluster = info is not None and info.task_type == "TRIAL"
     arguments = None if on_cluster else _parse_arguments(default_config, description)
     logging.basicConfig(level=logging.INFO, format=det.LOG_FORMAT, stream=sys.stdout)
+    _hide_noise()
     if os.environ.get("WORLD_SIZE") == "1":
         # With the launcher's process group of one, accelerate would wrap the model in DDP, which holds the gradients
         # twice. This can go once accelerate does not.
@@ -155,6 +157,9 @@ def _open_locally(
         command = f"python local_experiment.py {arguments.config}"
         raise UserError(f"{arguments.config} is a search of {1 + len(others)} trials; run {command}")
     hide_progress_bars_in_logs()
+    check_output(Path(arguments.output), "--output", is_folder=True)
+    check_output(Path(arguments.cache or arguments.output), "--cache", is_folder=True)
+    check_folders()
     hparams = parse_hyperparameters(cls, values)
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
@@ -187,6 +192,16 @@ def _open_locally(
             shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
 
 
+def _hide_noise() -> None:
+    """Keep two messages out of the log that a user can do nothing about."""
+    # accelerate 1.15 says so after an evaluation, though nothing of it is left out. This can go once it says so at
+    # debug level.
+    no_length = "The used dataset had no length"
+    logging.getLogger("accelerate.accelerator").addFilter(lambda record: no_length not in str(record.msg))
+    # TRL 1.16 reads an attribute that transformers 5.23 has renamed. This can go once it does not.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 def hide_progress_bars_in_logs() -> None:
     """Hide the libraries' progress bars unless stderr is a terminal: bars that redraw themselves would fill a log."""
     if not sys.stderr.isatty():
@@ -205,6 +220,6 @@ Off the cluster, python local_experiment.py runs a whole experiment through this
     add, output = parser.add_argument, f"local_runs/{Path(sys.argv[0]).stem}"
     add("--config", default=default_config, help="experiment YAML without a search (default: %(default)s)")
     add("--output", default=output, help="the trial's folder, which is also resumed from (default: %(default)s)")
-    add("--trial-id", type=int, default=1, help="number written to its checkpoints (default: 1)")
+    add("--trial-id", type=at_least(1), default=1, help="number written to its checkpoints (default: 1)")
     add("--cache", help="folder for tokenized data and reference log-probs, to share (default: OUTPUT/cache)")
     return parser.parse_args()

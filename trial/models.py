@@ -1,10 +1,13 @@
 """Load a model and its tokenizer, for training and for inference."""
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from errors import TemporaryError, UserError, one_line
+from errors import TemporaryError, UserError, one_line, reading
+from storage.files import refuse_special_files
 from storage.hub import looks_like_path, quiet_lookup
+from trial.events import read_events
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,11 +15,40 @@ if TYPE_CHECKING:
 
 def check_source(source: str, key: str) -> None:
     """Raise `UserError` for a path that leads to no model. (Only the hub can tell whether it has a model.)"""
-    path = Path(source)
+    path, what = Path(source), f"{key} {source!r}"
+    refuse_special_files(path, what)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{key} {source!r}: a folder without a config.json is no model")
-    if not path.is_dir() and looks_like_path(source):
-        raise UserError(f"{key} {source!r}: no such folder")
+        raise UserError(f"{what}: a folder without a config.json is no model{_meant(path)}")
+    if not path.is_dir() and (looks_like_path(source) or path.exists()):
+        raise UserError(f"{what}: {'not a' if path.exists() else 'no such'} folder")
+
+
+def find_on_hub(source: str, key: str) -> None:
+    """Raise `TemporaryError` unless the hub, or its cache on this machine, has a model of this id."""
+    from transformers.utils import cached_file
+
+    try:
+        with reading(f"{key} {source!r}"), quiet_lookup():
+            cached_file(source, "config.json")
+    except UserError as error:
+        raise _not_given(source, key, error) from error
+
+
+def _not_given(source: str, key: str, error: UserError) -> TemporaryError:
+    what = f"{key} {source!r}: "
+    return TemporaryError(f"{what}no such folder, and the hub does not give it: {str(error).removeprefix(what)}")
+
+
+def _meant(folder: Path) -> str:
+    """Return what to give instead of a folder that only leads to a model, in words; "" if it does not."""
+    best = folder / "best_checkpoint"
+    if best.is_file():
+        return f"; the best checkpoint of the experiment in it is {one_line(best.read_text(errors='replace'))[:36]}"
+    saved = [event["uuid"] for event in read_events(folder / "events.jsonl") if event["kind"] == "checkpoint"]
+    if saved:
+        return f"; the latest checkpoint of the trial in it is {saved[-1]}"
+    models = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("*/*/config.json")))
+    return f"; {models[-1]} is one" if models else ""
 
 
 def load_model_and_tokenizer(
@@ -36,10 +68,11 @@ def load_model_and_tokenizer(
     names = {"revision", "subfolder", "token", "trust_remote_code"} & model_init_kwargs.keys()
     shared = {name: model_init_kwargs[name] for name in names}
     try:
-        with quiet_lookup():
+        with reading(f"{key} {source!r}"), quiet_lookup():
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
             if weights:
-                model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **model_init_kwargs})
+                given = {"dtype": torch.float32, **model_init_kwargs, "output_loading_info": True}
+                model, info = cast(Any, AutoModelForCausalLM).from_pretrained(source, **given)
             else:
                 config, trust = AutoConfig.from_pretrained(source, **shared), bool(shared.get("trust_remote_code"))
                 attention = {"attn_implementation": model_init_kwargs.get("attn_implementation")}
@@ -47,13 +80,43 @@ def load_model_and_tokenizer(
                     model = AutoModelForCausalLM.from_config(
                         config, dtype=torch.float32, trust_remote_code=trust, **attention
                     )
-    except (OSError, ValueError) as error:
+    except UserError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(f"{key} {source!r}: its weights have other shapes than its config.json says") from error
         if Path(source).exists():
-            raise UserError(f"{key} {source!r}: {one_line(error)}") from error
-        raise TemporaryError(
-            f"{key} {source!r}: no such folder, and the hub does not give it: {one_line(error)}"
-        ) from error
+            raise
+        raise _not_given(source, key, error) from error
+    _check_fit(model, tokenizer, f"{key} {source!r}")
+    if weights and os.environ.get("LOCAL_RANK", "0") == "0":  # under FSDP the others load nothing
+        _check_weights(model, info, f"{key} {source!r}")
     if tokenizer.pad_token_id is None:
         # Labels are ours (-100 where unsupervised), so padding with EOS hides no EOS from the loss.
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", what: str) -> None:
+    """Raise `UserError` if the model is none to generate with, or has no embedding for a token of the tokenizer's own.
+
+    (Others that were added may be meant for another model: Gemma 3's tokenizer has one for pictures.)
+    """
+    rows: Any = model.get_input_embeddings().num_embeddings
+    with reading(what):
+        used = tokenizer("Tea?")["input_ids"]
+    last = max(tokenizer.vocab_size - 1, tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0, *used)
+    if last >= rows:
+        raise UserError(f"{what}: the model has {rows} embeddings, but its tokenizer's ids go up to {last}")
+    name, named = type(model).__name__, model.config.architectures or []
+    if not getattr(model.config, "is_decoder", True) and name not in named:  # BERT's, which sees what comes next
+        raise UserError(f"{what}: it is {', '.join(map(str, named))}, no causal language model")
+
+
+def _check_weights(model: "PreTrainedModel", info: dict[str, Any], what: str) -> None:
+    """Raise `UserError` unless every weight was in the files (transformers draws others at random) and is a number."""
+    import torch
+
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{what}: its files lack {len(missing)} of the model's weights, such as {missing[0]}")
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+            raise UserError(f"{what}: its weight {name} has values that are no finite numbers")

@@ -213,7 +213,7 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
 def test_undecodable_text_is_an_error_with_its_line(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"prompt": "q", "text": "a"}\n' * 3 + b'{"prompt": "q", "text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"train\.jsonl line 4: not UTF-8 text"):
+    with pytest.raises(UserError, match=r"train\.jsonl line 4: column 'text': 'utf-8' codec can't decode byte 0xff"):
         load_sft_dataset(str(path), WHOLE, seed=1)
 
 

@@ -1,0 +1,5 @@
+"""Imported by the process that trials are forked from: it then ends with the process that started it."""
+
+from errors import end_with_parent
+
+end_with_parent()
