@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -61,18 +62,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def make_tiny(folder: Path) -> None:
+    """Make the tiny example as the tests have it, unless it is there."""
+    if not (folder / "base" / "config.json").exists():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported, which reads it once
+        sys.path.insert(0, str(REPO / "examples" / "tiny"))
+        import make
+
+        make.make(folder, epochs=0.3, hidden_size=32)
+
+
 class Bench:
     """What cases run on."""
 
     def __init__(self, folder: Path, tiny: Path) -> None:
-        if not (tiny / "base" / "config.json").exists():
-            import sys
-
-            sys.path.insert(0, str(REPO / "examples" / "tiny"))
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            import make
-
-            make.make(tiny, epochs=0.3, hidden_size=32)
+        make_tiny(tiny)
         input_cases.TINY[:] = [tiny]
         self.folder, self.states = folder, None
         self.server, self.lock = Server(folder, tiny), threading.Lock()

@@ -110,15 +110,41 @@ class Server:
 
     def run(self, scratch: Path, command: str, words: list[str], env: dict[str, str], **options: Any) -> Outcome:
         """Run a command in a scratch folder that is prepared. `options`: `limit` in seconds; whether it `trains`."""
-        before = snapshot(scratch)
-        request = {"scratch": str(scratch), "command": command, "words": words, "env": env, **options}
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(self.socket)
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            reply = json.loads(connection.makefile().read())
-        read = (scratch.with_name(f"{scratch.name}.{name}") for name in ("out", "err"))
-        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in read)
-        return Outcome(**reply, out=out, err=err, written=difference(before, snapshot(scratch)), scratch=scratch)
+        before, running = snapshot(scratch), self.start(scratch, command, words, env, **options)
+        status, seconds = running.wait()
+        out, err = (running.read(name) for name in ("out", "err"))
+        return Outcome(status, seconds, out, err, difference(before, snapshot(scratch)), scratch)
+
+    def start(self, scratch: Path, command: str, words: list[str], env: dict[str, str], **options: Any) -> "Running":
+        """Start a command. It is ended after `limit` seconds, and then, or if it ends before, all that it has started.
+
+        `leave`: not what it has started, if it ends before.
+        """
+        request = {"scratch": str(scratch), "command": command, "words": words, "env": env}
+        request |= {"limit": LIMIT, "leave": False, **options}
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.socket)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        return Running(scratch, connection)
+
+
+class Running:
+    """A command that was started."""
+
+    def __init__(self, scratch: Path, connection: socket.socket) -> None:
+        self.scratch, self.connection, self.replies = scratch, connection, connection.makefile()
+        self.pid: int = json.loads(self.replies.readline())["pid"]  # and the id of its process group
+
+    def wait(self) -> tuple[int | None, float]:
+        """Return its exit status (None: it had to be ended) and how long it took, in seconds."""
+        reply = json.loads(self.replies.readline())
+        self.connection.close()
+        return reply["status"], reply["seconds"]
+
+    def read(self, name: str) -> str:
+        """Return what is in its stdout ("out") or stderr ("err")."""
+        path = self.scratch.with_name(f"{self.scratch.name}.{name}")
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -287,7 +313,8 @@ def supervise(connection: socket.socket) -> None:
     child = os.fork()
     if child == 0:
         connection.close()
-        be_the_case(**{name: value for name, value in request.items() if name != "limit"})
+        be_the_case(**{name: value for name, value in request.items() if name not in ("limit", "leave")})
+    connection.sendall(json.dumps({"pid": child}).encode() + b"\n")
     status = None
     while time.monotonic() < started + request["limit"]:
         ended, code = os.waitpid(child, os.WNOHANG)
@@ -296,9 +323,10 @@ def supervise(connection: socket.socket) -> None:
             break
         time.sleep(0.005)
     seconds = time.monotonic() - started
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    connection.sendall(json.dumps({"status": status, "seconds": round(seconds, 2)}).encode())
+    if status is None or not request["leave"]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    connection.sendall(json.dumps({"status": status, "seconds": round(seconds, 2)}).encode() + b"\n")
 
 
 def be_the_case(scratch: str, command: str, words: list[str], env: dict[str, str], trains: bool, die: str = "") -> None:

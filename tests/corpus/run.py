@@ -1,6 +1,6 @@
 """Run the corpus, or the cases whose id holds one of the words given, and print what fails.
 
-    python tests/corpus/run.py [--write FOLDER] [--tiny FOLDER] [WORD...]
+    python tests/corpus/run.py [--area AREA] [--write FOLDER] [--tiny FOLDER] [WORD...]
 
 --write puts the failing cases, with their actual output, into FOLDER/failing-{config,input,ckpt,options}.md.
 """
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--area", choices=corpus.AREAS, action="append")
     parser.add_argument("--tiny", type=Path, default=Path(tempfile.gettempdir()) / "corpus-tiny")
     parser.add_argument("--at-once", type=int, default=2)
     args = parser.parse_args()
@@ -34,7 +35,8 @@ def main() -> None:
                 (area, case)
                 for area, cases in corpus.AREAS.items()
                 for case in cases
-                if not args.words or any(word in case.id for word in args.words)
+                if area in (args.area or corpus.AREAS)
+                and (not args.words or any(word in case.id for word in args.words))
             ]
             for (area, case), (outcome, wrong) in zip(
                 chosen, pool.map(lambda item: bench.judge(item[1]), chosen), strict=True
