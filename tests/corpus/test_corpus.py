@@ -1,0 +1,35 @@
+"""Every bad input ends within ten seconds in one line that names it, and nothing is written.
+
+Run are every second case of some areas and every fifth of a slower one; all of them with CORPUS=all in the environment,
+or by `python tests/corpus/run.py`.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from corpus import ALL, AREAS, Bench, describe
+
+EVERY = {"config": 3, "input": 2, "options": 2, "ckpt": 5}
+CHOSEN = [case.id for area, cases in AREAS.items() for case in cases[:: 1 if os.environ.get("CORPUS") else EVERY[area]]]
+
+
+@pytest.fixture(scope="module")
+def judged(request, tiny, tmp_path_factory):
+    """What came of each case that this session has selected, as a future: two run at a time."""
+    bench = Bench(tmp_path_factory.mktemp("corpus"), tiny)
+    selected = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(bench.judge, ALL[name]) for name in selected}
+    bench.close()
+
+
+def test_the_ids_differ():
+    assert len(ALL) == sum(map(len, AREAS.values()))
+    assert len(CHOSEN) >= 300
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_bad_input_costs_a_line(judged, name):
+    outcome, wrong = judged[name].result()
+    assert not wrong, describe(ALL[name], outcome, wrong)
