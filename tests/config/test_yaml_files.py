@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPO
 
 import local_experiment
 from config.experiment import read_experiment_config
@@ -151,7 +152,7 @@ def test_an_experiment_stays_in_local_runs(call, write_config, sft_config, tmp_p
         lambda self: seen.append((self.name, self.folder)) or sys.exit(0),
     )
     assert call(local_experiment.main, path)[0] == 0
-    assert seen == [(name or "config", local_experiment.BUNDLE / "local_runs" / folder)]
+    assert seen == [(name or "config", REPO / "local_runs" / folder)]
 
 
 def test_checkpoints_are_not_an_output(call, write_config, sft_config, tmp_path, monkeypatch):
