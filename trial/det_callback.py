@@ -29,12 +29,14 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from errors import UserError, one_line, os_errors_of
+from errors import TemporaryError, UserError, one_line, os_errors_of
 from storage.manifests import hash_files, write_manifest
 from trial.context import OutOfMemory, Trial, TrialStopped
 from trial.latest_checkpoint import fetch_latest_checkpoint, log_state_file, read_log_state
 
 logger = logging.getLogger(__name__)
+# What the operating system, and torch in its place, says in whatever a library raises.
+DISK_IS_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
 def train_or_resume(trainer: Trainer, trial: Trial) -> None:
@@ -46,7 +48,10 @@ def train_or_resume(trainer: Trainer, trial: Trial) -> None:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except TrialStopped:
         callback.save_after_broken_evaluation()
-    except RuntimeError as error:
+    except Exception as error:
+        if any(text in str(error) for text in DISK_IS_FULL):
+            folders = f"{trainer.args.output_dir}, the checkpoint storage or the cache"
+            raise TemporaryError(f"no space left on the disk of {folders}") from error
         if not should_reduce_batch_size(error):  # accelerate's name for: ran out of memory
             raise
         if trial.memory_ran_out is None or trial.memory_ran_out.exists():
