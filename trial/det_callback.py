@@ -36,7 +36,12 @@ from trial.latest_checkpoint import fetch_latest_checkpoint, log_state_file, rea
 
 logger = logging.getLogger(__name__)
 # What the operating system, and torch in its place, says in whatever a library raises.
-DISK_IS_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+DISK_IS_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "enforce fail at inline_container",
+)
 
 
 def train_or_resume(trainer: Trainer, trial: Trial) -> None:
