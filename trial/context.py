@@ -24,7 +24,7 @@ from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from errors import CommandLine, TemporaryError, UserError, at_least, one_line, os_errors_of
 from storage.checkpoints import agent_cache, check_folders, local_checkpoint_storage
-from storage.files import check_output, read_json_lines, remove
+from storage.files import check_output, read_json_lines
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
 from trial.events import TRAINED, LocalCheckpointContext, LocalTrainContext, is_event, read_events
@@ -167,9 +167,13 @@ def _open_locally(
     with contextlib.ExitStack() as stack:
         # A trial whose local_experiment.py was killed lives on for some milliseconds; its successor waits for it.
         lock = only_writer(output, patience=30 if multiprocessing.parent_process() else 0)
-        once_per_node(distributed or core.DummyDistributedContext(), lambda: stack.enter_context(lock))
-        if distributed is None or distributed.local_rank == 0:  # what a killed start has left there
-            remove(Path(hparams.args.output_dir))
+
+        def enter() -> None:
+            stack.enter_context(lock)
+            if Path(hparams.args.output_dir).is_file():
+                raise UserError(f"{hparams.args.output_dir}: is a file, where the trainer's folder belongs")
+
+        once_per_node(distributed or core.DummyDistributedContext(), enter)
         lines, as_written = read_json_lines(events), json.loads(json.dumps(values))
         earlier = [line for line in lines if is_event(line)]
         if len(lines) > len(earlier):
@@ -178,7 +182,8 @@ def _open_locally(
             if any(event["kind"] in TRAINED for event in earlier):
                 what = f"{output} holds a trial with other hyperparameters"
                 raise UserError(f"{what}; remove it, or choose another --output")
-            events.unlink(missing_ok=True)  # a mistake ended it before it had trained a step
+            if distributed is None or distributed.local_rank == 0:
+                events.unlink(missing_ok=True)  # a mistake ended it before it had trained a step
 
         def saved() -> list[str]:
             return [event["uuid"] for event in reversed(read_events(events)) if event["kind"] == "checkpoint"]

@@ -14,6 +14,7 @@ from determined import core
 from determined.common.storage import SharedFSStorageManager
 
 from config.validation import is_uuid
+from errors import os_errors_of
 from storage.files import append_json_line, flush_to_disk, is_object, read_json_lines
 
 
@@ -94,10 +95,11 @@ class LocalTrainContext(core.DummyTrainContext):
         self._append(kind="status", status=status)
 
     def _append(self, **event: Any) -> None:
-        if not self.begun:
-            append_event(self.events, kind="hparams", hparams=self.hparams)
-            self.begun = True
-        append_event(self.events, **event)
+        with os_errors_of(self.events):
+            if not self.begun:
+                append_event(self.events, kind="hparams", hparams=self.hparams)
+                self.begun = True
+            append_event(self.events, **event)
 
 
 class LocalCheckpointContext(core.DummyCheckpointContext):

@@ -68,41 +68,40 @@ def _fetch(trial: Trial, uuid: str, folder: Path, model_only: bool) -> str | Non
 
     Raises `TemporaryError` for an error of the storage.
     """
-    problem: str | None = None
-    mistake: UserError | None = None
+    outcome: str | UserError | None = None
     if trial.core_context.distributed.local_rank == 0:
         remove(folder)  # an interrupted download may have left files there
         try:
             trial.core_context.checkpoint.download(uuid, folder, download_mode=DownloadMode.NoSharedDownload)
         except CheckpointNotFound:
-            problem = MISSING
+            outcome = MISSING
         except NotADirectoryError:
-            problem = "is a file"
+            outcome = "is a file"
         except Exception as error:  # each kind of storage raises its own
-            mistake = TemporaryError(f"checkpoint {uuid}: {one_line(error) or type(error).__name__}")
+            outcome = TemporaryError(f"checkpoint {uuid}: {one_line(error) or type(error).__name__}")
         else:
             try:
                 _check(folder, model_only)
             except UserError as error:
-                problem = f"is damaged ({error})"
-    problems, mistakes = zip(*trial.core_context.distributed.allgather((problem, mistake)), strict=True)
-    if any(mistakes):
-        raise next(filter(None, mistakes))
-    return next(filter(None, problems), None)
+                outcome = f"is damaged ({error})"
+    outcomes = list(filter(None, trial.core_context.distributed.allgather(outcome)))
+    for outcome in outcomes:
+        if isinstance(outcome, UserError):
+            raise outcome
+    return next(iter(outcomes), None)
 
 
 def _earlier_checkpoints(trial: Trial, latest: str, problem: str) -> list[str]:
     """Return the UUIDs of the trial's other checkpoints, the latest first. Only the first rank asks for them."""
-    found: list[str] = []
-    mistake: UserError | None = None
+    found: list[str] | UserError = []
     if trial.core_context.distributed.rank == 0:
         try:
             found = trial.earlier_checkpoints()
         except UserError as error:
-            mistake = error
-    found, mistake = trial.core_context.distributed.broadcast((found, mistake))
-    if mistake:
-        raise mistake
+            found = error
+    found = trial.core_context.distributed.broadcast(found)
+    if isinstance(found, UserError):
+        raise found
     if latest not in found:  # another trial's, from which the experiment was made to start
         raise UserError(f"checkpoint {latest}, where the trial is to start, {problem}")
     return [uuid for uuid in found if uuid != latest]

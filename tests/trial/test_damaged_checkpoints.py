@@ -1,6 +1,9 @@
 """A trial whose latest checkpoint was damaged ends as an untouched one: from the checkpoint before it, or anew."""
 
+import errno
+import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 import sft_finetune
 from storage.checkpoints import local_checkpoint_storage
 from storage.manifests import MANIFEST
-from trial.events import read_events
+from trial.events import LocalCheckpointContext, read_events
 
 STEPS = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
 CHANGES = {f"hyperparameters__training_args__{name}": value for name, value in STEPS.items()}
@@ -190,6 +193,38 @@ def test_a_trial_that_trained_nothing_does_not_block_a_corrected_one(call, write
     assert (status, err) == (0, "")
     status, _, err = run(200)
     assert (status, "holds a trial with other hyperparameters" in err) == (2, True)
+
+
+@pytest.mark.parametrize("what", ["shutil.copy2", "torch.save", "trial.events.append_event"])
+def test_a_full_disk_costs_a_line(run, ended, tmp_path, monkeypatch, what):
+    """At some moment after the first checkpoint. The same command goes on from it."""
+    _, _, events, weights = ended
+    module, name = what.rsplit(".", 1)
+    write, store = getattr(importlib.import_module(module), name), tmp_path / "store-2"
+    uploaded = []
+
+    def write_to_full_disk(*args, **kwargs):
+        if (kwargs.get("kind") == "training" and kwargs["steps_completed"] == 3) or (store.exists() and uploaded):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args, **kwargs)
+
+    upload = LocalCheckpointContext.upload
+
+    def upload_and_fill(self, *args, **kwargs):
+        uploaded.extend([] if what == "trial.events.append_event" else [upload(self, *args, **kwargs)])
+        return uploaded[-1] if uploaded else upload(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(what, write_to_full_disk)
+        patch.setattr(LocalCheckpointContext, "upload", upload_and_fill)
+        status, err, _ = run(tmp_path / "full", store)
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error")
+    assert "no space left on" in err.lower()
+    status, err, again = run(tmp_path / "full", store)
+    assert (status, err) == (0, "")
+    assert [e["steps_completed"] for e in again if e["kind"] == "checkpoint"] == [2, 4]
+    assert_same_end(events, weights, again, store)
 
 
 def test_each_upload_has_a_manifest_of_its_files(ended):
