@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config.experiment import entrypoint_script, read_experiment_config
+from config.experiment import entrypoint_script, expand_trials, read_experiment_config
 from errors import CommandLine, UserError, about, exit_on_user_error
 from storage.files import BUNDLE, path_component
 
@@ -106,6 +106,7 @@ def main() -> int:
         script = entrypoint_script(config)[0]
         if not (model_def / script).is_file():
             raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
+        expand_trials(config)  # a mistake in the grid needs no torch to be found
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} must be 0 or more")
     if args.max_concurrent < 1:
