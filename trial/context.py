@@ -20,7 +20,7 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from errors import CommandLine, TemporaryError, UserError
+from errors import CommandLine, TemporaryError, UserError, about
 from storage.checkpoints import agent_cache, local_checkpoint_storage
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
@@ -134,12 +134,14 @@ def _open_locally(
     cls: type[Hyperparameters], arguments: argparse.Namespace, distributed: core.DistributedContext | None
 ) -> Iterator[Trial[Hyperparameters]]:
     config = read_experiment_config(arguments.config)
-    values, *others = expand_trials(config)
+    with about(arguments.config):
+        values, *others = expand_trials(config)
     if others:
         command = f"python local_experiment.py {arguments.config}"
         raise UserError(f"{arguments.config} is a search of {1 + len(others)} trials; run {command}")
     hide_progress_bars_in_logs()
-    hparams = parse_hyperparameters(cls, values)
+    with about(arguments.config):
+        hparams = parse_hyperparameters(cls, values)
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
     hparams.args.output_dir = str(output / "trainer")
