@@ -271,9 +271,10 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
 
 def _key_at_fault(cls: type[Config], values: dict[str, Any], error: Exception) -> str:
     """The key of the value that has `cls` raise the same error alone; that of all if it takes several."""
+    others = {"bf16": False, "use_cpu": True, "activation_checkpointing": False}
     for name, value in values.items():
         try:
-            cls(**{"bf16": False, "use_cpu": True, name: copy.deepcopy(value)})
+            cls(**others | {name: copy.deepcopy(value)})
         except Exception as other:
             if str(other) == str(error):
                 return f"{KEY}.{name}"
