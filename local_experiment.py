@@ -105,7 +105,7 @@ def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], exam
 def main() -> int:
     """Run the experiment of the command line. Returns 1 if a trial failed."""
     args = parse_arguments()
-    from config.experiment import entrypoint_script, read_experiment_config
+    from config.experiment import entrypoint_script, expand_trials, read_experiment_config
     from storage.files import BUNDLE, check_output, path_component
 
     config = read_experiment_config(args.config_file, args.config)
@@ -116,6 +116,7 @@ def main() -> int:
             is_there = (model_def / script).is_file()
         if not is_there:
             raise UserError(f"entrypoint script {script}: not in MODEL_DEF, {model_def}")
+        expand_trials(config)  # a mistake in the grid needs no torch to be found
     name = config.get("name") or Path(args.config_file).stem
     component = path_component(name)
     if component.casefold() == CHECKPOINTS:

@@ -15,13 +15,12 @@ from config.yaml_files import check_values, override, read_yaml
 from errors import UserError, about, nearest, reading
 
 MOST_TRIALS = 1000
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # as the master has it
 # The keys of each type of hyperparameter that a search varies, beside `type`.
 RANGE = create_model("Range", __config__=FORBID_UNKNOWN, minval=float, maxval=float, count=(Count | None, None))
 SPACES = {
     "const": create_model("Const", __config__=FORBID_UNKNOWN, val=Any),
     "categorical": create_model("Categorical", __config__=FORBID_UNKNOWN, vals=Annotated[list, Field(min_length=1)]),
-    "int": create_model("Int", __base__=RANGE, minval=Int64, maxval=Int64),
+    "int": create_model("Int", __base__=RANGE, minval=int, maxval=int),
     "double": RANGE,
     "log": create_model("Log", __base__=RANGE, base=PositiveFloat),
 }

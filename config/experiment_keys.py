@@ -1,7 +1,7 @@
 """The keys of an experiment beside its hyperparameters, with their types: what Determined's master accepts.
 
 The master checks them when an experiment is created (its schemas/expconf/v0). Neither the CLI nor the Python package
-knows them. Where it only ignores a key, as `data`, or few have what it is about, as `slurm`, any mapping will do.
+knows them. Where it ignores a key, as `data`, or few have what it is about, as `slurm`, any mapping will do.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from config.validation import FORBID_UNKNOWN, Count, Natural, validate
-from errors import UserError
+from errors import UserError, nearest
 
 Texts = list[str]
 
@@ -35,7 +35,7 @@ def _checked(type_: Any, is_right: Callable[[Any], object], wrong: str) -> Any:
 
 ABSOLUTE_PATH = _checked(str, lambda path: path.startswith("/"), "is not an absolute path")
 MEMORY_SIZE = re.compile(r"([0-9]*[.])?[0-9]+ ?(([kmgtp](i?b)?)|b)?", re.IGNORECASE)
-BY_DEVICE = dict.fromkeys(("cpu", "cuda", "rocm", "gpu"))
+BY_DEVICE = ("cpu", "cuda", "rocm", "gpu")
 LENGTH = _checked(
     _keys("Length", batches=Natural, records=Natural, epochs=Natural),
     lambda length: len(length.model_fields_set) == 1,
@@ -45,14 +45,11 @@ BIND_MOUNT = _keys(
     "BindMount", "host_path container_path",
     host_path=ABSOLUTE_PATH, container_path=str, read_only=bool, propagation=str,
 )  # fmt: skip
-PROXY_PORT = _keys(
-    "ProxyPort", "proxy_port", proxy_port=float, proxy_tcp=bool, unauthenticated=bool, default_service_id=bool
-)
 ENVIRONMENT = _keys(
     "Environment",
     image=str | _keys("Images", **dict.fromkeys(BY_DEVICE, str)),
     environment_variables=Texts | _keys("Variables", **dict.fromkeys(BY_DEVICE, Texts)),
-    proxy_ports=list[PROXY_PORT], ports=dict[str, int], force_pull_image=bool, registry_auth=dict[str, str | None],  # type: ignore[valid-type]
+    proxy_ports=list[dict], ports=dict[str, int], force_pull_image=bool, registry_auth=dict[str, str | None],  # type: ignore[valid-type]
     add_capabilities=Texts, drop_capabilities=Texts, pod_spec=dict,
 )  # fmt: skip
 RESOURCES = _keys(
@@ -68,12 +65,6 @@ LOG_POLICY = _checked(
     "give a name, or a pattern and an action",
 )
 PROFILING = _keys("Profiling", enabled=bool, begin_on_batch=Natural, end_after_batch=Natural, sync_timings=bool)
-OPTIMIZATIONS = _keys(
-    "Optimizations",
-    aggregation_frequency=Count, auto_tune_tensor_fusion=bool, average_aggregated_gradients=bool,
-    average_training_metrics=bool, gradient_compression=bool, grad_updates_size_file=str,
-    mixed_precision=Literal["O0", "O1", "O2", "O3"], tensor_fusion_cycle_time=Natural, tensor_fusion_threshold=Natural,
-)  # fmt: skip
 EXPERIMENT: type[BaseModel] = _keys(
     "Experiment", "hyperparameters searcher",
     hyperparameters=dict, searcher=dict, checkpoint_storage=dict, name=str, entrypoint=str | Texts, description=str,
@@ -81,10 +72,10 @@ EXPERIMENT: type[BaseModel] = _keys(
     max_restarts=Natural, checkpoint_policy=Literal["best", "all", "none"], labels=Texts, workspace=str, project=str,
     min_checkpoint_period=LENGTH, min_validation_period=LENGTH, scheduling_unit=Count, records_per_epoch=int,
     perform_initial_validation=bool, preemption_timeout=int, debug=bool, profiling=PROFILING,
-    optimizations=OPTIMIZATIONS, reproducibility=_keys("Reproducibility", experiment_seed=Natural),
+    reproducibility=_keys("Reproducibility", experiment_seed=Natural),
     retention_policy=_keys("Retention", log_retention_days=Annotated[int, Field(ge=-1, le=32767)]),
-    **dict.fromkeys(("data", "data_layer", "integrations", "internal", "pbs", "security", "slurm"), dict),
-    tensorboard_storage=dict,
+    **dict.fromkeys(("data", "data_layer", "integrations", "internal", "optimizations", "pbs", "security"), dict),
+    slurm=dict, tensorboard_storage=dict,
 )  # fmt: skip
 
 CONCURRENT = {"max_concurrent_trials": Natural}
@@ -126,7 +117,9 @@ def check_experiment(config: dict[str, Any]) -> None:
         given = config.get(section) or {}
         kind = given.get(tag)
         if kind is not None and kind not in tuple(variants):
-            raise UserError(f"{section}.{tag} is {kind!r}, which is not one of {', '.join(variants)}")
+            raise UserError(
+                f"{section}.{tag} is {kind!r}, which is not one of {', '.join(variants)}{nearest(kind, variants)}"
+            )
         # Without a kind, the cluster's administrator has said which one it is.
         own = variants[kind] if kind else {key: type_ for keys in variants.values() for key, type_ in keys.items()}
         noun = f"a key of {section}{f' with {tag} {kind}' if kind else ''}"

@@ -1,5 +1,6 @@
 """Build TRL's config of a run from the `training_args` of a YAML, whose keys and types are checked."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -8,7 +9,7 @@ import os
 import sys
 import typing
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -109,7 +110,8 @@ def build_sft_config(training_args: dict[str, Any], own: OwnKeys) -> SFTConfig:
 def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
     """Return the DPOConfig of `training_args` and of our own keys. Raises `UserError` for what is wrong in them."""
     values = check_training_args(DPOConfig, training_args, own, REFUSED_BY_DPO)
-    args = build_training_args(DPOConfig, resolve_dpo_loss(values))
+    loss_key = f"{KEY}.loss_type" if "loss_type" in training_args else "hyperparameters.dpo_loss"
+    args = build_training_args(DPOConfig, resolve_dpo_loss(values, loss_key))
     # What TRL refuses once the model is loaded.
     if args.f_divergence_type != "reverse_kl" and not set(args.loss_type) <= F_DIVERGENCE_LOSSES:
         known = ", ".join(sorted(F_DIVERGENCE_LOSSES))
@@ -178,8 +180,10 @@ def _narrow(hint: Any) -> Any:
     return hint
 
 
-def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
+def resolve_dpo_loss(training_args: dict[str, Any], loss_key: str) -> dict[str, Any]:
     """Return `training_args` with a `loss_type` for TRL. Raises `UserError` for a loss that it cannot compute.
+
+    `loss_key` is the user's key of the loss.
 
     Two published names are no longer TRL's. `cdpo` (Mitchell 2023, "A note on DPO with noisy preferences") is
     (1 - e) A + e B with A = -logsigmoid(beta h), B = -logsigmoid(-beta h) and e the label smoothing. TRL's `robust`
@@ -189,7 +193,7 @@ def resolve_dpo_loss(training_args: dict[str, Any]) -> dict[str, Any]:
     losses = training_args.get("loss_type", ["sigmoid"])
     losses = [losses] if isinstance(losses, str) else losses
     smoothing = training_args.get("label_smoothing", 0.0)
-    resolved, loss_key = dict(training_args), "hyperparameters.dpo_loss"
+    resolved = dict(training_args)
     if losses == ["cdpo"]:
         if "loss_weights" in training_args or not 0 < smoothing < 0.5:
             raise UserError(f"{loss_key} 'cdpo' needs training_args.label_smoothing in (0, 0.5), and no loss_weights")
@@ -224,6 +228,12 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     values = dict(values)
     values.setdefault("report_to", "none")  # the library's default is every tracker that is installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # progress bars would fill a log file
+    for name in (*cast(Any, cls)._VALID_DICT_FIELDS, "gradient_checkpointing_kwargs"):  # text may be JSON
+        if isinstance(text := values.get(name), str) and (text.startswith("{") or name.endswith("_kwargs")):
+            with reading(f"{KEY}.{name} {text!r}"):
+                if not text.startswith("{"):
+                    raise ValueError("not a mapping")
+                json.loads(text)
     # transformers 5.23 warns of the old names, TRL's own default among them. This can go with transformers 6.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in values:
@@ -242,14 +252,11 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     if not torch.cuda.is_available():
         # Otherwise the library refuses bf16 on a machine without a GPU, though its CPU may have it.
         values.setdefault("use_cpu", not torch.backends.mps.is_available())
-    for name in cls._VALID_DICT_FIELDS:  # may be JSON
-        if isinstance(text := values.get(name), str) and (text.startswith("{") or name.endswith("_kwargs")):
-            with reading(f"{KEY}.{name} {text!r}"):
-                if not text.startswith("{"):
-                    raise ValueError("not a mapping")
-                json.loads(text)
-    with reading(KEY):
+    try:
         args = cls(**values)
+    except Exception as error:
+        with reading(_key_at_fault(cls, values, error)):
+            raise
     model_init_kwargs: Any = args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
     for name in {"dtype", "torch_dtype"} & model_init_kwargs.keys():
         dtype, key = model_init_kwargs[name], f"{KEY}.model_init_kwargs.{name}"
@@ -260,6 +267,18 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
             raise UserError(f"{key} {dtype!r}: weights stay float32, or small steps would not move them; {remedy}")
     try_out(args, KEY)
     return args
+
+
+def _key_at_fault(cls: type[Config], values: dict[str, Any], error: Exception) -> str:
+    """The key of the value that has `cls` raise the same error alone; that of all if it takes several."""
+    others = {"bf16": False, "use_cpu": True, "activation_checkpointing": False}
+    for name, value in values.items():
+        try:
+            cls(**others | {name: copy.deepcopy(value)})
+        except Exception as other:
+            if str(other) == str(error):
+                return f"{KEY}.{name}"
+    return KEY
 
 
 def sets_fsdp_checkpointing(training_args: dict[str, Any]) -> bool:

@@ -54,10 +54,12 @@ def try_out(args: Any, key: str) -> None:
     with reading(f"{key}.accelerator_config"):
         GradientAccumulationPlugin(**(args.accelerator_config.gradient_accumulation_kwargs or {}))
     if args.torch_compile:
-        with reading(f"{key}.torch_compile"):
+        with reading(f"{key}.torch_compile_backend"):
+            torch.compile(trainer.model, backend=args.torch_compile_backend)
+        with reading(f"{key}.torch_compile_mode"):
             torch.compile(trainer.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     if args.activation_checkpointing_kwargs:
-        with reading(f"{key}.activation_checkpointing_kwargs"):
+        with reading(f"{key}.activation_checkpointing_kwargs (formerly gradient_checkpointing_kwargs)"):
             example = torch.ones(2, requires_grad=True)
             checkpoint(trainer.model, example, **{"use_reentrant": False, **args.activation_checkpointing_kwargs})
     if args.use_liger_kernel and not is_liger_kernel_available():

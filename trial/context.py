@@ -22,7 +22,7 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from errors import CommandLine, TemporaryError, UserError, at_least, one_line, os_errors_of
+from errors import CommandLine, TemporaryError, UserError, about, at_least, one_line, os_errors_of
 from storage.checkpoints import agent_cache, check_folders, local_checkpoint_storage
 from storage.files import check_output, read_json_lines
 from storage.locks import only_writer
@@ -152,7 +152,8 @@ def _open_locally(
     cls: type[Hyperparameters], arguments: argparse.Namespace, distributed: core.DistributedContext | None
 ) -> Iterator[Trial[Hyperparameters]]:
     config = read_experiment_config(arguments.config)
-    values, *others = expand_trials(config)
+    with about(arguments.config):
+        values, *others = expand_trials(config)
     if others:
         command = f"python local_experiment.py {arguments.config}"
         raise UserError(f"{arguments.config} is a search of {1 + len(others)} trials; run {command}")
@@ -160,7 +161,8 @@ def _open_locally(
     check_output(Path(arguments.output), "--output", is_folder=True)
     check_output(Path(arguments.cache or arguments.output), "--cache", is_folder=True)
     check_folders()
-    hparams = parse_hyperparameters(cls, values)
+    with about(arguments.config):
+        hparams = parse_hyperparameters(cls, values)
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
     hparams.args.output_dir = str(output / "trainer")
