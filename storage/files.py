@@ -46,7 +46,8 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say what it was full for
         partial.unlink(missing_ok=True)
         raise
 
