@@ -37,7 +37,7 @@ def check_output(path: Path, key: str, *, is_folder: bool = False) -> None:
         folder = path if is_folder else path.parent
         existing = next(folder for folder in (folder, *folder.absolute().parents) if os.path.lexists(folder))
         with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"x" * 2**16)
+            file.write(b"x" * 2**12)
 
 
 def write_atomically(path: Path, text: str) -> None:

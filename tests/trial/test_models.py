@@ -45,9 +45,9 @@ def add_tokens(folder: Path) -> None:
 CASES = {
     "config of another type": (lambda f: (f / "config.json").write_text("[]"), "must be a mapping, not list"),
     "config nested deeply": (lambda f: (f / "config.json").write_text("[" * 10**5), "maximum recursion depth exceeded"),
-    "config that is a pipe": (
-        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
-        "without a config",
+    "config that is a device": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/dev/zero")),
+        "config.json is neither a file nor a folder",
     ),
     "tokenizer that is a pipe": (
         lambda f: ((f / "tokenizer.json").unlink(), os.mkfifo(f / "tokenizer.json")),
