@@ -71,6 +71,8 @@ def encode(tokenizer: Tokenizer, prompt: list[Message], answer: str | None = Non
     *before, (completion, is_answer) = _segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
     if not is_answer:
         raise UserError("the tokenizer's chat template renders a prompt differently once it is answered")
+    if answer and not completion:
+        raise UserError("the tokenizer's chat template leaves the answer out")
     return [token for ids, _ in before for token in ids], completion
 
 

@@ -7,6 +7,7 @@ without it is a mistake of ours.
 """
 
 import argparse
+import faulthandler
 import functools
 import itertools
 import logging
@@ -25,6 +26,8 @@ from typing import Any, NoReturn
 logger = logging.getLogger(__name__)
 LONGEST_REASON = 300  # characters of a library's message
 LONGEST_LINE = 700  # of ours
+# What safetensors' and torch's own errors say.
+DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -81,8 +84,10 @@ def _ending(error: BaseException | None) -> tuple[int, str]:
             name = signal.Signals(status - 128).name
             return status, f"stopped by {name}; the same command goes on from what it has saved"
     if isinstance(error, OSError):  # of a disk that is full, for example, or a reader of stdout that has gone
-        where = "" if error.filename is None else f"{error.filename}: "
-        return 2, f"error (may be temporary): {where}{one_line(error.strerror or error)}"
+        where = f"{error.filename}: " if error.filename else ""
+        return 2, f"error (may be temporary): {where}{reason(error.strerror or error)}"
+    if error and any(sign in str(error) for sign in DISK_FULL):
+        return 2, f"error (may be temporary): {reason(error, LONGEST_LINE)}"
     if isinstance(error, UserError):
         temporary = " (may be temporary)" if isinstance(error, TemporaryError) else ""
         return 2, f"error{temporary}: {reason(error, LONGEST_LINE)}"
@@ -111,7 +116,7 @@ def handle_signals() -> None:
             signal.signal(number, _stop)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _end_if_stopped
-        os.register_at_fork(after_in_child=_end_with_parent)
+        os.register_at_fork(before=lambda: _forking.update(parent=os.getpid()), after_in_child=_end_with_parent)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -123,20 +128,25 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise stop
 
 
+_forking: dict[str, int] = {}  # the id of the process that forks
+
+
 def _end_with_parent() -> None:
     """Have a forked helper, such as one that loads data, end without a word at a signal, and when its parent ends."""
     for number in SIGNALS:
         if signal.getsignal(number) is _stop:
             signal.signal(number, signal.SIG_DFL)
-    end_with_parent()
+    end_with_parent(_forking["parent"])
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends in whatever way. (Only on Linux.)"""
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, ends in whatever way. (Only on Linux.)"""
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended before
+            os._exit(1)
 
 
 def _end_if_stopped(lost: Any) -> None:
@@ -161,6 +171,7 @@ def run_in_child(work: Callable[[], object]) -> int:
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
+        faulthandler.disable()
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -53,7 +53,7 @@ def run_script(
         os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the log shows what is printed, also of a trial that is killed
         if threads is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        end_with_parent()  # as `_end_with_parent` has the others end
+        end_with_parent(os.getppid())  # as `_end_with_parent` has the others end
         os.execv(sys.executable, [sys.executable, str(path), *arguments])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.set_start_method(None, force=True)  # data loading workers are forked, as in any script

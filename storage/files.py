@@ -45,7 +45,7 @@ def check_output(path: Path, key: str, *, is_folder: bool = False) -> None:
         folder = path if is_folder else path.parent
         existing = next(folder for folder in (folder, *folder.absolute().parents) if os.path.lexists(folder))
         with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"x" * 2**16)
+            file.write(b"x" * 2**12)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -56,7 +56,8 @@ def write_atomically(path: Path, text: str) -> None:
         flush_to_disk(partial)
         partial.replace(path)
         flush_to_disk(path.parent, within=False)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say what it was full for
         partial.unlink(missing_ok=True)
         raise
 

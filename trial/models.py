@@ -1,6 +1,7 @@
 """Load a model and its tokenizer, for training and for inference."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,8 @@ from trial.events import read_events
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def check_source(source: str, key: str) -> None:
@@ -64,11 +67,13 @@ def load_model_and_tokenizer(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     check_source(source, key)
+    if Path(source).is_dir() and not any(file for name in TOKENIZER_FILES for file in Path(source).glob(name)):
+        raise UserError(f"{key} {source!r}: it has no tokenizer")  # transformers would make an empty one
     # These say where to look and how far to trust it, for the tokenizer as well.
     names = {"revision", "subfolder", "token", "trust_remote_code"} & model_init_kwargs.keys()
     shared = {name: model_init_kwargs[name] for name in names}
     try:
-        with reading(f"{key} {source!r}"), quiet_lookup():
+        with reading(f"{key} {source!r}"), quiet_lookup(), warnings.catch_warnings(action="ignore"):
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
             if weights:
                 given = {"dtype": torch.float32, **model_init_kwargs, "output_loading_info": True}
@@ -100,6 +105,8 @@ def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", w
 
     (Others that were added may be meant for another model: Gemma 3's tokenizer has one for pictures.)
     """
+    if getattr(model.config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise UserError(f"{what}: its config.json says that it has no layer")
     rows: Any = model.get_input_embeddings().num_embeddings
     with reading(what):
         used = tokenizer("Tea?")["input_ids"]

@@ -1,8 +1,11 @@
 """Loading: shares, splits and streams, columns, and each mistake in the data with its file and row. Also the labels."""
 
 import json
+import os
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from rows import SYSTEM, USER, WHOLE, load_dpo_dataset, load_sft_dataset, pairs, says, write
@@ -215,6 +218,65 @@ def test_undecodable_text_is_an_error_with_its_line(tmp_path):
     path.write_bytes(b'{"prompt": "q", "text": "a"}\n' * 3 + b'{"prompt": "q", "text": "\xff"}\n')
     with pytest.raises(UserError, match=r"train\.jsonl line 4: column 'text': 'utf-8' codec can't decode byte 0xff"):
         load_sft_dataset(str(path), WHOLE, seed=1)
+
+
+DEEP = '{"prompt": ' + "[" * 50000 + "]" * 50000 + ', "chosen": "c", "rejected": "r"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("d.jsonl", 3 * f"{DEEP}\n", "its reader crashes (SIGSEGV): is it nested too deeply"),
+        ("d.json", "null", "its reader crashes (SIGSEGV)"),
+        ("d.json", "[1, 2", "d.json: "),
+        ("d.jsonl", '{"prompt": "\\ud800", "chosen": "c", "rejected": "r"}\n', "surrogate pair in string is invalid"),
+        ("d.csv", "", "No columns to parse from file"),
+        ("d.csv", 'prompt,chosen,rejected\n"a,b,c\n', "EOF inside string"),
+        ("d.csv", b"\xff\xfe\x00", "can't decode byte 0xff"),
+        ("d.parquet", b"PAR1", "d.parquet: "),
+        ("d.jsonl", None, "d.jsonl is neither a file nor a folder"),
+        ("folder/d.jsonl", None, "d.jsonl is neither a file nor a folder"),
+        ("folder/README.md", "---\nconfigs: [\n---\n", "folder: while parsing a flow node"),
+        ("folder/folder.py", "raise SystemExit\n", "Dataset scripts are no longer supported"),
+        ("folder/d.h5", "", "folder: "),
+    ],
+)
+def test_whatever_a_reader_meets_is_one_line(tmp_path, name, data, message):
+    """None: a pipe that nobody writes to, where a reader would wait for ever."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if data is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(UserError) as error:
+        load_dpo_dataset([str(tmp_path / name.split("/")[0])], seed=1)
+    assert message in str(error.value)
+    assert str(error.value).startswith((f"data set {tmp_path}", str(tmp_path)))
+
+
+def test_values_that_cannot_be_read_name_their_row_and_column(tmp_path):
+    good = pa.array(["x"] * 5)
+    for dates, message in [
+        (pa.array([2**62] * 5, pa.timestamp("us")), "row 1: column 'prompt': date value out of range"),
+        (pa.array([1] * 5, pa.timestamp("us", tz="Nowhere/X")), "row 1: column 'prompt': 'Nowhere/X'"),
+    ]:
+        table = pa.table({"prompt": dates, "chosen": good, "rejected": good})
+        pq.write_table(table, tmp_path / "d.parquet")
+        with pytest.raises(UserError, match=message):
+            load_dpo_dataset([str(tmp_path / "d.parquet")], seed=1)
+    # A column that is not used may hold anything.
+    pq.write_table(
+        table.rename_columns(["when", "chosen", "rejected"]).append_column("prompt", good), tmp_path / "d.parquet"
+    )
+    assert len(load_dpo_dataset([str(tmp_path / "d.parquet")], seed=1)["train"]) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
+    with pytest.raises(UserError, match=f"^HF_HOME {tmp_path}/file/datasets: Not a directory$"):
+        load_dpo_dataset([write(tmp_path / "d.jsonl", pairs(5))], seed=1)
 
 
 @pytest.mark.parametrize("on_completions_only", [True, False])

@@ -301,9 +301,9 @@ def test_a_trial_is_ranked_by_what_it_saved():
     assert line["steps_completed"] == 4
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path, how):
-    """Ctrl-C as a terminal sends it, to the experiment and its trials, and SIGKILL, to the experiment alone.
+    """Ctrl-C as a terminal sends it, to the experiment and its trials; SIGTERM and SIGKILL, to the experiment alone.
 
     No trial runs on, and the same command again finishes both.
     """
@@ -326,17 +326,16 @@ def test_an_interrupted_experiment_goes_on(write_config, sft_config, tmp_path, h
             pass
     if how == signal.SIGINT:
         os.killpg(first.pid, how)
-        told = (130, "interrupted: run the same command again to continue\n")
     else:
         os.kill(first.pid, how)
-        told = (-how, "")
     _, err = first.communicate(timeout=60)
-    assert (first.returncode, err) == told
+    said = f"stopped by {how.name}; the same command goes on from what it has saved\n"
+    assert (first.returncode, err) == ((-how, "") if how == signal.SIGKILL else (128 + how, said))
     assert trials_in(tmp_path / "out") == []
     for file in files:
         with only_writer(file.parent, patience=30):
             pass
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         report = (tmp_path / "out" / "report.html").read_text()
         assert "0 of 2 trials completed, 2 unfinished" in report
 

@@ -1,0 +1,176 @@
+"""A signal ends every command in one line, from its first imports on, and nothing of it runs on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from errors import CommandLine, UserError, at_least, exit_on_user_error, reading, run_in_child
+
+COMMANDS = ["sft_finetune.py", "dpo_finetune.py", "inference.py", "local_experiment.py", "report.py"]
+SAID = "stopped by {}; the same command goes on from what it has saved\n"
+# Runs a script and sends this process a signal when it imports a module for the first time.
+AT_IMPORT = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == MODULE:
+            sys.meta_path.remove(Finder)
+            os.kill(os.getpid(), SIGNAL)
+sys.meta_path.insert(0, Finder)
+sys.argv = SCRIPT.split()
+sys.path.insert(0, ".")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except BaseException as error:  # as libraries do that try whether they can import something
+    if not isinstance(error, SystemExit):
+        raise
+    sys.exit(error.code)
+"""
+
+
+def start(*words: object, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit SIG_IGN
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("sft_finetune.py --config sft.yaml", "determined"),
+        ("inference.py --model a=b", "pydantic"),
+        ("local_experiment.py sft.yaml --dry-run", "ruamel.yaml"),
+        ("report.py nowhere", "rich"),
+    ],
+)
+def test_a_signal_during_the_imports_is_one_line(command, module, number):
+    code = AT_IMPORT.replace("MODULE", repr(module)).replace("SIGNAL", str(int(number)))
+    process = start("-c", code.replace("SCRIPT", repr(command)))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + number, "", SAID.format(number.name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_slow_is_imported_before_signals_are_handled(command):
+    """What a command imports above its `main` takes less than a fifth of a second, also on a busy machine."""
+    code = f"import sys; before = set(sys.modules); import {command.removesuffix('.py')}; print(*sys.modules)"
+    out, _ = start("-c", code).communicate(timeout=60)
+    assert set(out.split()) & {"determined", "pydantic", "rich", "yaml", "ruamel", "numpy"} == set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_helpers_end_with_a_command_that_is_killed(tmp_path):
+    """A forked helper of a command, such as a worker that tokenizes, does not outlive it."""
+    code = """
+import os, time
+from errors import exit_on_user_error
+@exit_on_user_error
+def main():
+    if not (child := os.fork()):
+        time.sleep(600)
+    print(child, flush=True)
+    time.sleep(600)
+main()
+"""
+    process = start("-c", code)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_signal_in_a_finalizer_is_not_lost():
+    code = """
+import os, signal
+from errors import exit_on_user_error
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+@exit_on_user_error
+def main():
+    Finalized()
+    print("went on")
+main()
+"""
+    process = start("-c", code)
+    assert process.communicate(timeout=60) == ("", SAID.format("SIGTERM"))
+    assert process.returncode == 143
+
+
+def test_a_full_or_closed_stdout_is_one_line():
+    code = "from errors import exit_on_user_error\n@exit_on_user_error\ndef main(): print('x' * 10**6)\nmain()"
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run([sys.executable, "-c", code], cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (2, "error (may be temporary): No space left on device\n")
+    process = start("-c", code)
+    process.stdout.close()
+    assert process.stderr.read() == "error (may be temporary): Broken pipe\n"
+    assert process.wait(timeout=60) == 2
+
+
+def test_what_crashes_python_is_told_apart():
+    assert run_in_child(lambda: None) == 0
+    assert run_in_child(lambda: 1 / 0) == 1
+    assert run_in_child(lambda: sys.exit(7)) == 7
+    assert run_in_child(os.abort) == -signal.SIGABRT
+
+
+def test_whatever_a_library_raises_is_one_short_line():
+    class PanicException(BaseException):
+        """As Rust's, in tokenizers and safetensors."""
+
+    for error, said in [
+        (RecursionError("too\n deep"), "file x: too deep"),
+        (KeyError(), "file x: KeyError"),
+        (PanicException("no entry"), "file x: no entry"),
+        (ValueError("long " * 100), "file x: " + "long " * 59 + "long\N{HORIZONTAL ELLIPSIS}"),
+    ]:
+        with pytest.raises(UserError) as caught, reading("file x"):
+            raise error
+        assert str(caught.value) == said
+    with pytest.raises(KeyboardInterrupt), reading("file x"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "0"], "argument --count: '0' is not a whole number of at least 1"),
+        (["--count", "1e3"], "argument --count: '1e3' is not a whole number of at least 1"),
+        (["--count", "9" * 5000], "argument --count: '9999"),
+        (["--name", ""], "--name is empty"),
+        (["--name", "a\0"], "argument 'a\\x00' is not UTF-8 text, or has a null character"),
+        (["--name", "\udcff"], "argument '\\udcff' is not UTF-8 text, or has a null character"),
+    ],
+)
+def test_values_that_no_option_takes(words, message):
+    command = CommandLine("Does something.")
+    command.add_argument("--count", type=at_least(1))
+    command.add_argument("--name")
+    with pytest.raises(UserError) as error:
+        command.parse_args(words)
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) <= 300
+
+
+def test_a_line_is_not_longer_than_a_reader_likes(capsys):
+    @exit_on_user_error
+    def main():
+        raise UserError("x" * 10**6)
+
+    with pytest.raises(SystemExit):
+        main()
+    assert len(capsys.readouterr().err) < 720
