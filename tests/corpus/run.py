@@ -44,7 +44,7 @@ def main() -> None:
                 counts[area] += 1
                 if wrong:
                     failing[area].append(corpus.describe(case, outcome, wrong))
-                    print(failing[area][-1])
+                    print(failing[area][-1], flush=True)
                 elif args.words:
                     print(f"ok {case.id} {outcome.seconds} s: {(outcome.err.strip() or outcome.out.strip()[-300:])}")
         bench.close()
