@@ -28,6 +28,7 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 LIMIT = 10  # seconds
+TRAINING_LIMIT = 60  # seconds of a case that may train to its end
 ACCEPTED = 99  # exit status of a case that starts a trial, though its mistake should have been found before
 MEMORY = 12 * 2**30  # bytes of address space: a case that asks for more ends in a MemoryError, not in a dead machine
 IMPORTS = (
@@ -231,7 +232,7 @@ def run_case(server: Server, case: Case, configs: dict[str, Any], states: dict[s
     words = [fill(str(word)) for word in (usual_words(case) if case.words is None else case.words)]
     env = {name: fill(value) for name, value in case.env.items()}
     trains = case.expect in ("ends", "either")
-    return server.run(scratch, case.command, words, env, limit=LIMIT, trains=trains)
+    return server.run(scratch, case.command, words, env, limit=TRAINING_LIMIT if trains else LIMIT, trains=trains)
 
 
 def complaints(case: Case, outcome: Outcome, as_untouched: Callable[[Outcome], str | None] | None = None) -> list[str]:
@@ -275,7 +276,7 @@ def complaints(case: Case, outcome: Outcome, as_untouched: Callable[[Outcome], s
     caches = () if case.strict else tuple(f"{outcome.scratch}/{name}" for name in ("home", "tmp"))
     written = [path for path in outcome.written if not path.startswith(caches)] if caches else outcome.written
     if case.command in ("sft_finetune", "dpo_finetune") and not case.strict:  # what a trial said before it found it
-        written = [path for path in written if not path.startswith(f"{outcome.scratch}/work/out")]
+        written = [path for path in written if not path.startswith((f"{work}out", f"{work}dpo"))]
     wrong += (
         [f"written: {', '.join(path.removeprefix(f'{outcome.scratch}/') for path in written[:3])}"] if written else []
     )
