@@ -183,6 +183,14 @@ ALONE: dict[str, dict[str, Any]] = {
     "gradient_checkpointing_kwargs": {"activation_checkpointing": True},
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
 }
+# Keys that may be reported under another name, and what the line must say for them.
+SAYS = {
+    "loss_type": "loss",  # dpo_loss
+    "torch_compile_backend": "torch_compile",
+    "torch_compile_mode": "torch_compile",
+    "accelerator_config": "training_args",  # with the file, or the unknown keyword
+    "gradient_checkpointing_kwargs": "checkpointing_kwargs",
+}
 
 
 def _case(config: str, key: str, value: Any) -> Case:
@@ -198,7 +206,7 @@ def _case(config: str, key: str, value: Any) -> Case:
     if key == "sync_ref_model":
         change["hyperparameters.precompute_ref_log_probs"] = True
     change[f"hyperparameters.training_args.{key}"] = value
-    says = "loss" if key == "loss_type" else key  # which may be reported as dpo_loss
+    says = SAYS.get(key, key)
     return Case(f"args {config}/{_id(key, value)}", says, config=config, change=change)
 
 
