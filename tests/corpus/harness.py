@@ -38,7 +38,15 @@ IMPORTS = (
     *("experiment.runner", "experiment.dry_run", "experiment.dry_run_output", "experiment.next_steps"),
     *("comparison.compare", "comparison.chat", "comparison.questions", "comparison.files", "comparison.cluster_task"),
 )
-BOTH_BY_FOLDER = ("store", "home", "tmp")
+OTHERS = {
+    ".git",
+    ".venv",
+    ".pytest_cache",
+    ".mypy_cache",
+    ".ruff_cache",
+    "__pycache__",
+}  # folders that no case writes to
+FOLDERS = ("store", "home", "tmp")
 DROP = object()  # as a value of `change`: without this key
 
 
@@ -153,6 +161,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Every path below a folder, with its size and time of change."""
     found: dict[str, tuple[int, int]] = {}
     for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in OTHERS]
         for name in (*folders, *files):
             path = os.path.join(parent, name)  # noqa: PTH118 - thousands of times a case
             stat = os.lstat(path)
@@ -208,7 +217,7 @@ def run_case(server: Server, case: Case, configs: dict[str, Any], states: dict[s
     if case.state:
         shutil.copytree(states[case.state], scratch, symlinks=True)
         places |= json.loads((scratch / "places.json").read_text())
-    for name in ("work", *BOTH_BY_FOLDER):
+    for name in ("work", *FOLDERS):
         (scratch / name).mkdir(parents=True, exist_ok=True)
 
     def fill(value: Any) -> Any:

@@ -24,7 +24,11 @@ def judged(request, tiny, tmp_path_factory):
         if item.path == request.path and hasattr(item, "callspec")
     ]
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(bench.judge, ALL[name]) for name in selected}
+        futures = {name: pool.submit(bench.judge, ALL[name]) for name in selected}
+        yield futures
+        for future in futures.values():
+            future.result()
+    assert bench.strays() == []  # nothing was written outside of the cases' own folders
     bench.close()
 
 

@@ -167,7 +167,6 @@ TOGETHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "apo_zero with a divergence": ("dpo", {"loss_type": "apo_zero", "f_divergence_type": "forward_kl"}, "f_divergence_type"),
     "sppo with a divergence": ("dpo", {"loss_type": "sppo_hard", "f_divergence_type": "forward_kl"}, "f_divergence_type"),
     "nca with a divergence": ("dpo", {"loss_type": "nca_pair", "f_divergence_type": "alpha_divergence"}, "f_divergence_type"),
-    "alpha of 0": ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.0}, "f_alpha_divergence_coef"),
     "a moving reference that is computed once": ("dpo", {"sync_ref_model": True}, "sync_ref_model"),
     "a reference that moves every 0 steps": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 0, "precompute_ref_log_probs": False}, "ref_model_sync_steps"),
     "a mixture above 1": ("dpo", {"sync_ref_model": True, "ref_model_mixup_alpha": 7.0, "precompute_ref_log_probs": False}, "ref_model_mixup_alpha"),
