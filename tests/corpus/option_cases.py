@@ -11,10 +11,10 @@ NO_MASTER = {"DET_MASTER": "http://127.0.0.1:9"}
 LONG = "n" * 300
 TRIAL: list[tuple[tuple[str, ...], str]] = [  # of sft_finetune.py and dpo_finetune.py; without a --config
     (("--config", "nowhere.yaml"), "nowhere.yaml"),
-    (("--config", "."), "config"),
+    (("--config", "."), "."),
     (("--config",), "--config"),
-    (("--config", ""), "config"),
-    (("--config", LONG), "config"),
+    (("--config", ""), ""),
+    (("--config", LONG), "nnn"),
     (("--confg", "config.yaml"), "--confg"),
     (("config.yaml",), "config.yaml"),
 ]
@@ -74,7 +74,7 @@ EXPERIMENT: list[tuple[tuple[str, ...], str]] = [  # of local_experiment.py, aft
 WHOLE: list[tuple[str, tuple[str, ...], str]] = [  # whole command lines of local_experiment.py and report.py
     ("local_experiment", (), "CONFIG.yaml"),
     ("local_experiment", ("nowhere.yaml",), "nowhere.yaml"),
-    ("local_experiment", ("",), "CONFIG.yaml"),
+    ("local_experiment", ("",), ""),
     ("local_experiment", ("folder.html",), "folder.html"),
     ("local_experiment", ("file",), "file"),
     ("local_experiment", ("config.yaml", "nowhere"), "sft_finetune.py"),
