@@ -169,7 +169,7 @@ class Storm:
             while time.monotonic() - begun < moment and processes_of(running.pid):
                 time.sleep(0.005)
         else:
-            changes, state = self.random.randint(1, 25), None
+            changes, state = self.random.randint(1, 25), state_of(scratch)
             while changes > 0 and processes_of(running.pid) and time.monotonic() < deadline:
                 if (now := state_of(scratch)) != state:
                     state, changes = now, changes - 1
@@ -230,7 +230,7 @@ def processes_of(group: int) -> list[int]:
 
 def state_of(scratch: Path) -> tuple[int, int]:
     """How many files there are, and how large they are together."""
-    sizes = [size for size in sizes_below(scratch)]
+    sizes = list(sizes_below(scratch))
     return len(sizes), sum(sizes)
 
 

@@ -12,7 +12,7 @@ import input_cases
 import option_cases
 import state_cases
 import trainer_cases
-from harness import REPO, Case, Outcome, Server, complaints, run_case
+from harness import REPO, Case, Outcome, Server, complaints, run_case, snapshot
 from states import ENDS, difference_at_end, make_states
 
 AREAS: dict[str, list[Case]] = {
@@ -79,6 +79,7 @@ class Bench:
         make_tiny(tiny)
         input_cases.TINY[:] = [tiny]
         self.folder, self.states = folder, None
+        self.before = {place: snapshot(place) for place in (REPO, tiny)}
         self.server, self.lock = Server(folder, tiny), threading.Lock()
 
     def judge(self, case: Case) -> tuple[Outcome, list[str]]:
@@ -92,6 +93,12 @@ class Bench:
         wrong = complaints(case, outcome, untouched)
         shutil.rmtree(outcome.scratch, ignore_errors=True)
         return outcome, wrong
+
+    def strays(self) -> list[str]:
+        """Files that are new since the start outside of the scratch folders: in the project, or in the tiny example."""
+        return sorted(
+            path for folder, before in self.before.items() for path in snapshot(folder).keys() - before.keys()
+        )
 
     def close(self) -> None:
         self.server.close()

@@ -28,6 +28,7 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 LIMIT = 10  # seconds
+TRAINING_LIMIT = 60  # seconds of a case that may train to its end
 ACCEPTED = 99  # exit status of a case that starts a trial, though its mistake should have been found before
 MEMORY = 12 * 2**30  # bytes of address space: a case that asks for more ends in a MemoryError, not in a dead machine
 IMPORTS = (
@@ -37,7 +38,15 @@ IMPORTS = (
     *("experiment.runner", "experiment.dry_run", "experiment.dry_run_output", "experiment.next_steps"),
     *("comparison.compare", "comparison.chat", "comparison.questions", "comparison.files", "comparison.cluster_task"),
 )
-BOTH_BY_FOLDER = ("store", "home", "tmp")
+OTHERS = {
+    ".git",
+    ".venv",
+    ".pytest_cache",
+    ".mypy_cache",
+    ".ruff_cache",
+    "__pycache__",
+}  # folders that no case writes to
+FOLDERS = ("store", "home", "tmp")
 DROP = object()  # as a value of `change`: without this key
 
 
@@ -152,6 +161,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Every path below a folder, with its size and time of change."""
     found: dict[str, tuple[int, int]] = {}
     for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in OTHERS]
         for name in (*folders, *files):
             path = os.path.join(parent, name)  # noqa: PTH118 - thousands of times a case
             stat = os.lstat(path)
@@ -207,7 +217,7 @@ def run_case(server: Server, case: Case, configs: dict[str, Any], states: dict[s
     if case.state:
         shutil.copytree(states[case.state], scratch, symlinks=True)
         places |= json.loads((scratch / "places.json").read_text())
-    for name in ("work", *BOTH_BY_FOLDER):
+    for name in ("work", *FOLDERS):
         (scratch / name).mkdir(parents=True, exist_ok=True)
 
     def fill(value: Any) -> Any:
@@ -231,7 +241,7 @@ def run_case(server: Server, case: Case, configs: dict[str, Any], states: dict[s
     words = [fill(str(word)) for word in (usual_words(case) if case.words is None else case.words)]
     env = {name: fill(value) for name, value in case.env.items()}
     trains = case.expect in ("ends", "either")
-    return server.run(scratch, case.command, words, env, limit=LIMIT, trains=trains)
+    return server.run(scratch, case.command, words, env, limit=TRAINING_LIMIT if trains else LIMIT, trains=trains)
 
 
 def complaints(case: Case, outcome: Outcome, as_untouched: Callable[[Outcome], str | None] | None = None) -> list[str]:
@@ -275,7 +285,7 @@ def complaints(case: Case, outcome: Outcome, as_untouched: Callable[[Outcome], s
     caches = () if case.strict else tuple(f"{outcome.scratch}/{name}" for name in ("home", "tmp"))
     written = [path for path in outcome.written if not path.startswith(caches)] if caches else outcome.written
     if case.command in ("sft_finetune", "dpo_finetune") and not case.strict:  # what a trial said before it found it
-        written = [path for path in written if not path.startswith(f"{outcome.scratch}/work/out")]
+        written = [path for path in written if not path.startswith((f"{work}out", f"{work}dpo"))]
     wrong += (
         [f"written: {', '.join(path.removeprefix(f'{outcome.scratch}/') for path in written[:3])}"] if written else []
     )

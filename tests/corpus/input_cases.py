@@ -88,7 +88,7 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rejected": "\ud800"}, "data.jsonl"),
         ({"chosen": [USER, ANSWER]}, "data.jsonl"),
     ],
-    "orca": [({"question": None}, "line 3"), ({"system": 3}, "data.jsonl"), ({"question": ...}, "question")],
+    "orca": [({"question": None}, "line 3"), ({"system": 3}, "data.jsonl"), ({"question": ...}, "missing")],
     "talks": [
         ({"chosen": []}, "line 3"),
         ({"rejected": [USER]}, "line 3"),

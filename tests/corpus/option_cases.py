@@ -11,10 +11,10 @@ NO_MASTER = {"DET_MASTER": "http://127.0.0.1:9"}
 LONG = "n" * 300
 TRIAL: list[tuple[tuple[str, ...], str]] = [  # of sft_finetune.py and dpo_finetune.py; without a --config
     (("--config", "nowhere.yaml"), "nowhere.yaml"),
-    (("--config", "."), "config"),
+    (("--config", "."), "."),
     (("--config",), "--config"),
-    (("--config", ""), "config"),
-    (("--config", LONG), "config"),
+    (("--config", ""), ""),
+    (("--config", LONG), "nnn"),
     (("--confg", "config.yaml"), "--confg"),
     (("config.yaml",), "config.yaml"),
 ]
@@ -74,7 +74,7 @@ EXPERIMENT: list[tuple[tuple[str, ...], str]] = [  # of local_experiment.py, aft
 WHOLE: list[tuple[str, tuple[str, ...], str]] = [  # whole command lines of local_experiment.py and report.py
     ("local_experiment", (), "CONFIG.yaml"),
     ("local_experiment", ("nowhere.yaml",), "nowhere.yaml"),
-    ("local_experiment", ("",), "config"),
+    ("local_experiment", ("",), ""),
     ("local_experiment", ("folder.html",), "folder.html"),
     ("local_experiment", ("file",), "file"),
     ("local_experiment", ("config.yaml", "nowhere"), "sft_finetune.py"),
@@ -127,7 +127,7 @@ COMPARISON: list[tuple[tuple[str, ...], str]] = [  # of inference.py, without --
     (("--model", "m=exp:"), "exp:"),
     (("--model", "m=exp:abc"), "exp:abc"),
     (("--model", "m=exp:\u00b2"), "exp:"),
-    (("--model", "m=exp:" + "9" * 5000), "exp:"),
+    (("--model", "m=exp:" + "9" * 5000), "--model m"),
     (("--model", "m=trial:-3"), "trial:-3"),
     (("--model", "m=ckpt:xyz"), "xyz"),
     (("--model", f"m=ckpt:{NO_UUID}"), NO_UUID),

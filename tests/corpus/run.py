@@ -44,9 +44,10 @@ def main() -> None:
                 counts[area] += 1
                 if wrong:
                     failing[area].append(corpus.describe(case, outcome, wrong))
-                    print(failing[area][-1])
+                    print(failing[area][-1], flush=True)
                 elif args.words:
                     print(f"ok {case.id} {outcome.seconds} s: {(outcome.err.strip() or outcome.out.strip()[-300:])}")
+        print("\n".join(f"written elsewhere: {path}" for path in bench.strays()))
         bench.close()
         for area, texts in failing.items():
             print(f"{area}: {len(texts)} of {counts[area]} fail")

@@ -167,7 +167,6 @@ TOGETHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "apo_zero with a divergence": ("dpo", {"loss_type": "apo_zero", "f_divergence_type": "forward_kl"}, "f_divergence_type"),
     "sppo with a divergence": ("dpo", {"loss_type": "sppo_hard", "f_divergence_type": "forward_kl"}, "f_divergence_type"),
     "nca with a divergence": ("dpo", {"loss_type": "nca_pair", "f_divergence_type": "alpha_divergence"}, "f_divergence_type"),
-    "alpha of 0": ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.0}, "f_alpha_divergence_coef"),
     "a moving reference that is computed once": ("dpo", {"sync_ref_model": True}, "sync_ref_model"),
     "a reference that moves every 0 steps": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 0, "precompute_ref_log_probs": False}, "ref_model_sync_steps"),
     "a mixture above 1": ("dpo", {"sync_ref_model": True, "ref_model_mixup_alpha": 7.0, "precompute_ref_log_probs": False}, "ref_model_mixup_alpha"),
@@ -182,6 +181,14 @@ ALONE: dict[str, dict[str, Any]] = {
     "num_train_epochs": {"max_steps": -1},
     "gradient_checkpointing_kwargs": {"activation_checkpointing": True},
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+}
+# Keys that may be reported under another name, and what the line must say for them.
+SAYS = {
+    "loss_type": "loss",  # dpo_loss
+    "torch_compile_backend": "torch_compile",
+    "torch_compile_mode": "torch_compile",
+    "accelerator_config": "training_args",  # with the file, or the unknown keyword
+    "gradient_checkpointing_kwargs": "checkpointing_kwargs",
 }
 
 
@@ -198,7 +205,7 @@ def _case(config: str, key: str, value: Any) -> Case:
     if key == "sync_ref_model":
         change["hyperparameters.precompute_ref_log_probs"] = True
     change[f"hyperparameters.training_args.{key}"] = value
-    says = "loss" if key == "loss_type" else key  # which may be reported as dpo_loss
+    says = SAYS.get(key, key)
     return Case(f"args {config}/{_id(key, value)}", says, config=config, change=change)
 
 
