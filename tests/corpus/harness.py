@@ -327,6 +327,8 @@ def supervise(connection: socket.socket) -> None:
     if child == 0:
         connection.close()
         be_the_case(**{name: value for name, value in request.items() if name not in ("limit", "leave")})
+    with contextlib.suppress(OSError):
+        os.setpgid(child, child)  # as the child does: whoever hears of it finds its group
     connection.sendall(json.dumps({"pid": child}).encode() + b"\n")
     status = None
     while time.monotonic() < started + request["limit"]:
@@ -344,7 +346,7 @@ def supervise(connection: socket.socket) -> None:
 
 def be_the_case(scratch: str, command: str, words: list[str], env: dict[str, str], trains: bool, die: str = "") -> None:
     """Become `python COMMAND.py WORDS` in the scratch folder, as far as a fork can. `die`: at a call of this function."""
-    os.setsid()
+    os.setpgid(0, 0)
     for stream, (name, flags) in enumerate((("in", os.O_RDONLY), ("out", os.O_WRONLY), ("err", os.O_WRONLY))):
         target = "/dev/null" if name == "in" else f"{scratch}.{name}"
         os.dup2(os.open(target, flags | (os.O_CREAT | os.O_TRUNC if stream else 0)), stream)
