@@ -231,11 +231,6 @@ def test_padding_fills_a_batch_up_to_its_longest_sequence():
     assert dry_run.padding_share(np.array([[2], [4]]), batch=2, seed=1, multiple=8) == 1 - 6 / 16
 
 
-def test_padding_free_of_trl_pads_nothing(run_dry, sft_config):
-    tables, _ = run_dry(sft_config, hyperparameters__training_args__padding_free=True)
-    assert training(tables)["padding"].startswith("0.0%")
-
-
 class Text(HTMLParser):
     def __init__(self, page):
         super().__init__()
