@@ -54,9 +54,9 @@ ENVIRONMENT = _keys(
 )  # fmt: skip
 RESOURCES = _keys(
     "Resources",
-    agent_label=str, devices=list[str | dict[str, str]], is_single_node=bool, max_slots=int, native_parallel=bool,
-    priority=Annotated[int, Field(ge=1, le=99)], resource_pool=str, slots=int, slots_per_trial=Natural, weight=float,
-    shm_size=int | _checked(str, MEMORY_SIZE.fullmatch, "is not a size of memory, as in 2g"),
+    agent_label=str, devices=list[str | dict[str, str | None]], is_single_node=bool, max_slots=int,
+    native_parallel=bool, priority=Annotated[int, Field(ge=1, le=99)], resource_pool=str, slots=int, weight=float,
+    slots_per_trial=Natural, shm_size=int | _checked(str, MEMORY_SIZE.fullmatch, "is not a size of memory, as in 2g"),
 )  # fmt: skip
 ACTION = Literal["cancel_retries", "exclude_node"]
 LOG_POLICY = _checked(
@@ -65,6 +65,11 @@ LOG_POLICY = _checked(
     "give a name, or a pattern and an action",
 )
 PROFILING = _keys("Profiling", enabled=bool, begin_on_batch=Natural, end_after_batch=Natural, sync_timings=bool)
+SWITCHES = "auto_tune_tensor_fusion average_aggregated_gradients average_training_metrics gradient_compression"
+OPTIMIZATIONS = _keys(
+    "Optimizations", aggregation_frequency=Count, **dict.fromkeys(SWITCHES.split(), bool), grad_updates_size_file=str,
+    mixed_precision=Literal["O0", "O1", "O2", "O3"], tensor_fusion_cycle_time=Natural, tensor_fusion_threshold=Natural,
+)  # fmt: skip
 EXPERIMENT: type[BaseModel] = _keys(
     "Experiment", "hyperparameters searcher",
     hyperparameters=dict, searcher=dict, checkpoint_storage=dict, name=str, entrypoint=str | Texts, description=str,
@@ -74,19 +79,20 @@ EXPERIMENT: type[BaseModel] = _keys(
     perform_initial_validation=bool, preemption_timeout=int, debug=bool, profiling=PROFILING,
     reproducibility=_keys("Reproducibility", experiment_seed=Natural),
     retention_policy=_keys("Retention", log_retention_days=Annotated[int, Field(ge=-1, le=32767)]),
-    **dict.fromkeys(("data", "data_layer", "integrations", "internal", "optimizations", "pbs", "security"), dict),
-    slurm=dict, tensorboard_storage=dict,
+    **dict.fromkeys(("data", "data_layer", "integrations", "internal", "pbs", "security", "slurm"), dict),
+    tensorboard_storage=dict, optimizations=OPTIMIZATIONS,
 )  # fmt: skip
 
 CONCURRENT = {"max_concurrent_trials": Natural}
 SEVERAL = {**CONCURRENT, "max_trials": Count}
+HALVING = SEVERAL | dict.fromkeys(("divisor", "max_time", "stop_once", "time_metric"), Any)
 SEARCHERS: dict[str, dict[str, Any]] = {
     "single": {},
     "grid": CONCURRENT,
     "random": SEVERAL,
-    "adaptive_asha": SEVERAL | dict.fromkeys(("bracket_rungs", "max_rungs", "max_time", "time_metric", "mode"), Any)
-    | dict.fromkeys(("divisor", "stop_once"), Any),
-}  # fmt: skip
+    "adaptive_asha": HALVING | dict.fromkeys(("bracket_rungs", "max_rungs", "mode"), Any),
+    "async_halving": HALVING | {"num_rungs": Count},
+}
 TEXT_OF_STORAGE = {  # the keys whose values are text
     "shared_fs": "host_path storage_path propagation container_path checkpoint_path tensorboard_path",
     "directory": "container_path",
@@ -94,8 +100,9 @@ TEXT_OF_STORAGE = {  # the keys whose values are text
     "gcs": "bucket prefix",
     "azure": "container connection_string account_url credential",
 }
-# For a section with variants: the key that says which one is meant, the keys that all have, and those of each.
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+# For a section with variants: the key that says which one is meant, the keys that all have, and those of each. Without
+# that key, the cluster's administrator has said which one it is: then it may be any, or one that is gone (None).
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[Any, dict[str, Any]]]] = {
     "searcher": (
         "name",
         {"metric": str, "smaller_is_better": bool, "max_length": Natural | LENGTH, "source_trial_id": int,
@@ -105,7 +112,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "checkpoint_storage": (
         "type",
         dict.fromkeys(("save_experiment_best", "save_trial_best", "save_trial_latest"), Natural),
-        {kind: dict.fromkeys(keys.split(), str) for kind, keys in TEXT_OF_STORAGE.items()},
+        {None: {"user": Any}, **{kind: dict.fromkeys(keys.split(), str) for kind, keys in TEXT_OF_STORAGE.items()}},
     ),
 }  # fmt: skip
 
@@ -116,11 +123,10 @@ def check_experiment(config: dict[str, Any]) -> None:
     for section, (tag, common, variants) in VARIANTS.items():
         given = config.get(section) or {}
         kind = given.get(tag)
-        if kind is not None and kind not in tuple(variants):
-            raise UserError(
-                f"{section}.{tag} is {kind!r}, which is not one of {', '.join(variants)}{nearest(kind, variants)}"
-            )
-        # Without a kind, the cluster's administrator has said which one it is.
+        kinds = list(filter(None, variants))
+        if kind is not None and kind not in kinds:
+            known = f"{', '.join(kinds)}{nearest(kind, kinds)}"
+            raise UserError(f"{section}.{tag} is {kind!r}, which is not one of {known}")
         own = variants[kind] if kind else {key: type_ for keys in variants.values() for key, type_ in keys.items()}
         noun = f"a key of {section}{f' with {tag} {kind}' if kind else ''}"
         validate(_keys(section, **{tag: str}, **common, **own), given, section, noun=noun)

@@ -71,11 +71,12 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 # The library accepts any number for these keys. Beyond these limits it fails late, learns nothing, or learns NaN.
 LIMITS: dict[Any, str] = {
     Count: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps"
-    " save_total_limit dataloader_prefetch_factor dataset_num_proc ddp_timeout ddp_bucket_cap_mb max_length"
+    " dataloader_prefetch_factor dataset_num_proc ddp_timeout ddp_bucket_cap_mb max_length"
     " precompute_ref_batch_size ref_model_sync_steps",
-    Natural: "dataloader_num_workers",
-    Positive: "learning_rate num_train_epochs adam_epsilon logging_steps eval_steps save_steps beta discopop_tau",
-    NotNegative: "warmup_steps weight_decay max_grad_norm eval_delay router_aux_loss_coef neftune_noise_alpha",
+    Natural: "dataloader_num_workers save_total_limit",  # a limit of 0 is none
+    Positive: "learning_rate num_train_epochs adam_epsilon beta discopop_tau",
+    NotNegative: "warmup_steps weight_decay max_grad_norm eval_delay router_aux_loss_coef neftune_noise_alpha"
+    " logging_steps eval_steps save_steps",
     BelowOne: "adam_beta1 adam_beta2 label_smoothing_factor label_smoothing",
     Annotated[float, Field(ge=0, le=1)]: "ld_alpha ref_model_mixup_alpha",
     Annotated[int, Field(ge=0, lt=2**32)]: "seed data_seed",
@@ -226,6 +227,10 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     bf16, the forward and backward passes run under bf16 autocast. speed/hardware.py chooses everything else.
     """
     values = dict(values)
+    for name in ("logging", "eval", "save"):
+        strategy = values.get(f"{name}_strategy", getattr(cls, f"{name}_strategy"))
+        if strategy == "steps" and values.get(f"{name}_steps") == 0:
+            raise UserError(f"{KEY}.{name}_steps 0 is not greater than 0, which {name}_strategy steps needs")
     values.setdefault("report_to", "none")  # the library's default is every tracker that is installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # progress bars would fill a log file
     for name in (*cast(Any, cls)._VALID_DICT_FIELDS, "gradient_checkpointing_kwargs"):  # text may be JSON
@@ -255,7 +260,8 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
     try:
         args = cls(**values)
     except Exception as error:
-        with reading(_key_at_fault(cls, values, error)):
+        # With several processes, each trial of a value could start their process group.
+        with reading(_key_at_fault(cls, values, error) if processes == 1 else KEY):
             raise
     model_init_kwargs: Any = args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
     for name in {"dtype", "torch_dtype"} & model_init_kwargs.keys():

@@ -4,6 +4,7 @@ Nothing is trained, and nothing of it stays: neither files nor accelerate's stat
 """
 
 import copy
+import logging
 import math
 import os
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import UserError, reading
 
+logger = logging.getLogger(__name__)
 STEPS = 10_000  # of a training whose length is not known yet
 
 
@@ -28,6 +30,8 @@ def try_out(args: Any, key: str) -> None:
 
     trainer: Any = Trainer.__new__(Trainer)  # its __init__ would start accelerate, and write to output_dir
     trainer.args, trainer.model = copy.copy(args), nn.Sequential(nn.Linear(2, 2))
+    if args.optim_target_modules:  # of the real model
+        trainer.args.optim_target_modules = "all-linear"
     trainer.optimizer = trainer.lr_scheduler = trainer.optimizer_cls_and_kwargs = None
     steps = args.max_steps if args.max_steps > 0 else STEPS
     with reading(f"{key}.optim_args" if args.optim_args else f"{key}.optim {args.optim.value}"):
@@ -42,7 +46,7 @@ def try_out(args: Any, key: str) -> None:
         if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
             raise ValueError(f"the learning rate would be {min(rates):g} to {max(rates):g}")
     if args.max_steps > 0 and args.get_warmup_steps(steps) > steps:
-        raise UserError(f"{key}.warmup_steps {args.warmup_steps:g} is more than the {steps} steps of the training")
+        logger.warning("%s.warmup_steps %g is more than the %d steps of the training", key, args.warmup_steps, steps)
     with reading(f"{key}.report_to"):
         get_reporting_integration_callbacks(args.report_to)  # knows the names
     if missing := set(args.report_to) - {*get_available_reporting_integrations(), "flyte"}:

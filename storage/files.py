@@ -104,8 +104,9 @@ def read_json(text: bytes) -> Any:
 
 def read_json_lines(path: Path) -> list[Any]:
     """Return the value of each line of a JSON Lines file, None for a line that is not JSON; [] if there is no file."""
-    with os_errors_of(path):
-        return [read_json(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    with os_errors_of(path), suppress(FileNotFoundError, NotADirectoryError):
+        return [read_json(line) for line in path.read_bytes().splitlines()]
+    return []
 
 
 def is_object(value: Any, fields: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -12,12 +13,19 @@ from config.validation import validate
 from errors import UserError, reading
 
 MANIFEST = "manifest.json"  # lies beside the files that it lists
-Manifest = dict[str, tuple[int, str]]  # a file's path in that folder: its size in bytes and its SHA-256
+# A file's path in that folder: its size in bytes, and its SHA-256 or "", which fits all.
+Manifest = dict[str, tuple[int, str]]
+CHUNK = 2**20  # bytes that are hashed at a time
 
 
 def hash_files(folder: Path) -> Manifest:
     """Return the manifest of a folder. Its files are read side by side."""
     return _hash(_files(folder))
+
+
+def list_sizes(folder: Path) -> Manifest:
+    """Return a manifest that has the sizes alone: of what is whole once it has its name, but may be cleaned away."""
+    return {name: (path.stat().st_size, "") for name, path in _files(folder).items()}
 
 
 def write_manifest(folder: Path, files: Manifest) -> None:
@@ -57,9 +65,8 @@ def check_files(
             raise UserError(f"{name} is missing")
         if (size := files[name].stat().st_size) != listed[name][0]:
             raise UserError(f"{name} has {size} of {listed[name][0]} bytes")
-    found = _hash({name: files[name] for name in listed})
-    for name in listed:
-        if found[name] != listed[name]:
+    for name, found in _hash({name: files[name] for name, (_, digest) in listed.items() if digest}).items():
+        if found != listed[name]:
             raise UserError(f"{name} is not what was saved: its SHA-256 is another")
 
 
@@ -69,12 +76,20 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _hash(files: dict[str, Path]) -> Manifest:
+    stop = threading.Event()  # else the process would end only once the threads have read their files
+
     def hash_file(item: tuple[str, Path]) -> tuple[int, str]:
+        digest = hashlib.sha256()
         with reading(item[0]), item[1].open("rb") as file:
-            return item[1].stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            while not stop.is_set() and (chunk := file.read(CHUNK)):
+                digest.update(chunk)
+            return item[1].stat().st_size, digest.hexdigest()
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(files, pool.map(hash_file, files.items()), strict=True))
+        try:
+            return dict(zip(files, pool.map(hash_file, files.items()), strict=True))
+        finally:
+            stop.set()
 
 
 def _read(name: str, files: dict[str, Path]) -> None:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from errors import UserError
 from storage.files import flush_to_disk, remove
 from storage.locks import locked, open_lock, try_to_lock
-from storage.manifests import MANIFEST, check_files, hash_files, write_manifest
+from storage.manifests import MANIFEST, check_files, list_sizes, write_manifest
 
 Action = Callable[[], object]  # its result is not used
 
@@ -38,7 +38,7 @@ def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[
             remove(leftover)
         try:
             make(scratch)
-            write_manifest(scratch, hash_files(scratch))
+            write_manifest(scratch, list_sizes(scratch))
             flush_to_disk(scratch)
             scratch.rename(folder)
             flush_to_disk(folder.parent, within=False)
@@ -49,7 +49,7 @@ def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[
 
 
 def is_made(folder: Path, is_whole: Callable[[Path], bool]) -> bool:
-    """Return whether `folder` is as `make_once` left it, or whole without a manifest."""
+    """Return whether `folder` holds what `make_once` left in it, by names and sizes, or is whole without a manifest."""
     if not (folder / MANIFEST).exists():
         return is_whole(folder)
     try:

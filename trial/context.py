@@ -174,18 +174,17 @@ def _open_locally(
             stack.enter_context(lock)
             if Path(hparams.args.output_dir).is_file():
                 raise UserError(f"{hparams.args.output_dir}: is a file, where the trainer's folder belongs")
+            lines, as_written = read_json_lines(events), json.loads(json.dumps(values))
+            earlier = [line for line in lines if is_event(line)]
+            if len(lines) > len(earlier):
+                logger.info("%s: %d of %d lines are damaged: left out", events, len(lines) - len(earlier), len(lines))
+            if any(event["kind"] == "hparams" and event["hparams"] != as_written for event in earlier):
+                if any(event["kind"] in TRAINED for event in earlier):
+                    what = f"{output} holds a trial with other hyperparameters"
+                    raise UserError(f"{what}; remove it, or choose another --output")
+                events.unlink()  # a mistake ended it before it had trained a step
 
         once_per_node(distributed or core.DummyDistributedContext(), enter)
-        lines, as_written = read_json_lines(events), json.loads(json.dumps(values))
-        earlier = [line for line in lines if is_event(line)]
-        if len(lines) > len(earlier):
-            logger.info("%s: %d of %d lines are damaged: left out", events, len(lines) - len(earlier), len(lines))
-        if any(event["kind"] == "hparams" and event["hparams"] != as_written for event in earlier):
-            if any(event["kind"] in TRAINED for event in earlier):
-                what = f"{output} holds a trial with other hyperparameters"
-                raise UserError(f"{what}; remove it, or choose another --output")
-            if distributed is None or distributed.local_rank == 0:
-                events.unlink(missing_ok=True)  # a mistake ended it before it had trained a step
 
         def saved() -> list[str]:
             return [event["uuid"] for event in reversed(read_events(events)) if event["kind"] == "checkpoint"]

@@ -123,7 +123,7 @@ class DetCallback(determined.transformers.DetCallback):
         from the highest `checkpoint-N` in `output_dir`, which may be an older run's. This can go once it does neither.
         Raises `UserError` where the storage has none of the trial's checkpoints.
         """
-        saved = fetch_latest_checkpoint(self.trial, _resumed_from(args), args.save_only_model)
+        saved = fetch_latest_checkpoint(self.trial, _resumed_from(args), bool(args.deepspeed))
         args.resume_from_checkpoint = str(saved) if saved else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -225,6 +225,8 @@ class DetCallback(determined.transformers.DetCallback):
         Upstream has every rank of a node offer every file, and Core API then hashes all of them on each rank to find
         that they are the same: 30 or 40 GB for a 2-billion-parameter model. Here a node's first rank offers them all.
         This can go once upstream does so.
+
+        Training waits for the hashing, about a second for a GB of a file, as it does for the upload.
         """
         core_context, name = self.trial.core_context, f"checkpoint-{state.global_step}"
         folder = Path(args.output_dir or ".") / name

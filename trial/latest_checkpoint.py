@@ -17,11 +17,10 @@ from trial.context import Trial
 logger = logging.getLogger(__name__)
 
 MISSING = "is not in the storage"
-# What a trial resumes from, as patterns of which one must match: the last three unless training_args.save_only_model.
-RESUME_FILES = [
-    ("trainer_state.json",), ("log_state_0.json",), ("*.safetensors", "pytorch_model*"),
-    ("optimizer*",), ("scheduler.pt",), ("rng_state*",),
-]  # fmt: skip
+# What a trial resumes from, as patterns of which one must match. DeepSpeed has a folder of its own for the middle part.
+RESUME_FILES = [("trainer_state.json",), ("log_state_0.json",), ("rng_state*",)]
+TRAINERS_FILES = [("*.safetensors", "pytorch_model*"), ("optimizer*",), ("scheduler.pt",)]
+DEEPSPEEDS_FILES = [("global_step*",)]
 LOG_STATE = {
     "ranks": int,
     "evaluation_due": bool,  # checkpoints keep its first name
@@ -32,17 +31,17 @@ LOG_STATE = {
 }
 
 
-def fetch_latest_checkpoint(trial: Trial, folder: Path, model_only: bool) -> Path | None:
+def fetch_latest_checkpoint(trial: Trial, folder: Path, with_deepspeed: bool) -> Path | None:
     """Download the trial's latest whole checkpoint into `folder`; make it `trial.latest_checkpoint`.
 
     Returns its `checkpoint-<step>` in `folder`; None if the trial has to start from the beginning. Raises `UserError`
-    if the storage may be out of reach. `model_only` is `training_args.save_only_model`.
+    if the storage may be out of reach.
     """
     latest, problems = trial.latest_checkpoint, dict[str, str]()
     candidates = [latest] if latest else []
     saved, start = None, "starting over"
     for uuid in candidates:  # which grow
-        if problem := _fetch(trial, uuid, folder, model_only):
+        if problem := _fetch(trial, uuid, folder, with_deepspeed):
             problems[uuid] = problem
             if uuid == latest:
                 candidates += _earlier_checkpoints(trial, latest, problem)
@@ -63,7 +62,7 @@ def fetch_latest_checkpoint(trial: Trial, folder: Path, model_only: bool) -> Pat
     return saved
 
 
-def _fetch(trial: Trial, uuid: str, folder: Path, model_only: bool) -> str | None:
+def _fetch(trial: Trial, uuid: str, folder: Path, with_deepspeed: bool) -> str | None:
     """Download a checkpoint and verify it, on the first rank of each node. Returns what is wrong with it, if anything.
 
     Raises `TemporaryError` for an error of the storage.
@@ -81,7 +80,7 @@ def _fetch(trial: Trial, uuid: str, folder: Path, model_only: bool) -> str | Non
             outcome = TemporaryError(f"checkpoint {uuid}: {one_line(error) or type(error).__name__}")
         else:
             try:
-                _check(folder, model_only)
+                _check(folder, with_deepspeed)
             except UserError as error:
                 outcome = f"is damaged ({error})"
     outcomes = list(filter(None, trial.core_context.distributed.allgather(outcome)))
@@ -107,12 +106,12 @@ def _earlier_checkpoints(trial: Trial, latest: str, problem: str) -> list[str]:
     return [uuid for uuid in found if uuid != latest]
 
 
-def _check(folder: Path, model_only: bool) -> None:
+def _check(folder: Path, with_deepspeed: bool) -> None:
     """Raise `UserError` unless `folder` holds all of a checkpoint that a trial has saved to resume from."""
     found = list(folder.glob("checkpoint-*"))
     if len(found) != 1:
         raise UserError("it was not saved by this project" if folder.exists() else "it is empty")
-    check_files(found[0], RESUME_FILES[: 3 if model_only else None])
+    check_files(found[0], RESUME_FILES + (DEEPSPEEDS_FILES if with_deepspeed else TRAINERS_FILES))
     with reading("trainer_state.json"):
         step = json.loads((found[0] / "trainer_state.json").read_bytes())["global_step"]
     if found[0].name != f"checkpoint-{step}":

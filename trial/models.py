@@ -119,11 +119,14 @@ def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", w
 
 
 def _check_weights(model: "PreTrainedModel", info: dict[str, Any], what: str) -> None:
-    """Raise `UserError` unless every weight was in the files (transformers draws others at random) and is a number."""
+    """Raise `UserError` unless every weight was in the files (transformers draws others at random) and is a number.
+
+    (A `device_map` leaves some on the disk, and the meta device in their place.)
+    """
     import torch
 
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{what}: its files lack {len(missing)} of the model's weights, such as {missing[0]}")
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        if not weight.is_meta and not torch.isfinite(weight.sum(dtype=torch.float32)):
             raise UserError(f"{what}: its weight {name} has values that are no finite numbers")

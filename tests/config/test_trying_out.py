@@ -1,11 +1,15 @@
 """What the libraries would refuse once a training begins, and what they would accept that makes no sense."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.trainer.sft_config import SFTConfig
 
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from config.training_args import build_training_args
 from errors import UserError
 
 SFT = {"model_name": "m", "dataset": "d"}
@@ -25,13 +29,13 @@ def parse(training_args, cls=SFTHyperparameters, **others):
         ({"num_train_epochs": -1}, "num_train_epochs -1 is not greater than 0"),
         ({"max_steps": 0}, "max_steps: 0 is not a number of steps: 1 or more, or -1 for num_train_epochs"),
         ({"max_steps": -2}, "max_steps: -2 is not a number of steps: 1 or more, or -1 for num_train_epochs"),
-        ({"max_steps": 10, "warmup_steps": 11}, "warmup_steps 11 is more than the 10 steps of the training"),
         ({"weight_decay": -0.1}, "weight_decay -0.1 is not at least 0"),
         ({"adam_beta1": 1}, "adam_beta1 1 is not less than 1"),
         ({"max_grad_norm": -1}, "max_grad_norm -1 is not at least 0"),
         ({"seed": 2**32}, "seed 4294967296 is not less than 4294967296"),
         ({"logging_steps": 0}, "logging_steps 0 is not greater than 0"),
-        ({"save_total_limit": 0}, "save_total_limit 0 is not at least 1"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps 0 is not greater than 0, which eval_"),
+        ({"save_total_limit": -1}, "save_total_limit -1 is not at least 0"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is not at least 1"),
         ({"log_level": "loud"}, "log_level is 'loud', which is not one of detail, debug, info, warning, error, crit"),
         ({"train_sampling_strategy": "x"}, "train_sampling_strategy is 'x', which is not one of random, sequential"),
@@ -151,10 +155,43 @@ def test_dpos_own(training_args, others, message):
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
         {"metric_for_best_model": "loss", "save_strategy": "best", "eval_strategy": "epoch"},
         {"max_length": None, "pad_to_multiple_of": "auto", "max_grad_norm": 0},
+        {"logging_strategy": "no", "logging_steps": 0, "eval_steps": 0, "save_total_limit": 0},
+        {"save_strategy": "epoch", "save_steps": 0},
     ],
 )
 def test_training_args_that_do(training_args):
     parse(training_args)
+
+
+def test_a_short_training_may_keep_a_long_warm_up(caplog):
+    """`--config hyperparameters.training_args.max_steps=10` is how a config is tried out."""
+    parse({"max_steps": 10, "warmup_steps": 11})
+    assert "warmup_steps 11 is more than the 10 steps of the training" in caplog.text
+
+
+def test_target_modules_are_those_of_the_real_model(monkeypatch):
+    """The optimizers that have them need packages that are not here."""
+    names = ("GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor")
+    monkeypatch.setitem(sys.modules, "galore_torch", SimpleNamespace(**dict.fromkeys(names, torch.optim.AdamW)))
+    monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: True)
+    with pytest.raises(UserError, match="optim galore_adamw: You need to define `optim_target_modules`"):
+        parse({"optim": "galore_adamw"})
+    assert parse({"optim": "galore_adamw", "optim_target_modules": ["attn"]}).args.optim_target_modules == ["attn"]
+
+
+def test_of_several_processes_none_tries_the_values_one_by_one(monkeypatch):
+    """Each try could start the process group that the others are not in."""
+    built = []
+
+    class Refusing(SFTConfig):
+        def __init__(self, **values):
+            built.append(values)
+            raise ValueError("no")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^hyperparameters\.training_args: no$"):
+        build_training_args(Refusing, {"seed": 1})
+    assert len(built) == 1
 
 
 def test_trying_out_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -38,14 +38,8 @@ IMPORTS = (
     *("experiment.runner", "experiment.dry_run", "experiment.dry_run_output", "experiment.next_steps"),
     *("comparison.compare", "comparison.chat", "comparison.questions", "comparison.files", "comparison.cluster_task"),
 )
-OTHERS = {
-    ".git",
-    ".venv",
-    ".pytest_cache",
-    ".mypy_cache",
-    ".ruff_cache",
-    "__pycache__",
-}  # folders that no case writes to
+# Folders that no case writes to.
+OTHERS = {".git", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
 FOLDERS = ("store", "home", "tmp")
 DROP = object()  # as a value of `change`: without this key
 
@@ -96,13 +90,9 @@ class Server:
     def __init__(self, folder: Path, tiny: Path) -> None:
         self.folder, self.tiny, self.socket = folder, tiny, str(folder / "socket")
         folder.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        environment |= {"PYTHONPATH": str(REPO), "HF_HOME": str(folder / "home")}
+        environment |= {"PYTHONPATH": str(REPO), "HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
         for name in ("DET_MASTER", "HF_DATASETS_CACHE", "LOCAL_CHECKPOINT_STORAGE"):
             environment.pop(name, None)
         with (folder / "server.log").open("w") as log:
@@ -286,10 +276,8 @@ def complaints(case: Case, outcome: Outcome, as_untouched: Callable[[Outcome], s
     written = [path for path in outcome.written if not path.startswith(caches)] if caches else outcome.written
     if case.command in ("sft_finetune", "dpo_finetune") and not case.strict:  # what a trial said before it found it
         written = [path for path in written if not path.startswith((f"{work}out", f"{work}dpo"))]
-    wrong += (
-        [f"written: {', '.join(path.removeprefix(f'{outcome.scratch}/') for path in written[:3])}"] if written else []
-    )
-    return wrong
+    names = ", ".join(path.removeprefix(f"{outcome.scratch}/") for path in written[:3])
+    return wrong + ([f"written: {names}"] if written else [])
 
 
 def serve(path: str) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from chat_format import set_chat_format
 from errors import UserError
+from storage import manifests
 from storage.checkpoints import download_ckpt, is_model_file, local_checkpoint, local_checkpoint_storage
 from storage.manifests import hash_files, write_manifest
 from trial.models import load_model_and_tokenizer
@@ -51,10 +52,16 @@ def test_only_the_model_is_downloaded_and_it_loads_with_its_template(checkpoint,
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_a_checkpoint_is_downloaded_once(checkpoint, core_context):
+def test_a_checkpoint_is_downloaded_and_hashed_once(checkpoint, core_context, monkeypatch):
+    saved, hashed = local_checkpoint_storage() / checkpoint / "checkpoint-7", []
+    write_manifest(saved, hash_files(saved))
+    monkeypatch.setattr(manifests, "_hash", lambda files, hash=manifests._hash: hashed.extend(files) or hash(files))
     folder = download_ckpt(checkpoint, core_context)
-    shutil.rmtree(local_checkpoint_storage() / checkpoint)
+    assert hashed.count("model.safetensors") == 1
+    hashed.clear()
+    shutil.rmtree(saved)
     assert download_ckpt(checkpoint, core_context) == folder
+    assert hashed == []
 
 
 def test_an_interrupted_download_is_not_used_as_a_checkpoint(checkpoint, core_context, monkeypatch):

@@ -49,7 +49,7 @@ def test_what_is_made_once_is_made_again_if_it_was_damaged(tmp_path):
         return make_once(tmp_path / "made", make, lambda folder: False, lambda: None)
 
     assert (run(), run()) == (True, False)
-    for damage in (lambda file: file.write_text("wh\0\0\0"), Path.unlink):
+    for damage in (lambda file: file.write_text("wh"), Path.unlink):
         damage(tmp_path / "made" / "a")
         assert (run(), run()) == (True, False)
         assert (tmp_path / "made" / "a").read_text() == "whole"
@@ -63,3 +63,4 @@ def test_lines_that_are_damaged_are_none(tmp_path):
     assert read_json_lines(file) == [{"a": 1}, None, None, None, None, {"a": 2}]
     with pytest.raises(UserError, match="Is a directory"):
         read_json_lines(tmp_path)
+    assert read_json_lines(tmp_path / "none") == read_json_lines(file / "none") == []

@@ -1,6 +1,9 @@
 """Which damage to a checkpoint's files is found: with a manifest all, without one what cannot be read."""
 
+import io
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +63,29 @@ def test_a_manifest_finds_what_can_be_read_but_was_not_saved(folder):
     check_files(folder, NEEDED, select=lambda name: name != "model-1.safetensors")
     with pytest.raises(UserError, match=r"model-1\.safetensors is not what was saved"):
         check_files(folder, NEEDED)
+
+
+def test_an_error_or_a_signal_does_not_wait_for_the_hashing(folder, monkeypatch):
+    """The first file cannot be read, and the reading of the others ends only after ten seconds."""
+    end = time.monotonic() + 10
+
+    class Long(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            time.sleep(0.01)
+            return int(time.monotonic() < end)
+
+    def open_it(path, mode):
+        if path.name == "model-1.safetensors":
+            raise PermissionError("no")
+        return Long()
+
+    monkeypatch.setattr(Path, "open", open_it)
+    with pytest.raises(UserError, match=r"model-1\.safetensors: no"):
+        hash_files(folder)
+    assert time.monotonic() < end
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from processes import run_ranks
 from safetensors.torch import load_file
 
 import sft_finetune
+from errors import UserError
 from storage.checkpoints import local_checkpoint_storage
 from storage.manifests import MANIFEST
 from trial.events import LocalCheckpointContext, read_events
+from trial.latest_checkpoint import _check
 
 STEPS = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
 CHANGES = {f"hyperparameters__training_args__{name}": value for name, value in STEPS.items()}
@@ -225,6 +227,21 @@ def test_a_full_disk_costs_a_line(run, ended, tmp_path, monkeypatch, what):
     assert (status, err) == (0, "")
     assert [e["steps_completed"] for e in again if e["kind"] == "checkpoint"] == [2, 4]
     assert_same_end(events, weights, again, store)
+
+
+def test_deepspeed_saves_files_of_its_own(ended):
+    """It is not installed here. The Trainer then saves neither optimizer nor scheduler, and not always the weights."""
+    _, store, events, _ = ended
+    saved = saved_in(events, store)[-1]
+    for name in (MANIFEST, "model.safetensors", "optimizer.pt", "scheduler.pt"):
+        (saved / name).unlink()
+    with pytest.raises(UserError, match=r"global_step\* is missing"):
+        _check(saved.parent, with_deepspeed=True)
+    (saved / "global_step4").mkdir()
+    torch.save({}, saved / "global_step4" / "mp_rank_00_model_states.pt")
+    _check(saved.parent, with_deepspeed=True)
+    with pytest.raises(UserError, match="is missing"):
+        _check(saved.parent, with_deepspeed=False)
 
 
 def test_each_upload_has_a_manifest_of_its_files(ended):

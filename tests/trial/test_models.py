@@ -91,6 +91,11 @@ def test_a_broken_model_is_one_line(tiny, tmp_path, case):
     assert str(error.value).startswith(f"--model a '{folder}': ")
 
 
+def test_weights_that_stay_on_the_disk_are_not_looked_at(tiny, tmp_path):
+    model, _ = load_model_and_tokenizer(str(tiny / "base"), device_map={"": "disk"}, offload_folder=str(tmp_path))
+    assert any(weight.is_meta for weight in model.parameters())
+
+
 def test_a_tokenizer_may_have_tokens_for_another_model(tiny, tmp_path):
     """Gemma 3's has one for pictures, which the models without eyes have no embedding for."""
     folder = Path(shutil.copytree(tiny / "base", tmp_path / "model"))
@@ -106,7 +111,7 @@ def test_a_folder_that_only_leads_to_a_model_says_what_to_give(tiny, tmp_path):
     uuid = "0c5ad3f7-4bd1-47c4-8a6a-7a9c4b5f9d10"
     checkpoint, trial, experiment = tmp_path / uuid, tmp_path / "trial", tmp_path / "experiment"
     shutil.copytree(tiny / "base", checkpoint / "checkpoint-4")
-    append_json_line(trial / "events.jsonl", {"kind": "checkpoint", "uuid": uuid})
+    append_json_line(trial / "events.jsonl", {"kind": "checkpoint", "steps_completed": 4, "uuid": uuid})
     experiment.mkdir()
     (experiment / "best_checkpoint").write_text(f"{uuid}\n")
     for folder, said in [
