@@ -105,8 +105,11 @@ def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", w
 
     (Others that were added may be meant for another model: Gemma 3's tokenizer has one for pictures.)
     """
-    if getattr(model.config.get_text_config(), "num_hidden_layers", 1) < 1:
+    config: Any = model.config.get_text_config()
+    if getattr(config, "num_hidden_layers", 1) < 1:
         raise UserError(f"{what}: its config.json says that it has no layer")
+    if not isinstance(window := getattr(config, "sliding_window", None), int | None):  # Gemma has none, nor checks it
+        raise UserError(f"{what}: its config.json says sliding_window {window!r}, which is no number")
     rows: Any = model.get_input_embeddings().num_embeddings
     with reading(what):
         used = tokenizer("Tea?")["input_ids"]
