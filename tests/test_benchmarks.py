@@ -69,7 +69,10 @@ def test_model_and_dataset_may_be_relative_paths(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "learning_rte=1"], "training_args.learning_rte is not a hyperparameter (did you mean 'learning_rate'?)"),
+        (
+            ["--set", "learning_rte=1"],
+            "training_args.learning_rte is not a hyperparameter (did you mean 'learning_rate'?)",
+        ),
         (["--set", "learning_rate=-1"], "training_args.learning_rate"),
         (["--dataset", "rows.jsonl"], "rows.jsonl line 2: "),
     ],
