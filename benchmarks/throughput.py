@@ -276,7 +276,9 @@ def check(kind: str, args: argparse.Namespace, *case: Path) -> None:
     """Raise `UserError` for a mistake in `--set` or in the rows of `--dataset`, before anything is measured."""
     from config.hyperparameters import parse_hyperparameters
     from experiment.kinds import kind_of
+    from trial.context import hide_progress_bars_in_logs
 
+    hide_progress_bars_in_logs()
     training: Any = kind_of(f"{kind}_finetune.py")
     values = make_experiment(make_spec("ours", kind, args, *case))["hyperparameters"]
     hparams = parse_hyperparameters(training.hyperparameters, values)

@@ -78,8 +78,6 @@ def load_model(
     """Load a model that is ready to answer, and its tokenizer. Raises `UserError` if there is none or it cannot."""
     key = options.key("model", name)
     model, tokenizer = load_model_and_tokenizer(source, key, dtype=getattr(torch, options.dtype))
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{key} {source!r}: its tokenizer has no EOS token, so answers would never end")
     check_template(tokenizer)
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
