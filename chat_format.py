@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 from jinja2 import TemplateError
 
-from errors import UserError, reading, run_in_child
+from errors import UserError, reading
+from signals import CRASHES, run_in_child
 
 if TYPE_CHECKING:  # slow to import, and a command needs only the constants to read a YAML
     from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ IM_END = "<|im_end|>"
 RESPONSE_TEMPLATE = f"{IM_START}assistant\n"  # every prompt ends with it
 # What a model's own template may take for a short conversation: CPU seconds, memory, characters of text.
 TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 2, 2**30, 10**6
+CHILD_SECONDS = 60  # for a child to try it out
 
 # Saved with the tokenizer, so that a server that does not know this project prompts the model in the same way.
 CHAT_ML_TEMPLATE = (
@@ -147,11 +149,10 @@ def check_template(tokenizer: Tokenizer) -> None:
 
     if tokenizer.chat_template in (None, CHAT_ML_TEMPLATE):
         return
-    status = run_in_child(render)
-    if status not in (0, 1):  # 1: it raises something, which is reported where it is used
-        ends = {2: f"writes more than {TEMPLATE_CHARACTERS:,} characters", 3: "runs out of memory"}
-        ends[-signal.SIGXCPU] = f"takes more than {TEMPLATE_SECONDS} seconds"
-        what = ends.get(status, "crashes Python")
+    ends = {2: f"writes more than {TEMPLATE_CHARACTERS:,} characters", 3: "runs out of memory"}
+    ends[-signal.SIGXCPU] = f"takes more than {TEMPLATE_SECONDS} seconds"
+    ends |= dict.fromkeys(CRASHES, "crashes Python")
+    if what := ends.get(run_in_child(render, CHILD_SECONDS)):  # what it raises is reported where it is used
         raise UserError(f"the chat template of {tokenizer.name_or_path!r} {what} for a short conversation")
 
 

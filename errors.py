@@ -1,35 +1,37 @@
-"""How a command ends early: in one line on stderr, whether by a user's mistake, a disk or a signal.
+"""How a command ends early: in one line on stderr, whether by a user's mistake, a disk or a signal (see signals.py).
 
-After a mistake the line names it, and the exit status is 2. After a signal it is 128 and the signal's number. The
-`log_policies` of the YAMLs match a line that begins with `error: `. The cluster then does not restart the trial.
-The traceback of a mistake goes to the log at debug level, which a command's `--debug` shows. One that is on a terminal
-without it is a mistake of ours.
+After a mistake the line names it, and the exit status is 2. The `log_policies` of the YAMLs match a line that begins
+with `error: `. The cluster then does not restart the trial. A traceback is a mistake of ours; that of a user's is shown
+with `--debug`, on a cluster with the experiment's `debug: true`.
 """
 
 import argparse
-import faulthandler
+import errno
 import functools
 import itertools
-import logging
+import json
 import os
-import resource
-import signal
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from types import FrameType
 from typing import Any, NoReturn
 
-logger = logging.getLogger(__name__)
+from signals import handle_signals, say_at_end, stopped_by
+
 LONGEST_REASON = 300  # characters of a library's message
 LONGEST_LINE = 700  # of ours
-# What safetensors' and torch's own errors say.
-DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Errors of a disk, or of a reader of stdout that has gone; and what the operating system, and torch in its place, says
+# of a full disk in whatever a library raises.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
+DISK_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "enforce fail at inline_container",
+)
 
 
 class UserError(ValueError):
@@ -38,10 +40,6 @@ class UserError(ValueError):
 
 class TemporaryError(UserError):
     """An error that may pass by itself, such as a hub out of reach. It is worth another try."""
-
-
-class Stopped(SystemExit):
-    """A signal asks this process to end. `code` is the exit status: 128 and the signal's number."""
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,129 +56,30 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             print(end="", flush=True)
             return result
         except BaseException as error:
-            status, line = _ending(error)
+            status, line = stopped_by(error)
+            if not line:
+                status, line = 2, _line_of(error)
             if not line:
                 raise
             if status == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # most mistakes occur on every rank; rank 0 prints first, its launcher ends the others
-            logger.debug("where the error below comes from", exc_info=True)
-            _say(line)
+            # A master gives its containers the experiment's config.
+            if os.environ.get("DET_DEBUG") or json.loads(os.environ.get("DET_EXPERIMENT_CONFIG", "{}")).get("debug"):
+                traceback.print_exc()
+            say_at_end(line)
             raise SystemExit(status) from None
 
     return wrapper
 
 
-def _ending(error: BaseException | None) -> tuple[int, str]:
-    """Return the exit status and the line for what ends a command; no line for a mistake of ours.
-
-    A signal that arrives in the middle of something may show as an error of what it has interrupted.
-    """
-    causes = [error] if error else []
-    while causes and (before := causes[-1].__cause__ or causes[-1].__context__) and before not in causes:
-        causes.append(before)
-    for cause in causes:
-        if isinstance(cause, Stopped | KeyboardInterrupt):
-            status = int(cause.code or 0) if isinstance(cause, Stopped) else 128 + signal.SIGINT
-            name = signal.Signals(status - 128).name
-            return status, f"stopped by {name}; the same command goes on from what it has saved"
-    if isinstance(error, OSError):  # of a disk that is full, for example, or a reader of stdout that has gone
+def _line_of(error: BaseException) -> str:
+    """Return the line for a user's mistake or a disk's error; "" for a mistake of ours."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
-        return 2, f"error (may be temporary): {where}{reason(error.strerror or error)}"
-    if error and any(sign in str(error) for sign in DISK_FULL):
-        return 2, f"error (may be temporary): {reason(error, LONGEST_LINE)}"
-    if isinstance(error, UserError):
-        temporary = " (may be temporary)" if isinstance(error, TemporaryError) else ""
-        return 2, f"error{temporary}: {reason(error, LONGEST_LINE)}"
-    return 0, ""
-
-
-def _say(line: str) -> None:
-    """Print the last line to stderr, after what stdout still holds. Neither needs to take it."""
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
-        try:
-            print(text, end="", file=stream, flush=True)
-        except OSError:  # what is left in its buffer would raise again when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def handle_signals() -> None:
-    """From here on SIGTERM and SIGHUP raise `Stopped`, as SIGINT raises KeyboardInterrupt. Ignored ones stay ignored.
-
-    During an import they end the process at once: nothing is to be saved there, and a library that tries whether it can
-    import something may take the exception for a no. (So does Python with one in a finalizer: see `_end_if_stopped`.)
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _stop)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _end_if_stopped
-        os.register_at_fork(before=lambda: _forking.update(parent=os.getpid()), after_in_child=_end_with_parent)
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    stop = KeyboardInterrupt() if number == signal.SIGINT else Stopped(128 + number)
-    while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
-        frame = frame.f_back
-    if frame:
-        _end_now(stop)
-    raise stop
-
-
-_forking: dict[str, int] = {}  # the id of the process that forks
-
-
-def _end_with_parent() -> None:
-    """Have a forked helper, such as one that loads data, end without a word at a signal, and when its parent ends."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is _stop:
-            signal.signal(number, signal.SIG_DFL)
-    end_with_parent(_forking["parent"])
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which started it, ends in whatever way. (Only on Linux.)"""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended before
-            os._exit(1)
-
-
-def _end_if_stopped(lost: Any) -> None:
-    """Report an exception that Python cannot raise, as it does; but end if it is a signal's."""
-    if _ending(lost.exc_value)[0] > 128:
-        _end_now(lost.exc_value)
-    sys.__unraisablehook__(lost)
-
-
-def _end_now(stop: BaseException) -> NoReturn:
-    status, line = _ending(stop)
-    _say(line)
-    os._exit(status)
-
-
-def run_in_child(work: Callable[[], object]) -> int:
-    """Run in a forked child what may crash Python itself; return the child's exit status, or minus its last signal.
-
-    The status is 0, 1 after an exception, or what `work` exits with. What the child prints is not shown.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        faulthandler.disable()
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        work()
-        os._exit(0)
-    except SystemExit as end:
-        os._exit(int(end.code or 0))
-    finally:
-        os._exit(1)
+        return f"error (may be temporary): {where}{reason(error.strerror or error)}"
+    if isinstance(error, TemporaryError) or any(sign in str(error) for sign in DISK_FULL):
+        return f"error (may be temporary): {reason(error, LONGEST_LINE)}"
+    return f"error: {reason(error, LONGEST_LINE)}" if isinstance(error, UserError) else ""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -206,8 +105,7 @@ class CommandLine(argparse.ArgumentParser):
             if getattr(options, action.dest, None) == "":
                 raise UserError(f"{', '.join(action.option_strings) or action.metavar} is empty")
         if options.__dict__.pop("debug", False):
-            logger.addHandler(logging.StreamHandler())
-            logger.setLevel(logging.DEBUG)
+            os.environ["DET_DEBUG"] = "1"  # for the trials of a local experiment, too
         return options
 
     def error(self, message: str) -> NoReturn:

@@ -12,7 +12,7 @@ trial's curves, and a table. An experiment that still runs, or lost some of its 
 import argparse
 from pathlib import Path
 
-from errors import CommandLine, UserError, exit_on_user_error, os_errors_of, reason
+from errors import CommandLine, UserError, exit_on_user_error, os_errors_of, shorten
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def main() -> None:
     from storage.files import check_output, write_atomically
 
     source = args.experiment
-    with os_errors_of(reason(source)):  # a name that is too long, for example
+    with os_errors_of(shorten(source)):  # a name that is too long, for example
         is_folder = Path(source).is_dir()
     if not (on_cluster := source.startswith("exp:")) and not is_folder:
         raise UserError(f"{source!r} is neither a folder nor exp:NUMBER, an experiment of the cluster")

@@ -93,13 +93,15 @@ def main() -> None:
         work(json.loads(Path(args.worker).read_text()))
         return
     args.configurations = choose_configurations(args.configurations)
-    results = []
+    cases = []
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         model = make_model(args.model, Path(folder), args.dataset is not None, args.model_folder)
         for kind, length in zip(args.kind, args.length or [None] * len(args.kind), strict=True):
             case = argparse.Namespace(**vars(args) | {"length": length})
             rows = Path(args.dataset) if args.dataset else make_rows(kind, case, Path(folder) / f"{kind}.jsonl")
-            results += compare(kind, case, model, rows, Path(folder))
+            cases.append((kind, case, model, rows, Path(folder)))
+            check(*cases[-1])
+        results = [result for case in cases for result in compare(*case)]
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     if {(result["kind"], result["configuration"]) for result in results} < set(product(args.kind, args.configurations)):
@@ -260,6 +262,30 @@ def make_rows(kind: str, args: argparse.Namespace, path: Path) -> Path:
     return path
 
 
+def make_spec(name: str, kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> dict[str, Any]:
+    """Return what a measurement's process needs to know."""
+    return {
+        "configuration": name, "kind": kind, "folder": str(folder),
+        "model": str(model.resolve()), "rows": str(rows.resolve()),  # `work` changes the folder
+        "batch": args.batch, "accumulate": args.accumulate, "steps": args.steps, "length": args.length,
+        "set": args.set, "peak_flops": args.peak_tflops and args.peak_tflops * 1e12,
+    }  # fmt: skip
+
+
+def check(kind: str, args: argparse.Namespace, *case: Path) -> None:
+    """Raise `UserError` for a mistake in `--set` or in the rows of `--dataset`, before anything is measured."""
+    from config.hyperparameters import parse_hyperparameters
+    from experiment.kinds import kind_of
+    from trial.context import hide_progress_bars_in_logs
+
+    hide_progress_bars_in_logs()
+    training: Any = kind_of(f"{kind}_finetune.py")
+    values = make_experiment(make_spec("ours", kind, args, *case))["hyperparameters"]
+    hparams = parse_hyperparameters(training.hyperparameters, values)
+    if args.dataset:
+        training.load(**hparams.load_options)
+
+
 def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> list[dict[str, Any]]:
     """Measure the configurations in turns, print the medians and return all measurements.
 
@@ -320,13 +346,7 @@ def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: P
     Raises `ChildProcessError` with the end of the output if a process fails, and `UserError` for the user's mistake.
     """
     folder.mkdir()
-    spec = {
-        "configuration": name, "kind": kind, "folder": str(folder),
-        "model": str(model.resolve()), "rows": str(rows.resolve()),  # `work` changes the folder
-        "batch": args.batch, "accumulate": args.accumulate, "steps": args.steps, "length": args.length,
-        "set": args.set, "peak_flops": args.peak_tflops and args.peak_tflops * 1e12,
-    }  # fmt: skip
-    (folder / "spec.json").write_text(json.dumps(spec))
+    (folder / "spec.json").write_text(json.dumps(make_spec(name, kind, args, model, rows, folder)))
     command = [sys.executable, __file__, "--worker", str(folder / "spec.json")]
     environment = {**os.environ, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
     environment["LOCAL_CHECKPOINT_STORAGE"] = str(folder / "checkpoints")

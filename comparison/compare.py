@@ -51,11 +51,8 @@ def find_model(source: str, key: str) -> str:
         if source.partition(":")[0] in CLUSTER_SOURCES and ":" in source:
             return str(cluster_checkpoint(source, key))
         if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
-            try:
-                return str(local_checkpoint(source, key, verify=True))
-            except UserError as error:
-                elsewhere = "LOCAL_CHECKPOINT_STORAGE names another folder"
-                raise UserError(f"{error} ({elsewhere}); if it is on a cluster, give ckpt:{source}") from None
+            advice = f" (LOCAL_CHECKPOINT_STORAGE names another folder); if it is on a cluster, give ckpt:{source}"
+            return str(local_checkpoint(source, key, verify=True, advice=advice))
     check_source(source, key)
     if not exists:
         find_on_hub(source, key)
@@ -81,8 +78,6 @@ def load_model(
     """Load a model that is ready to answer, and its tokenizer. Raises `UserError` if there is none or it cannot."""
     key = options.key("model", name)
     model, tokenizer = load_model_and_tokenizer(source, key, dtype=getattr(torch, options.dtype))
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{key} {source!r}: its tokenizer has no EOS token, so answers would never end")
     check_template(tokenizer)
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer

@@ -5,6 +5,8 @@ A mistake in the data is a `UserError` that names the file and the line, or the 
 
 import itertools
 import json
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import determined as det
 import numpy as np
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
 from config.hyperparameters import DataSource
 from data.formats import MissingColumnError
-from errors import TemporaryError, UserError, nearest, reading, reason, run_in_child
+from errors import TemporaryError, UserError, nearest, reading, reason
+from signals import CRASHES, run_in_child
 from storage.files import check_output, refuse_special_files
 from storage.fingerprints import fingerprint
 from storage.hub import looks_like_path, quiet_lookup
 
 EVAL_SHARE = 0.2
+CHILD_SECONDS = 600  # for a child to read a source
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -68,17 +73,27 @@ def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSou
     """
     check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME", is_folder=True)
     with _explain_load_errors(source):
-        # pandas' and pyarrow's readers of JSON end Python where it is nested too deeply (pandas 3.1, pyarrow 26). What
-        # the child reads stays in the cache. This can go once they raise.
         arguments = _load_arguments(source)
-        is_local = Path(source.name).exists()
-        if is_local and (status := run_in_child(lambda: _load(source, arguments, stream_seed))) < 0:
-            ended = f"its reader crashes ({signal.Signals(-status).name}): is it nested too deeply, or only null?"
-            raise UserError(f"data set {source}: {ended}")
+        if _reader_may_crash(Path(source.name)):
+            status = run_in_child(lambda: _load(source, arguments, stream_seed), CHILD_SECONDS)
+            if status in CRASHES:
+                ended = f"its reader crashes ({signal.Signals(-status).name}): is it nested too deeply, or only null?"
+                raise UserError(f"data set {source}: {ended}")
         rows, split = _load(source, arguments, stream_seed)
     if len(rows) == 0:
         raise UserError(f"data set {source}: it has no rows")
     return LoadedSource(source, rows, split, stream_seed is not None)
+
+
+def _reader_may_crash(path: Path) -> bool:
+    """Return whether a child should read `path` first, as that may end Python. What it reads stays in the cache.
+
+    pandas' and pyarrow's readers do so for JSON that is nested too deeply (pandas 3.1, pyarrow 26). This can go once
+    they raise. A trial, which may have threads or CUDA, does not fork: what a local one reads has been read before.
+    """
+    is_json = path.suffix in (".json", ".jsonl") or any(path.rglob("*.json*"))
+    is_trial = "RANK" in os.environ or det.get_cluster_info() or multiprocessing.parent_process()
+    return is_json and not is_trial
 
 
 def _load(source: DataSource, arguments: dict[str, Any], stream_seed: int | None) -> tuple[Dataset, str]:

@@ -2,6 +2,6 @@
 
 import os
 
-from errors import end_with_parent
+from signals import end_with_parent
 
 end_with_parent(os.getppid())

@@ -10,7 +10,7 @@ from determined.errors import CheckpointNotFound
 from huggingface_hub.constants import HF_HOME
 
 from config.validation import check_uuid
-from errors import TemporaryError, UserError, one_line
+from errors import TemporaryError, UserError, reason
 from storage.files import BUNDLE, check_output
 from storage.manifests import MANIFEST, check_files
 from storage.shared_cache import make_once, once_per_node
@@ -64,7 +64,7 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
         except CheckpointNotFound:
             raise TemporaryError(f"model_ckpt {ckpt_uuid}: no such checkpoint in the storage") from None
         except Exception as error:  # each kind of storage raises its own
-            raise TemporaryError(f"model_ckpt {ckpt_uuid}: {one_line(error) or type(error).__name__}") from error
+            raise TemporaryError(f"model_ckpt {ckpt_uuid}: {reason(error)}") from error
 
     once_per_node(core_context.distributed, lambda: fetch_once(ckpt_uuid, download, "model_ckpt"))
     return str(model_folder(cached_checkpoint(ckpt_uuid), ckpt_uuid))
@@ -103,15 +103,15 @@ def is_fetched(folder: Path) -> bool:
     return True
 
 
-def local_checkpoint(ckpt_uuid: str, key: str, verify: bool = False) -> Path:
+def local_checkpoint(ckpt_uuid: str, key: str, verify: bool = False, advice: str = "") -> Path:
     """Return the model folder of a local run's checkpoint. Raises `UserError` as `download_ckpt` does.
 
-    Only with `verify` are the model's files read, to find damage.
+    Only with `verify` are the model's files read, to find damage. `advice` says what to do if there is none.
     """
     check_uuid(ckpt_uuid, key)
     store = local_checkpoint_storage()
     if not (store / ckpt_uuid).is_dir():
-        raise UserError(f"{key} {ckpt_uuid}: no such checkpoint in {store}")
+        raise UserError(f"{key} {ckpt_uuid}: no such checkpoint in {store}{advice}")
     return model_folder(store / ckpt_uuid, ckpt_uuid, key, verify)
 
 

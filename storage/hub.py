@@ -12,15 +12,13 @@ def looks_like_path(name: str) -> bool:
 
 @contextmanager
 def quiet_lookup() -> Iterator[None]:
-    """Keep the libraries' messages on failures and retries from stderr: the caller reports them in one line."""
-    from datasets.utils import logging as datasets_logging  # takes seconds
-    from huggingface_hub.utils import logging as hub_logging
-
-    verbosity, hub_verbosity = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
-    datasets_logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity_error()
+    """Keep the libraries' messages from stderr while they look something up or load it: the caller says what failed."""
+    loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        datasets_logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

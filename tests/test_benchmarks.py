@@ -66,6 +66,26 @@ def test_model_and_dataset_may_be_relative_paths(made, tmp_path):
         throughput.parse_arguments(["--model", str(made), "--dataset", "missing.jsonl"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--set", "learning_rte=1"],
+            "training_args.learning_rte is not a hyperparameter (did you mean 'learning_rate'?)",
+        ),
+        (["--set", "learning_rate=-1"], "training_args.learning_rate"),
+        (["--dataset", "rows.jsonl"], "rows.jsonl line 2: "),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_measured(made, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1", "completion": "w2"}\n{}\n')
+    args = throughput.parse_arguments(["--model", str(made), *options])
+    with pytest.raises(UserError) as error:
+        throughput.check("sft", args, made, tmp_path / "rows.jsonl", tmp_path)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize(
     ("name", "checkpointing", "bf16", "liger"),

@@ -20,6 +20,7 @@ FLOORS = [
     {"config"},
     {"pages", "chat_format"},
     {"errors"},
+    {"signals"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

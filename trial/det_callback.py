@@ -28,19 +28,12 @@ import determined.transformers
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from errors import TemporaryError
+from errors import DISK_FULL, TemporaryError
 from storage.manifests import hash_files, write_manifest
 from trial.context import Trial, TrialStopped
 from trial.latest_checkpoint import fetch_latest_checkpoint, log_state_file, read_log_state
 
 logger = logging.getLogger(__name__)
-# What the operating system, and torch in its place, says in whatever a library raises.
-DISK_IS_FULL = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "PytorchStreamWriter failed writing",
-    "enforce fail at inline_container",
-)
 
 
 def train_or_resume(trainer: Trainer, trial: Trial) -> None:
@@ -53,7 +46,7 @@ def train_or_resume(trainer: Trainer, trial: Trial) -> None:
     except TrialStopped:
         callback.save_after_broken_evaluation()
     except Exception as error:
-        if not any(text in str(error) for text in DISK_IS_FULL):
+        if not any(text in str(error) for text in DISK_FULL):
             raise
         folders = f"{trainer.args.output_dir}, the checkpoint storage or the cache"
         raise TemporaryError(f"no space left on the disk of {folders}") from error

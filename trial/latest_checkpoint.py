@@ -8,7 +8,7 @@ from typing import Any
 from determined.core import DownloadMode
 from determined.errors import CheckpointNotFound
 
-from errors import TemporaryError, UserError, one_line, reading
+from errors import TemporaryError, UserError, reading, reason
 from storage.checkpoints import local_checkpoint_storage
 from storage.files import is_object, remove
 from storage.manifests import check_files
@@ -77,7 +77,7 @@ def _fetch(trial: Trial, uuid: str, folder: Path, with_deepspeed: bool) -> str |
         except NotADirectoryError:
             outcome = "is a file"
         except Exception as error:  # each kind of storage raises its own
-            outcome = TemporaryError(f"checkpoint {uuid}: {one_line(error) or type(error).__name__}")
+            outcome = TemporaryError(f"checkpoint {uuid}: {reason(error)}")
         else:
             try:
                 _check(folder, with_deepspeed)

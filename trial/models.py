@@ -101,12 +101,17 @@ def load_model_and_tokenizer(
 
 
 def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", what: str) -> None:
-    """Raise `UserError` if the model is none to generate with, or has no embedding for a token of the tokenizer's own.
+    """Raise `UserError` if the two are none to generate with, or a token of the tokenizer's own has no embedding.
 
     (Others that were added may be meant for another model: Gemma 3's tokenizer has one for pictures.)
     """
-    if getattr(model.config.get_text_config(), "num_hidden_layers", 1) < 1:
+    config: Any = model.config.get_text_config()
+    if getattr(config, "num_hidden_layers", 1) < 1:
         raise UserError(f"{what}: its config.json says that it has no layer")
+    if not isinstance(window := getattr(config, "sliding_window", None), int | None):  # Gemma has none, nor checks it
+        raise UserError(f"{what}: its config.json says sliding_window {window!r}, which is no number")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{what}: its tokenizer has no EOS token, so answers would never end")
     rows: Any = model.get_input_embeddings().num_embeddings
     with reading(what):
         used = tokenizer("Tea?")["input_ids"]

@@ -255,6 +255,24 @@ def test_whatever_a_reader_meets_is_one_line(tmp_path, name, data, message):
     assert str(error.value).startswith((f"data set {tmp_path}", str(tmp_path)))
 
 
+@pytest.mark.parametrize("where", ["command", "trial of a local experiment", "rank", "cluster"])
+def test_only_a_command_reads_json_in_a_child_first(tmp_path, monkeypatch, where):
+    """A trial may have threads, a process group or CUDA, which do not survive a fork."""
+    read = []
+    monkeypatch.setattr("data.sources.run_in_child", lambda work, seconds: read.append(work) or 0)
+    if where == "rank":
+        monkeypatch.setenv("RANK", "0")
+    elif where != "command":
+        monkeypatch.setattr(
+            "determined.get_cluster_info" if where == "cluster" else "multiprocessing.parent_process", lambda: "one"
+        )
+    load_dpo_dataset([write(tmp_path / "d.jsonl", pairs(5))], seed=1)
+    assert len(read) == (where == "command")
+    pq.write_table(pa.Table.from_pylist(pairs(5)), tmp_path / "d.parquet")
+    load_dpo_dataset([str(tmp_path / "d.parquet")], seed=1)
+    assert len(read) == (where == "command")
+
+
 def test_values_that_cannot_be_read_name_their_row_and_column(tmp_path):
     good = pa.array(["x"] * 5)
     for dates, message in [

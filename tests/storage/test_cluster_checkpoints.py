@@ -144,8 +144,12 @@ def test_a_missing_master_is_named_in_one_line(master):
         cluster_checkpoint("exp:1", "--model m")
 
 
-def test_a_local_uuid_that_is_not_here_may_be_on_a_cluster(call):
+def test_a_local_uuid_that_is_not_here_may_be_on_a_cluster(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_CHECKPOINT_STORAGE", str(tmp_path))
     name = "6b6fbaa7-faa9-4449-867b-2939a147a335"
     status, _, err = call(inference.main, "--model", f"m={name}")
     assert status == 2
-    assert err.endswith(f"; if it is on a cluster, give ckpt:{name}\n")
+    assert err.endswith(f" (LOCAL_CHECKPOINT_STORAGE names another folder); if it is on a cluster, give ckpt:{name}\n")
+    (tmp_path / name).mkdir()
+    _, _, err = call(inference.main, "--model", f"m={name}")
+    assert err == f"error: --model m {name}: the checkpoint holds no model weights (*.safetensors)\n"

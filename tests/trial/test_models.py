@@ -1,6 +1,7 @@
 """A model, a tokenizer or a chat template that is broken, of another kind or hostile is one line that names it."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -72,6 +73,10 @@ CASES = {
         lambda f: change_weights(f, lambda n, w: w if "norm" in n else None),
         "its files lack",
     ),
+    "no layer": (lambda f: change(f, "config.json", num_hidden_layers=-1), "says that it has no layer"),
+    "size 0": (lambda f: change(f, "config.json", hidden_size=0), "its weights have other shapes than"),
+    "pad token": (lambda f: change(f, "config.json", pad_token_id=10**6), "Padding_idx must be within num_embeddings"),
+    "window": (lambda f: change(f, "config.json", sliding_window="x"), "says sliding_window 'x', which is no number"),
     "NaN": (lambda f: change_weights(f, one_nan), "gate_proj.weight has values that are no finite numbers"),
     "BERT": (masked_model, "it is BertForMaskedLM, no causal language model"),
     "tokenizer of another type": (lambda f: (f / "tokenizer.json").write_text("null"), "has no attribute 'pop'"),
@@ -81,7 +86,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_broken_model_is_one_line(tiny, tmp_path, case):
+def test_a_broken_model_is_one_line(tiny, tmp_path, case, caplog, recwarn, monkeypatch):
+    """And no library says anything beside it."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")
     broken, message = CASES[case]
     folder = Path(shutil.copytree(tiny / "base", tmp_path / "model"))
     broken(folder)
@@ -89,6 +97,7 @@ def test_a_broken_model_is_one_line(tiny, tmp_path, case):
         load_model_and_tokenizer(str(folder), "--model a")
     assert message in str(error.value)
     assert str(error.value).startswith(f"--model a '{folder}': ")
+    assert (caplog.messages, list(recwarn)) == ([], [])
 
 
 def test_weights_that_stay_on_the_disk_are_not_looked_at(tiny, tmp_path):
