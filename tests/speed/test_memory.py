@@ -15,6 +15,7 @@ from processes import CONTEXT, REPO
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GemmaConfig, MixtralConfig
 from trl import DPOConfig, SFTConfig
 
+from benchmarks.throughput import GEMMA_2B
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
 from speed.fitting import resident_memory
 from speed.memory import TrainingSetup, estimate_memory, kept_bytes, largest_batch, state_bytes
@@ -23,10 +24,6 @@ from speed.padding_free import remove_padding
 SHAPE = (2, 64)
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1000}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
-GEMMA_2B = {
-    **{"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8},
-    **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192},
-}
 ARGS = "hyperparameters__training_args__"
 
 
