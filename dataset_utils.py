@@ -14,7 +14,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +214,6 @@ def tokenize_once(
         made = make_once(
             folder,
             make=lambda scratch: tokenize(rows, tokenizer, num_proc=num_proc, **options).save_to_disk(scratch),
-            is_whole=_is_complete,
             on_wait=lambda: trial.status("waiting for another trial that tokenizes the data"),
         )
         trial.status("data tokenized" if made else "tokenized data reused")
@@ -229,14 +227,6 @@ def tokenize_once(
             for line in truncation.describe_truncations(part, dataset[part]):
                 logger.warning(line)
     return dataset
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether all files of a data set are there. Some may not be: old files in /tmp, for example, are deleted."""
-    with suppress(Exception):  # whatever `datasets` raises
-        DatasetDict.load_from_disk(folder)
-        return True
-    return False
 
 
 def _tokenize(

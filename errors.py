@@ -1,8 +1,8 @@
 """How a command ends early: in one line on stderr, whether by a user's mistake, a disk or a signal (see signals.py).
 
 After a mistake the line names it, and the exit status is 2. The `log_policies` of the YAMLs match a line that begins
-with `error: `. The cluster then does not restart the trial. A traceback is a mistake of ours; that of a user's is shown
-with `--debug`, on a cluster with the experiment's `debug: true`.
+with `error: `. The cluster then does not restart the trial. A traceback on the terminal is a bug of this project.
+`--debug`, on a cluster the experiment's `debug: true`, shows where in the code a user's mistake was found.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from signals import handle_signals, say_at_end, stopped_by
 
 LONGEST_REASON = 300  # characters of a library's message
 LONGEST_LINE = 700  # of ours
-# Errors of a disk, or of a reader of stdout that has gone; and what the operating system, and torch in its place, says
-# of a full disk in whatever a library raises.
+# Errors of a disk, and EPIPE: nobody reads stdout any more. DISK_FULL is how the system and torch say it inside the
+# errors of other libraries.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
 DISK_FULL = (
     "No space left on device",
@@ -136,8 +136,9 @@ def reading(what: object) -> Iterator[None]:
     except UserError:
         raise
     except BaseException as error:
-        # A panic in the tokenizers' or safetensors' Rust is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        # A panic in the tokenizers' or safetensors' Rust is no Exception. Memory that runs out is handled further up.
+        name, is_exception = type(error).__name__, isinstance(error, Exception)
+        if name == "OutOfMemoryError" or not (is_exception or name == "PanicException"):
             raise
         raise UserError(f"{what}: {reason(error)}") from error
 
@@ -157,7 +158,7 @@ def os_errors_of(name: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from error
+        raise UserError(f"{name}: {error.strerror or reason(error)}") from error
 
 
 def reason(error: BaseException | str, longest: int = LONGEST_REASON) -> str:

@@ -136,14 +136,13 @@ def main() -> int:
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
-    from storage.checkpoints import check_folders, local_checkpoint_storage
+    from storage.checkpoints import check_storage, local_checkpoint_storage
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
 
     transformers.utils.logging.set_verbosity_error()  # what it warns of is in the log of each trial
     if (store := local_checkpoint_storage()) in (folder, *folder.parents):
         raise UserError(f"--output {folder}: checkpoints are kept in {store}; choose another folder")
-    check_folders()
     hide_progress_bars_in_logs()
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
         with about(args.config_file):
@@ -154,6 +153,7 @@ def main() -> int:
                 raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
             show_dry_run(experiment, trials, args.examples, folder if args.output else None)
             return 0
+        check_storage(next((hparams.model_ckpt for hparams in trials if hparams.model_ckpt), None))
         if experiment.kind:
             check_sources(experiment.kind, trials)
         with only_writer(folder):

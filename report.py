@@ -43,12 +43,13 @@ def main() -> None:
     check_output(output := Path(args.output or output), "--output")
     experiment = read_cluster(source) if on_cluster else read_local(Path(source))
     from experiment.report_page import render  # takes seconds: a mistake is reported before
+    from pages.terminal import plural
 
     page = render(experiment)
     with os_errors_of(f"--output {output}"):
         write_atomically(output, page)
     if experiment.damaged:
-        print(f"{source}: {experiment.damaged} damaged lines of trials.jsonl are left out")
+        print(f"{source}: {plural(experiment.damaged, 'line')} of trials.jsonl damaged: left out")
     print(f"Report: {output}")
 
 

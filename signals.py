@@ -1,4 +1,4 @@
-"""Signals: they end a command in one line, and with it what it has forked. Also: run in a child what may crash Python.
+"""End a command at a signal, in one line, together with the helpers it has forked. Run risky work in a child.
 
 After a signal the exit status is 128 and the signal's number.
 """
@@ -40,7 +40,7 @@ def stopped_by(error: BaseException | None) -> tuple[int, str]:
 
 
 def say_at_end(line: str) -> None:
-    """Print the last line to stderr, after what stdout still holds. Neither needs to take it."""
+    """Print the last line to stderr, after what stdout still holds. Either stream may be closed."""
     for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
         try:
             print(text, end="", file=stream, flush=True)
@@ -88,7 +88,7 @@ def _end_with_parent() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which started it, ends in whatever way. (Only on Linux.)"""
+    """Have Linux kill this process when the thread of `parent` that started it ends, in whatever way."""
     if sys.platform == "linux":
         import ctypes
 

@@ -343,7 +343,7 @@ def print_table(kind: str, args: argparse.Namespace, medians: dict[str, dict[str
 def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> dict[str, Any]:
     """Run one measurement in its own process, or processes, and return its result.
 
-    Raises `ChildProcessError` with the end of the output if a process fails, and `UserError` for the user's mistake.
+    Raises `ChildProcessError` with the end of the output if a process fails.
     """
     folder.mkdir()
     (folder / "spec.json").write_text(json.dumps(make_spec(name, kind, args, model, rows, folder)))
@@ -357,8 +357,6 @@ def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: P
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("result-*.json"))]
-    if done.returncode == 2 and (said := done.stderr.strip().rpartition("\n")[2]).startswith("error: "):
-        raise UserError(said.removeprefix("error: "))
     if done.returncode or len(results) != args.processes:
         raise ChildProcessError(f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
     summed = ("tokens_per_second", "supervised_per_second", "peak_gb")

@@ -12,8 +12,11 @@ from typing import Any
 
 import determined as det
 from determined import core
+from determined.errors import CheckpointNotFound
 
-from errors import UserError
+from errors import TemporaryError, UserError, reason
+from storage.files import remove
+from storage.manifests import check_files, hash_files, write_manifest
 from trial.context import TrialStopped
 
 
@@ -40,6 +43,8 @@ class Task:
     def save(self) -> None:
         """Upload what is written so far, unless it is uploaded already."""
         if self.core_context and self.done > self.saved and any(self.folder.iterdir()):
+            remove(self.folder / "metadata.json")  # Core API leaves it there, to be overwritten by the next upload
+            write_manifest(self.folder, hash_files(self.folder))
             self.core_context.checkpoint.upload(str(self.folder), {"steps_completed": self.done})
             self.saved = self.done
 
@@ -63,9 +68,22 @@ def open_task() -> Iterator[Task]:
     mode = core.TensorboardMode.MANUAL
     with core.init(tensorboard_mode=mode) as core_context, tempfile.TemporaryDirectory() as folder:
         if info.latest_checkpoint:
-            core_context.checkpoint.download(info.latest_checkpoint, folder)
+            _fetch(info.latest_checkpoint, core_context, Path(folder))
         task = Task(core_context, Path(folder))
         try:
             yield task
         except TrialStopped:
             task.save()
+
+
+def _fetch(ckpt_uuid: str, core_context: core.Context, folder: Path) -> None:
+    """Download what an earlier start has saved into `folder`; leave it empty, and say so, if that is damaged."""
+    try:
+        core_context.checkpoint.download(ckpt_uuid, folder)
+        check_files(folder)
+    except (CheckpointNotFound, UserError) as error:
+        print(f"checkpoint {ckpt_uuid}: {reason(error)}: starting over", flush=True)
+        for leftover in folder.iterdir():
+            remove(leftover)
+    except Exception as error:  # each kind of storage raises its own
+        raise TemporaryError(f"checkpoint {ckpt_uuid}: {reason(error)}") from error

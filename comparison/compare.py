@@ -65,10 +65,10 @@ def choose_device(name: str | None, key: str) -> torch.device:
     try:
         device = torch.device(name or best)
         torch.empty(0, device=device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise UserError("it cannot generate")
-    except (RuntimeError, AssertionError, NotImplementedError, UserError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"{key} {name!r}: it cannot generate; choose cpu, cuda or mps")
     return device
 
 
@@ -84,13 +84,10 @@ def load_model(
 
 
 class StoredResult(TypedDict):
-    """A line of a file of results: the fields of an `Answer` or a `PairScore`, or that a pair does not fit."""
+    """A line of a file of results: the fields of an `Answer` or a `PairScore`; None for a pair that does not fit."""
 
     key: str  # a hash of everything the result depends on
-    value: list[Any] | str
-
-
-DOES_NOT_FIT = "does not fit"
+    value: list[Any] | None
 
 
 class ResultStore(dict[str, Any]):
@@ -99,23 +96,22 @@ class ResultStore(dict[str, Any]):
     def __init__(self, path: Path | None) -> None:
         self.path = path
         for line in read_json_lines(path) if path else []:
-            if is_object(line, {"key": str}) and _is_result(line.get("value")):
-                self[line["key"]] = None if line["value"] == DOES_NOT_FIT else line["value"]
+            if is_object(line, {"key": str}) and _is_result(line.get("value", "")):
+                self[line["key"]] = line["value"]
 
     def add(self, key: str, value: Any) -> None:
         """Add a result. Raises `UserError` if it cannot be written."""
         self[key] = value
         if self.path:
             with os_errors_of(self.path):
-                append_json_line(self.path, StoredResult(key=key, value=DOES_NOT_FIT if value is None else value))
+                append_json_line(self.path, StoredResult(key=key, value=value))
 
 
 def _is_result(value: Any) -> bool:
     if not isinstance(value, list):
-        return value == DOES_NOT_FIT
-    types: list[Any] = (
-        [str, int, bool] if value and isinstance(value[0], str) else [float | int] * len(PairScore._fields)
-    )
+        return value is None
+    answer = bool(value) and isinstance(value[0], str)
+    types: list[Any] = [str, int, bool] if answer else [float | int] * len(PairScore._fields)
     return len(value) == len(types) and all(map(isinstance, value, types))
 
 
@@ -177,10 +173,11 @@ class ComparedModel:
         keys = [self._key(max_length, row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
         if not self.store.keys() >= set(keys):
             model, tokenizer = self._loaded
-            tokenized = tokenize_pairs(pairs, tokenizer, min(max_length, context_length(model) or max_length))
-            if not any(tokenized["fits"]):
-                least = f"leaves none of the {len(pairs)} pairs room, as {self.name} is prompted"
-                raise UserError(f"{self.options.key('max_length')} {max_length} {least}; raise it")
+            limit = min(max_length, context_length(model) or max_length)
+            tokenized = tokenize_pairs(pairs, tokenizer, limit)
+            if limit == max_length and not any(tokenized["fits"]):
+                none = f"none of the {len(pairs)} pairs fits, in the format of {self.name}; raise it"
+                raise UserError(f"{self.options.key('max_length')} {max_length}: {none}")
             for key, fits in zip(keys, tokenized["fits"][:], strict=True):
                 if not fits:
                     self.store.add(key, None)

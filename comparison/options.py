@@ -15,7 +15,7 @@ from storage.files import check_output
 
 DEFAULT_DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")  # dpo.yaml's: their held-out rows are asked
 OUTPUT_SUFFIXES = (".html", ".csv", ".jsonl", ".md", ".json")
-COLDEST = 0.01  # temperature: logits are divided by it, and become infinite near 0
+MIN_TEMPERATURE = 0.01  # temperature: logits are divided by it, and become infinite near 0
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as torch and numpy take
 RESERVED_NAMES = ("question", "preferred")  # the other columns of a table of answers
 SHORTHANDS = {"exp_id": "exp", "trial_id": "trial"}  # `exp_id: 12` is short for `model: {"exp:12": "exp:12"}`
@@ -164,8 +164,8 @@ class ComparisonOptions(Sampling):
             check_output(path, key("output_file"))
         if len(set(map(os.path.realpath, self.output_file))) < len(self.output_file):
             raise UserError(f"{key('output_file')}: the same file is named twice")
-        if 0 < self.temperature < COLDEST:
-            raise UserError(f"{key('temperature')} {self.temperature:g} must be 0, or at least {COLDEST}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise UserError(f"{key('temperature')} {self.temperature:g} must be 0, or at least {MIN_TEMPERATURE}")
 
 
 def _make_options(values: dict[str, Any], strict: bool, spell: Callable[[str], str]) -> ComparisonOptions:

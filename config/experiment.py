@@ -61,8 +61,9 @@ def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
     if searcher not in ("single", "grid"):
         raise UserError(f"searcher.name {searcher!r}: this machine runs single and grid; the others need a cluster")
     axes: dict[KeyPath, list[Any]] = {}
-    for path, values in _axes(config["hyperparameters"]):
+    for path, space in _spaces(config["hyperparameters"]):
         key = dotted("hyperparameters", path)
+        values = _axis(space, key)
         if searcher == "single" and (values is None or len(values) > 1):
             raise UserError(f"{key} is a search space; set searcher.name: grid to try its values")
         if values is None:
@@ -76,21 +77,22 @@ def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def varying_hyperparameters(config: dict[str, Any]) -> list[str]:
     """Return dotted names of the hyperparameters that a search varies, as in `training_args.learning_rate`."""
-    axes = _axes(config["hyperparameters"])
-    return [dotted("", path) for path, values in axes if values is None or len(values) > 1]
+    spaces = _spaces(config["hyperparameters"])
+    return [dotted("", path) for path, space in spaces if space.get("type", "const") != "const" and not _is_one(space)]
 
 
-def _axes(level: dict[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, list[Any] | None]]:
-    """The path of each hyperparameter that has a `type`, and its grid points (see `_axis`)."""
+def _is_one(space: dict[str, Any]) -> bool:
+    return space.get("count") == 1 or len(space.get("vals", "several")) == 1
+
+
+def _spaces(level: dict[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """The path and the value of each hyperparameter that has a `type`, or the other keys of one that has."""
     for name in sorted(level):
         value, path = level[name], (*above, name)
-        if isinstance(value, dict) and "type" in value:
-            yield path, _axis(value, dotted("hyperparameters", path))
+        if isinstance(value, dict) and value.keys() & {"type", "vals", "minval", "maxval"}:
+            yield path, value
         elif isinstance(value, dict):
-            if value.keys() & {"vals", "minval", "maxval"}:
-                key = dotted("hyperparameters", path)
-                raise UserError(f"{key}.type is missing: it is one of {', '.join(SPACES)}")
-            yield from _axes(value, path)
+            yield from _spaces(value, path)
 
 
 def _at_point(value: Any, point: dict[KeyPath, Any], path: KeyPath = ()) -> Any:
@@ -102,6 +104,8 @@ def _at_point(value: Any, point: dict[KeyPath, Any], path: KeyPath = ()) -> Any:
 
 def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
     """The grid points of one hyperparameter; None for a range without a `count`."""
+    if "type" not in space:
+        raise UserError(f"{key}.type is missing: it is one of {', '.join(SPACES)}")
     kind = str(space["type"])
     if kind not in SPACES:
         raise UserError(f"{key}.type {kind!r} is not one of {', '.join(SPACES)}{nearest(kind, SPACES)}")

@@ -1,7 +1,7 @@
 """The keys of an experiment beside its hyperparameters, with their types: what Determined's master accepts.
 
 The master checks them when an experiment is created (its schemas/expconf/v0). Neither the CLI nor the Python package
-knows them. Where it ignores a key, as `data`, or few have what it is about, as `slurm`, any mapping will do.
+knows them. Keys that the master ignores (`data`) or that few clusters use (`slurm`) may hold any mapping.
 """
 
 import re
@@ -23,7 +23,7 @@ def _keys(title: str, required: str = "", /, **types: Any) -> Any:
 
 
 def _checked(type_: Any, is_right: Callable[[Any], object], wrong: str) -> Any:
-    """The type of the values of `type_` that are right; the others are told to be `wrong`."""
+    """A `type_` whose values must satisfy `is_right`; `wrong` is the error's text."""
 
     def check(value: Any) -> Any:
         if not is_right(value):
@@ -45,16 +45,24 @@ BIND_MOUNT = _keys(
     "BindMount", "host_path container_path",
     host_path=ABSOLUTE_PATH, container_path=str, read_only=bool, propagation=str,
 )  # fmt: skip
+PROXY_PORT = _keys(
+    "ProxyPort", "proxy_port", proxy_port=float, proxy_tcp=bool, unauthenticated=bool, default_service_id=bool
+)
+CREDENTIALS = "username password auth email serveraddress identitytoken registrytoken"
+REGISTRY_AUTH = _keys("RegistryAuth", **dict.fromkeys(CREDENTIALS.split(), str))
+DEVICE = _checked(str, re.compile(r"[^:]+:[^:]+(:[^:]+)?").fullmatch, "is not host_path:container_path[:mode]") | _keys(
+    "Device", "host_path container_path", host_path=str, container_path=str, mode=str
+)
 ENVIRONMENT = _keys(
     "Environment",
     image=str | _keys("Images", **dict.fromkeys(BY_DEVICE, str)),
     environment_variables=Texts | _keys("Variables", **dict.fromkeys(BY_DEVICE, Texts)),
-    proxy_ports=list[dict], ports=dict[str, int], force_pull_image=bool, registry_auth=dict[str, str | None],  # type: ignore[valid-type]
+    proxy_ports=list[PROXY_PORT], ports=dict[str, int], force_pull_image=bool, registry_auth=REGISTRY_AUTH,  # type: ignore[valid-type]
     add_capabilities=Texts, drop_capabilities=Texts, pod_spec=dict,
 )  # fmt: skip
 RESOURCES = _keys(
     "Resources",
-    agent_label=str, devices=list[str | dict[str, str | None]], is_single_node=bool, max_slots=int,
+    agent_label=str, devices=list[DEVICE], is_single_node=bool, max_slots=int,  # type: ignore[valid-type]
     native_parallel=bool, priority=Annotated[int, Field(ge=1, le=99)], resource_pool=str, slots=int, weight=float,
     slots_per_trial=Natural, shm_size=int | _checked(str, MEMORY_SIZE.fullmatch, "is not a size of memory, as in 2g"),
 )  # fmt: skip
@@ -65,11 +73,6 @@ LOG_POLICY = _checked(
     "give a name, or a pattern and an action",
 )
 PROFILING = _keys("Profiling", enabled=bool, begin_on_batch=Natural, end_after_batch=Natural, sync_timings=bool)
-SWITCHES = "auto_tune_tensor_fusion average_aggregated_gradients average_training_metrics gradient_compression"
-OPTIMIZATIONS = _keys(
-    "Optimizations", aggregation_frequency=Count, **dict.fromkeys(SWITCHES.split(), bool), grad_updates_size_file=str,
-    mixed_precision=Literal["O0", "O1", "O2", "O3"], tensor_fusion_cycle_time=Natural, tensor_fusion_threshold=Natural,
-)  # fmt: skip
 EXPERIMENT: type[BaseModel] = _keys(
     "Experiment", "hyperparameters searcher",
     hyperparameters=dict, searcher=dict, checkpoint_storage=dict, name=str, entrypoint=str | Texts, description=str,
@@ -80,17 +83,20 @@ EXPERIMENT: type[BaseModel] = _keys(
     reproducibility=_keys("Reproducibility", experiment_seed=Natural),
     retention_policy=_keys("Retention", log_retention_days=Annotated[int, Field(ge=-1, le=32767)]),
     **dict.fromkeys(("data", "data_layer", "integrations", "internal", "pbs", "security", "slurm"), dict),
-    tensorboard_storage=dict, optimizations=OPTIMIZATIONS,
+    tensorboard_storage=dict, optimizations=dict,
 )  # fmt: skip
 
 CONCURRENT = {"max_concurrent_trials": Natural}
 SEVERAL = {**CONCURRENT, "max_trials": Count}
-HALVING = SEVERAL | dict.fromkeys(("divisor", "max_time", "stop_once", "time_metric"), Any)
+HALVING = SEVERAL | {
+    "divisor": Annotated[float, Field(gt=1)], "max_time": int, "stop_once": bool, "time_metric": str,
+}  # fmt: skip
 SEARCHERS: dict[str, dict[str, Any]] = {
     "single": {},
     "grid": CONCURRENT,
     "random": SEVERAL,
-    "adaptive_asha": HALVING | dict.fromkeys(("bracket_rungs", "max_rungs", "mode"), Any),
+    "adaptive_asha": HALVING
+    | {"bracket_rungs": list[int], "max_rungs": Count, "mode": Literal["aggressive", "standard", "conservative"]},
     "async_halving": HALVING | {"num_rungs": Count},
 }
 TEXT_OF_STORAGE = {  # the keys whose values are text
@@ -101,7 +107,7 @@ TEXT_OF_STORAGE = {  # the keys whose values are text
     "azure": "container connection_string account_url credential",
 }
 # For a section with variants: the key that says which one is meant, the keys that all have, and those of each. Without
-# that key, the cluster's administrator has said which one it is: then it may be any, or one that is gone (None).
+# that key the cluster's default decides, so the keys of all variants are allowed. None: of a variant that is gone.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[Any, dict[str, Any]]]] = {
     "searcher": (
         "name",

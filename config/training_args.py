@@ -73,7 +73,7 @@ LIMITS: dict[Any, str] = {
     Count: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps"
     " dataloader_prefetch_factor dataset_num_proc ddp_timeout ddp_bucket_cap_mb max_length"
     " precompute_ref_batch_size ref_model_sync_steps",
-    Natural: "dataloader_num_workers save_total_limit",  # a limit of 0 is none
+    Natural: "dataloader_num_workers",
     Positive: "learning_rate num_train_epochs adam_epsilon beta discopop_tau",
     NotNegative: "warmup_steps weight_decay max_grad_norm eval_delay router_aux_loss_coef neftune_noise_alpha"
     " logging_steps eval_steps save_steps",

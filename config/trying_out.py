@@ -1,6 +1,6 @@
 """Build what a training builds from its `training_args`, on a model of a few parameters: the libraries find mistakes.
 
-Nothing is trained, and nothing of it stays: neither files nor accelerate's state of the process.
+It trains nothing and leaves nothing behind: no files, no state of accelerate's.
 """
 
 import copy
@@ -78,7 +78,7 @@ def try_out(args: Any, key: str) -> None:
 
 
 def check_fsdp(cls: Any, values: dict[str, Any], key: str) -> None:
-    """Raise `UserError` if `values` would not do for FSDP on several processes, though here is but one."""
+    """Raise `UserError` if FSDP would refuse `values` on several processes. (Here there is one.)"""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     environment = dict(os.environ)

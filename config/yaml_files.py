@@ -31,7 +31,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         with Path(path).open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise UserError(str(error.strerror)) from error
+        raise UserError(str(error.strerror or error)) from error
     if len(content) > LARGEST_FILE:
         raise UserError(f"larger than {LARGEST_FILE // 1000} kB")
     with _yaml_errors():
@@ -58,9 +58,14 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             above = above.get(level) or {}  # null has no keys yet
             if not isinstance(above, dict):
                 raise UserError(f"{option}: {'.'.join(levels[:number])} is not a mapping, so it has no keys")
-        with _yaml_errors(f"{option}: "):
-            _refuse_many_brackets(text)
-            config = parse_config_overrides(config, [text])
+        try:
+            with _yaml_errors(f"{option}: "):
+                _refuse_many_brackets(text)
+                config = parse_config_overrides(config, [text])
+        except UserError as error:
+            if isinstance(error.__cause__, TypeError):
+                raise UserError(f"{option}: a mapping cannot replace the value of {key}") from error
+            raise
     return config
 
 

@@ -29,7 +29,7 @@ from storage.fingerprints import fingerprint
 from storage.hub import looks_like_path, quiet_lookup
 
 EVAL_SHARE = 0.2
-CHILD_SECONDS = 600  # for a child to read a source
+CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -71,7 +71,7 @@ def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSou
     With a `stream_seed`, `source.number_of_samples` rows, which must be set, are drawn and kept in the cache of
     `datasets`. Only as much of the source is read as that takes.
     """
-    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME", is_folder=True)
+    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, or HF_DATASETS_CACHE:", is_folder=True)
     with _explain_load_errors(source):
         arguments = _load_arguments(source)
         if _reader_may_crash(Path(source.name)):
@@ -89,11 +89,11 @@ def _reader_may_crash(path: Path) -> bool:
     """Return whether a child should read `path` first, as that may end Python. What it reads stays in the cache.
 
     pandas' and pyarrow's readers do so for JSON that is nested too deeply (pandas 3.1, pyarrow 26). This can go once
-    they raise. A trial, which may have threads or CUDA, does not fork: what a local one reads has been read before.
+    they raise. A trial of a cluster or of local_experiment.py, and a rank, may have threads and CUDA and do not fork.
     """
-    is_json = path.suffix in (".json", ".jsonl") or any(path.rglob("*.json*"))
+    files = [path] if path.suffix in (".json", ".jsonl") else list(path.rglob("*.json*"))
     is_trial = "RANK" in os.environ or det.get_cluster_info() or multiprocessing.parent_process()
-    return is_json and not is_trial
+    return bool(files) and not is_trial and sum(file.stat().st_size for file in files) < CHILD_BYTES
 
 
 def _load(source: DataSource, arguments: dict[str, Any], stream_seed: int | None) -> tuple[Dataset, str]:

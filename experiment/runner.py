@@ -139,13 +139,13 @@ class LocalExperiment(Experiment):
         if key and (completed or any(event["kind"] in TRAINED for event in events)):
             raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
         if key:
-            console.print(f"{self.folder}: its run with another {key} had trained nothing: replaced", markup=False)
+            console.print(f"{self.folder}: replaced a run with another {key}, which had trained nothing", markup=False)
             for file in (*files, lines):
                 file.unlink(missing_ok=True)
         results, damaged = read_results(self.folder, self.trials)
         self.results = {trial_id: result for trial_id, result in results.items() if result["state"] == "COMPLETED"}
         if damaged:
-            told = f"{plural(damaged, 'line')} damaged: trials that none is left of go on from their last checkpoints"
+            told = f"{plural(damaged, 'line')} damaged: a trial without a line goes on from its last checkpoint"
             console.print(f"{lines}: {told}", markup=False)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write("command.json", json.dumps(command) + "\n")

@@ -53,9 +53,9 @@ def run_script(
         os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the log shows what is printed, also of a trial that is killed
         if threads is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        end_with_parent(os.getppid())  # as `_end_with_parent` has the others end
+        end_with_parent(os.getppid())  # as `_wait_for_parent` ends the others
         os.execv(sys.executable, [sys.executable, str(path), *arguments])
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
     multiprocessing.set_start_method(None, force=True)  # data loading workers are forked, as in any script
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if threads is not None:
@@ -70,7 +70,7 @@ def run_script(
         atexit._run_exitfuncs()  # multiprocessing's processes skip them
 
 
-def _end_with_parent() -> None:
+def _wait_for_parent() -> None:
     """End this process, as SIGKILL would, once the one that started it has ended in whatever way."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,15 +1,18 @@
 """TRL's DPOTrainer on rows that are already tokenized, with one reference pass that all trials of a grid share."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from speed.padding_free import remove_padding
 from storage.fingerprints import fingerprint
-from storage.shared_cache import one_trial_at_a_time
+from storage.manifests import remove_unless_sealed, seal
+from storage.shared_cache import once_per_node, one_trial_at_a_time
 
 if TYPE_CHECKING:
     from trial.context import Trial
@@ -50,15 +53,19 @@ class TokenizedDPOTrainer(DPOTrainer):
             remove_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
         dataset._fingerprint = reference_key(self, dataset, batch_size)
         trial, lock = self.trial, f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}.lock"
+        # TRL writes it last, and reads whatever it finds there.
+        file = Path(dataset._get_cache_file_path(Hasher.hash((dataset._fingerprint, self._precompute_model_hash))))
         with one_trial_at_a_time(
             trial.cache / lock,
-            trial.core_context.distributed,
+            distributed := trial.core_context.distributed,
             on_wait=lambda: trial.status("waiting for another trial's reference log-probs"),
             while_waiting=trial.stop_if_preempted,
         ):
+            once_per_node(distributed, lambda: remove_unless_sealed(file))
             started, self.reference_batches = time.monotonic(), 0
             dataset = super()._precompute_ref_logps(dataset, name, batch_size)
             if self.reference_batches:
+                once_per_node(distributed, lambda: seal(file))
                 self.reference_seconds[name] = time.monotonic() - started
         return dataset
 

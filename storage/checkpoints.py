@@ -32,10 +32,11 @@ def local_checkpoint_storage() -> Path:
     return Path(os.path.realpath(os.environ.get("LOCAL_CHECKPOINT_STORAGE") or BUNDLE / "local_runs" / "checkpoints"))
 
 
-def check_folders() -> None:
-    """Raise `UserError` unless local runs can write their checkpoints, and what they share, where they are kept."""
+def check_storage(ckpt_uuid: str | None) -> None:
+    """Raise `UserError` unless a local run can write its checkpoints, and a copy of the one that it starts from."""
     check_output(local_checkpoint_storage(), "LOCAL_CHECKPOINT_STORAGE", is_folder=True)
-    check_output(agent_cache(), "HF_HOME", is_folder=True)
+    if ckpt_uuid:
+        check_output(agent_cache(), "HF_HOME", is_folder=True)
 
 
 def is_model_file(path: str) -> bool:
@@ -44,7 +45,7 @@ def is_model_file(path: str) -> bool:
 
 
 def is_downloaded(path: str) -> bool:
-    """Return whether `path` belongs to the model or says whether its files are whole; a selector for downloads."""
+    """Return whether to download `path`: a file of the model, or the manifest."""
     return is_model_file(path) or Path(path).name == MANIFEST
 
 
@@ -91,16 +92,7 @@ def fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:
         model_folder(scratch, ckpt_uuid, key, verify=True)
 
     folder = cached_checkpoint(ckpt_uuid)
-    make_once(folder, make, is_fetched, lambda: print(f"checkpoint {ckpt_uuid}: another process is fetching it"))
-
-
-def is_fetched(folder: Path) -> bool:
-    """Return whether a folder that `fetch_once` of an earlier release has filled can be loaded."""
-    try:
-        check_files(model_folder(folder, folder.name), select=is_model_file)
-    except UserError:
-        return False
-    return True
+    make_once(folder, make, lambda: print(f"checkpoint {ckpt_uuid}: another process is fetching it"))
 
 
 def local_checkpoint(ckpt_uuid: str, key: str, verify: bool = False, advice: str = "") -> Path:

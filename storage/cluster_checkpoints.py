@@ -16,7 +16,7 @@ from urllib3.exceptions import HTTPError
 
 from config.validation import check_uuid
 from errors import TemporaryError, UserError, one_line
-from storage.checkpoints import cached_checkpoint, fetch_once, is_downloaded, is_fetched, model_folder
+from storage.checkpoints import cached_checkpoint, fetch_once, is_downloaded, model_folder
 from storage.shared_cache import is_made
 
 # What can stand before the colon, and what the number or UUID after it names.
@@ -35,7 +35,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
         check_uuid(name, key)
     elif not name.isdecimal():
         raise UserError(f"{key} {source!r}: after {kind}: comes the number of the {CLUSTER_SOURCES[kind]}")
-    if kind != "ckpt" or not is_made(cached_checkpoint(name), is_fetched):
+    if kind != "ckpt" or not is_made(cached_checkpoint(name)):
         with one_line_cluster_errors(f"{key} {source}", CLUSTER_SOURCES[kind]):
             checkpoint = _find_checkpoint(kind, name)
             if checkpoint is None:

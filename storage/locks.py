@@ -21,7 +21,7 @@ def open_lock(path: Path) -> FileLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, and a lock is needed there") from error
+        raise UserError(f"{path}: {error.strerror or error}, and a lock is needed there") from error
     return FileLock(path)
 
 

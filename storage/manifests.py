@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,21 +12,20 @@ from zipfile import ZipFile
 
 from config.validation import validate
 from errors import UserError, reading
+from storage.files import flush_to_disk, remove, write_atomically
 
 MANIFEST = "manifest.json"  # lies beside the files that it lists
-# A file's path in that folder: its size in bytes, and its SHA-256 or "", which fits all.
+# A file's path in that folder: its size in bytes, and its SHA-256, or "" if the size alone is checked.
 Manifest = dict[str, tuple[int, str]]
 CHUNK = 2**20  # bytes that are hashed at a time
 
 
-def hash_files(folder: Path) -> Manifest:
-    """Return the manifest of a folder. Its files are read side by side."""
-    return _hash(_files(folder))
-
-
-def list_sizes(folder: Path) -> Manifest:
-    """Return a manifest that has the sizes alone: of what is whole once it has its name, but may be cleaned away."""
-    return {name: (path.stat().st_size, "") for name, path in _files(folder).items()}
+def hash_files(folder: Path, largest: float = math.inf) -> Manifest:
+    """Return the manifest of a folder. Files of more than `largest` bytes are not read: it has their sizes alone."""
+    files = _files(folder)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    hashed = _hash({name: path for name, path in files.items() if sizes[name] <= largest})
+    return {name: hashed.get(name, (size, "")) for name, size in sizes.items()}
 
 
 def write_manifest(folder: Path, files: Manifest) -> None:
@@ -67,7 +67,28 @@ def check_files(
             raise UserError(f"{name} has {size} of {listed[name][0]} bytes")
     for name, found in _hash({name: files[name] for name, (_, digest) in listed.items() if digest}).items():
         if found != listed[name]:
-            raise UserError(f"{name} is not what was saved: its SHA-256 is another")
+            raise UserError(f"{name} has changed since it was saved (SHA-256)")
+
+
+def seal(file: Path) -> None:
+    """Have a file's digest beside it, once the file is on the disk, so that `remove_unless_sealed` knows it again."""
+    flush_to_disk(file)
+    write_atomically(_seal_of(file), _digest(file))
+
+
+def remove_unless_sealed(file: Path) -> None:
+    """Remove a file that is not as it was when it was sealed."""
+    sealed = _seal_of(file).read_text(errors="replace") if _seal_of(file).is_file() else ""
+    if not file.is_file() or sealed != _digest(file):
+        remove(file)
+
+
+def _seal_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _digest(file: Path) -> str:
+    return _hash({file.name: file})[file.name][1]
 
 
 def _files(folder: Path) -> dict[str, Path]:

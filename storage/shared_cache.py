@@ -8,7 +8,7 @@ lock goes with it and the next process makes it.
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from determined import core
@@ -17,28 +17,29 @@ from filelock import FileLock
 from errors import UserError
 from storage.files import flush_to_disk, remove
 from storage.locks import locked, open_lock, try_to_lock
-from storage.manifests import MANIFEST, check_files, list_sizes, write_manifest
+from storage.manifests import MANIFEST, check_files, hash_files, write_manifest
 
 Action = Callable[[], object]  # its result is not used
+LARGEST_HASHED = 2**28  # bytes; of larger files, such as weights, the size alone is checked at each start
 
 
-def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[Path], bool], on_wait: Action) -> bool:
+def make_once(folder: Path, make: Callable[[Path], object], on_wait: Action) -> bool:
     """Have `make` fill `folder` unless it is whole already, or another process is making it just now.
 
-    `is_whole` is asked about a folder of an earlier release, which has no manifest. `on_wait` is called before a wait
-    for that process. Returns whether this process made it. Raises `UserError` if the folder cannot be made.
+    `on_wait` is called before a wait for that process. Returns whether this process made it. Raises `UserError` if the
+    folder cannot be made.
     """
-    if is_made(folder, is_whole):
+    if is_made(folder):
         return False
     scratch = folder.with_name(f"{folder.name}.partial")
     with locked(folder.with_name(f"{folder.name}.lock"), on_wait):
-        if is_made(folder, is_whole):
+        if is_made(folder):
             return False
         for leftover in (scratch, folder):  # left by a process that was killed, or by a cleaner of old files
             remove(leftover)
         try:
             make(scratch)
-            write_manifest(scratch, list_sizes(scratch))
+            write_manifest(scratch, hash_files(scratch, LARGEST_HASHED))
             flush_to_disk(scratch)
             scratch.rename(folder)
             flush_to_disk(folder.parent, within=False)
@@ -48,15 +49,12 @@ def make_once(folder: Path, make: Callable[[Path], object], is_whole: Callable[[
     return True
 
 
-def is_made(folder: Path, is_whole: Callable[[Path], bool]) -> bool:
-    """Return whether `folder` holds what `make_once` left in it, by names and sizes, or is whole without a manifest."""
-    if not (folder / MANIFEST).exists():
-        return is_whole(folder)
-    try:
+def is_made(folder: Path) -> bool:
+    """Return whether `folder` holds what `make_once` left in it."""
+    with suppress(UserError):
         check_files(folder)
-    except UserError:
-        return False
-    return True
+        return (folder / MANIFEST).exists()
+    return False
 
 
 def once_per_node(distributed: core.DistributedContext, work: Action) -> None:

@@ -86,6 +86,15 @@ def test_a_mistake_is_found_before_anything_is_measured(made, tmp_path, monkeypa
     assert message in str(error.value)
 
 
+def test_a_configuration_that_runs_out_of_memory_is_left_out(made, tmp_path, monkeypatch, capsys):
+    said = "error: out of memory: set activation_checkpointing: true"
+    worker = SimpleNamespace(returncode=2, stdout="", stderr=f"{said}\n")
+    monkeypatch.setattr(throughput.subprocess, "run", lambda *args, **kwargs: worker)
+    args = throughput.parse_arguments(["--model", str(made), "--rounds", "1", "--configurations", "ours"])
+    assert throughput.compare("sft", args, made, tmp_path / "rows.jsonl", tmp_path) == []
+    assert said in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize(
     ("name", "checkpointing", "bf16", "liger"),

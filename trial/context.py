@@ -23,7 +23,7 @@ from determined import core
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from errors import CommandLine, TemporaryError, UserError, about, at_least, one_line, os_errors_of
-from storage.checkpoints import agent_cache, check_folders, local_checkpoint_storage
+from storage.checkpoints import agent_cache, check_storage, local_checkpoint_storage
 from storage.files import check_output, read_json_lines
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
@@ -160,9 +160,9 @@ def _open_locally(
     hide_progress_bars_in_logs()
     check_output(Path(arguments.output), "--output", is_folder=True)
     check_output(Path(arguments.cache or arguments.output), "--cache", is_folder=True)
-    check_folders()
     with about(arguments.config):
         hparams = parse_hyperparameters(cls, values)
+    check_storage(hparams.model_ckpt)
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
     hparams.args.output_dir = str(output / "trainer")

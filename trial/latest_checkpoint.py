@@ -40,7 +40,8 @@ def fetch_latest_checkpoint(trial: Trial, folder: Path, with_deepspeed: bool) ->
     latest, problems = trial.latest_checkpoint, dict[str, str]()
     candidates = [latest] if latest else []
     saved, start = None, "starting over"
-    for uuid in candidates:  # which grow
+    while candidates:
+        uuid = candidates.pop(0)
         if problem := _fetch(trial, uuid, folder, with_deepspeed):
             problems[uuid] = problem
             if uuid == latest:
@@ -51,9 +52,10 @@ def fetch_latest_checkpoint(trial: Trial, folder: Path, with_deepspeed: bool) ->
             break
     if problems:
         # A storage that is not mounted has none of them either. To start over would be to lose what it holds.
-        reachable = not trial.on_cluster and local_checkpoint_storage().is_dir()
+        reachable = not trial.on_cluster and any(local_checkpoint_storage().glob("*"))
         if saved is None and set(problems.values()) == {MISSING} and not reachable:
-            raise TemporaryError(f"the trial's latest checkpoint, {latest}, {MISSING}, nor is an earlier one")
+            advice = "" if trial.on_cluster else f"; to start over, remove {folder.parent.parent}"
+            raise TemporaryError(f"the trial's latest checkpoint, {latest}, {MISSING}, nor is an earlier one{advice}")
         if saved is None:
             trial.latest_checkpoint = None
         trial.status("; ".join(f"checkpoint {uuid} {why}" for uuid, why in problems.items()) + f": {start}")

@@ -13,7 +13,7 @@ from trial.events import read_events
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
 
 
 def check_source(source: str, key: str) -> None:
@@ -101,7 +101,7 @@ def load_model_and_tokenizer(
 
 
 def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", what: str) -> None:
-    """Raise `UserError` if the two are none to generate with, or a token of the tokenizer's own has no embedding.
+    """Raise `UserError` if the model cannot answer with this tokenizer, or a token of the tokenizer's has no embedding.
 
     (Others that were added may be meant for another model: Gemma 3's tokenizer has one for pictures.)
     """
@@ -119,8 +119,8 @@ def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", w
     if last >= rows:
         raise UserError(f"{what}: the model has {rows} embeddings, but its tokenizer's ids go up to {last}")
     name, named = type(model).__name__, model.config.architectures or []
-    if not getattr(model.config, "is_decoder", True) and name not in named:  # BERT's, which sees what comes next
-        raise UserError(f"{what}: it is {', '.join(map(str, named))}, no causal language model")
+    if not getattr(model.config, "is_decoder", True) and named and name not in named:  # BERT's, which sees what follows
+        raise UserError(f"{what}: it is a {', '.join(map(str, named))}, not a causal language model")
 
 
 def _check_weights(model: "PreTrainedModel", info: dict[str, Any], what: str) -> None:
@@ -134,4 +134,4 @@ def _check_weights(model: "PreTrainedModel", info: dict[str, Any], what: str) ->
         raise UserError(f"{what}: its files lack {len(missing)} of the model's weights, such as {missing[0]}")
     for name, weight in model.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight.sum(dtype=torch.float32)):
-            raise UserError(f"{what}: its weight {name} has values that are no finite numbers")
+            raise UserError(f"{what}: its weight {name} has NaN or infinite values")

@@ -107,7 +107,10 @@ def test_what_determined_accepts(path, value):
         ),
         ("checkpoint_storage/save_trial_best", -1, " -1 is not at least 0"),
         ("checkpoint_storage", {"type": "s3", "user": "x"}, ".user is not a key of checkpoint_storage with type s3"),
-        ("optimizations/aggregation_frequency", 0, " 0 is not at least 1"),
+        ("environment/proxy_ports", [{"port": 8080}], "[0].port is not a key"),
+        ("environment/registry_auth", {"user": "x"}, ".user is not a key"),
+        ("resources/devices", ["nonsense"], "[0]: 'nonsense' is not host_path:container_path[:mode]"),
+        ("searcher", {"name": "adaptive_asha", "metric": "a", "divisor": 1}, ".divisor 1 is not greater than 1"),
     ],
 )
 def test_what_determined_refuses(path, value, message):

@@ -35,7 +35,6 @@ def parse(training_args, cls=SFTHyperparameters, **others):
         ({"seed": 2**32}, "seed 4294967296 is not less than 4294967296"),
         ({"logging_steps": 0}, "logging_steps 0 is not greater than 0"),
         ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps 0 is not greater than 0, which eval_"),
-        ({"save_total_limit": -1}, "save_total_limit -1 is not at least 0"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is not at least 1"),
         ({"log_level": "loud"}, "log_level is 'loud', which is not one of detail, debug, info, warning, error, crit"),
         ({"train_sampling_strategy": "x"}, "train_sampling_strategy is 'x', which is not one of random, sequential"),
@@ -155,7 +154,7 @@ def test_dpos_own(training_args, others, message):
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
         {"metric_for_best_model": "loss", "save_strategy": "best", "eval_strategy": "epoch"},
         {"max_length": None, "pad_to_multiple_of": "auto", "max_grad_norm": 0},
-        {"logging_strategy": "no", "logging_steps": 0, "eval_steps": 0, "save_total_limit": 0},
+        {"logging_strategy": "no", "logging_steps": 0, "eval_steps": 0, "save_total_limit": -1},
         {"save_strategy": "epoch", "save_steps": 0},
     ],
 )

@@ -1,7 +1,7 @@
 """Every bad input ends within ten seconds in one line that names it, and nothing is written.
 
-Run are every second case of some areas and every fifth of a slower one; all of them with CORPUS=all in the environment,
-or by `python tests/corpus/run.py`.
+The suite runs every third case of `config`, every second of `input` and `options`, and every fifth of `ckpt`. All run
+if the environment variable CORPUS is set, or with `python tests/corpus/run.py`.
 """
 
 import os

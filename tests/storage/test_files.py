@@ -34,7 +34,7 @@ def test_what_gets_its_name_is_on_the_disk_before(calls, tmp_path):
         scratch.mkdir()
         (scratch / "a").write_text("x")
 
-    make_once(folder / "made", make, lambda made: False, lambda: None)
+    make_once(folder / "made", make, lambda: None)
     named = calls.index("to made")
     assert {"flush a", "flush manifest.json", "flush made.partial"} <= set(calls[:named])
     assert calls[named + 1 :] == ["flush folder"]
@@ -46,10 +46,10 @@ def test_what_is_made_once_is_made_again_if_it_was_damaged(tmp_path):
         (scratch / "a").write_text("whole")
 
     def run():
-        return make_once(tmp_path / "made", make, lambda folder: False, lambda: None)
+        return make_once(tmp_path / "made", make, lambda: None)
 
     assert (run(), run()) == (True, False)
-    for damage in (lambda file: file.write_text("wh"), Path.unlink):
+    for damage in (lambda file: file.write_text("wh"), lambda file: file.write_text("WHOLE"), Path.unlink):
         damage(tmp_path / "made" / "a")
         assert (run(), run()) == (True, False)
         assert (tmp_path / "made" / "a").read_text() == "whole"

@@ -61,7 +61,20 @@ def test_a_manifest_finds_what_can_be_read_but_was_not_saved(folder):
     write_manifest(folder, hash_files(folder))
     rewrite("model-1.safetensors", lambda data: data[:-4] + bytes(4))(folder)
     check_files(folder, NEEDED, select=lambda name: name != "model-1.safetensors")
-    with pytest.raises(UserError, match=r"model-1\.safetensors is not what was saved"):
+    with pytest.raises(UserError, match=r"model-1\.safetensors has changed since it was saved"):
+        check_files(folder, NEEDED)
+
+
+def test_of_large_files_the_size_alone_is_compared(folder):
+    write_manifest(folder, hash_files(folder, largest=1000))
+    rewrite("model-1.safetensors", NULS)(folder)
+    check_files(folder, NEEDED)
+    rewrite("model-1.safetensors", HALF)(folder)
+    with pytest.raises(UserError, match=r"model-1\.safetensors has "):
+        check_files(folder, NEEDED)
+    rewrite("model-1.safetensors", lambda data: data + data)(folder)
+    rewrite("model.safetensors.index.json", NULS)(folder)
+    with pytest.raises(UserError, match=r"index\.json has changed"):
         check_files(folder, NEEDED)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_store_that_is_a_file_is_found_first(call, write_config, sft_config, t
         monkeypatch.setattr("storage.checkpoints.HF_HOME", str(tmp_path / "file"))
     else:
         monkeypatch.setenv(variable, str(tmp_path / "file"))
-    path = write_config(sft_config)
+    path = write_config(sft_config, hyperparameters__model_name=None, hyperparameters__model_ckpt=str(uuid.uuid4()))
     for main, words in [(local_experiment.main, [path]), (sft_finetune.main, ["--config", path])]:
         status, _, err = call(main, *words, "--output", tmp_path / "out")
         assert (status, err.count("\n")) == (2, 1)

@@ -113,11 +113,33 @@ def test_sft_trials_share_tokenized_data_and_leave_nothing_else_behind(run, sft_
     assert run(sft_config, sft_finetune, max_seq_length=64, **short) == ["data tokenized"]
 
 
-def test_a_cache_that_was_cleaned_is_made_again(run, short, tmp_path):
+def zero(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, zero], ids=["cleaned", "zeroed"])
+def test_tokenized_data_that_was_damaged_is_made_again(run, short, tmp_path, damage):
     run(short)
     (file,) = (tmp_path / "cache").glob("*/train/data-*.arrow")
-    file.unlink()
+    damage(file)
     assert run(short) == ["data tokenized", *COMPUTED]
+
+
+def half_zeroed(file: Path) -> None:
+    """As a disk leaves it: TRL would read log-probs of 0 from it."""
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+@pytest.mark.parametrize("damage", [half_zeroed, lambda file: file.write_bytes(b"")], ids=["half zeroed", "empty"])
+def test_reference_log_probs_that_were_damaged_are_computed_again(run, short, tmp_path, damage):
+    run(short)
+    (file,) = (tmp_path / "cache").glob("*/train/cache-*.arrow")
+    content = file.read_bytes()
+    damage(file)
+    assert run(short) == ["reused", *COMPUTED]
+    assert file.read_bytes() == content
+    assert run(short) == ["reused", *REUSED]
 
 
 def test_one_of_three_concurrent_trials_makes_the_reference_pass(write_config, short, tmp_path):
@@ -194,10 +216,6 @@ def never() -> None:
     raise AssertionError
 
 
-def whole(folder: Path) -> bool:
-    return (folder / "file").exists()
-
-
 def make(scratch: Path) -> None:
     scratch.mkdir()
     (scratch / "file").write_text("made")
@@ -206,7 +224,7 @@ def make(scratch: Path) -> None:
 
 def test_one_of_many_processes_makes_a_folder(tmp_path):
     def work(results):
-        results.put(make_once(tmp_path / "cache" / "folder", make, whole, on_wait=lambda: None))
+        results.put(make_once(tmp_path / "cache" / "folder", make, on_wait=lambda: None))
 
     results = FORK.Queue()
     processes = [FORK.Process(target=work, args=(results,)) for _ in range(4)]
@@ -227,9 +245,9 @@ def test_another_takes_over_from_one_that_died(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     folder = tmp_path / "folder"
-    FORK.Process(target=make_once, args=(folder, die, whole, lambda: None)).start()
+    FORK.Process(target=make_once, args=(folder, die, lambda: None)).start()
     assert making.wait(60)
-    assert make_once(folder, make, whole, on_wait=another_waits.set)
+    assert make_once(folder, make, on_wait=another_waits.set)
     assert another_waits.is_set()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["folder", "folder.lock"]
 
@@ -240,7 +258,7 @@ def test_a_failed_make_leaves_nothing_behind(tmp_path):
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
-        make_once(tmp_path / "folder", fail, whole, on_wait=lambda: None)
+        make_once(tmp_path / "folder", fail, on_wait=lambda: None)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.lock"]
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import inference
 from comparison.options import parse_command_line, parse_hyperparameters
+from storage.manifests import MANIFEST
 from trial.events import read_events
 
 needs_containers = pytest.mark.skipif(not containers_work(), reason="this machine lets us make no namespaces")
@@ -154,11 +155,13 @@ def test_a_container_resumes_from_the_checkpoint_before_a_damaged_one(master, st
     """It asks the master which one that is."""
     earlier, last = [report["uuid"] for report in sft_trial.of_kind("checkpoint")][-2:]
     (weights_file,) = (master.storage / last).glob("checkpoint-*/model.safetensors")
-    weights_file.write_bytes(weights_file.read_bytes()[:-8] + bytes(8))
+    weights = weights_file.read_bytes()
+    weights_file.write_bytes(weights[:-8] + bytes(8))
     third = start(sft_trial, slots=1)
     assert third.wait() == 0, third.log.read_text()
+    weights_file.write_bytes(weights)  # for the tests below
     (told,) = [report["status"] for report in sft_trial.of_kind("status") if "damaged" in report["status"]]
-    assert told.startswith(f"checkpoint {last} is damaged (model.safetensors is not what was saved")
+    assert told.startswith(f"checkpoint {last} is damaged (model.safetensors has changed since it was saved")
     assert f": resuming from checkpoint {earlier}, checkpoint-" in told
     assert same_as(untouched(sft_trial, "sft_finetune", 1), sft_trial, master)
 
@@ -242,7 +245,11 @@ def test_a_preempted_comparison_answers_nothing_twice(
     assert validation["metrics"]["questions"] == 4
     assert 0 <= validation["metrics"]["sft/preference_accuracy"] <= 1
     page = master.storage / trial.of_kind("checkpoint")[-1]["uuid"]
-    assert {path.name for path in page.iterdir()} - {"metadata.json"} == {"comparison.html", "comparison.json"}
+    assert {path.name for path in page.iterdir()} - {"metadata.json"} == {
+        "comparison.html",
+        "comparison.json",
+        MANIFEST,
+    }
 
     third = start(trial, slots=1)  # as after a power cut before the master heard of its end
     assert third.wait() == 0, third.log.read_text()
@@ -261,6 +268,13 @@ def test_a_preempted_comparison_answers_nothing_twice(
     )
     assert len(here) == 4
     assert here == there
+
+    (page / "comparison.json").write_text("")
+    fourth = start(trial, slots=1)
+    assert fourth.wait() == 0, fourth.log.read_text()
+    assert f"checkpoint {page.name}: comparison.json has 0 of " in fourth.log.read_text()
+    page = master.storage / trial.of_kind("checkpoint")[-1]["uuid"]
+    assert json.loads((page / "comparison.json").read_text())["questions"] == here
 
 
 def test_a_yaml_and_a_command_line_give_the_same_options():

@@ -52,7 +52,7 @@ def replace_by_a_file(saved):
 
 # What is done to the checkpoint of step 4, and what the trial says.
 DAMAGES = {
-    "weights": (lambda saved: zero(saved / "model.safetensors"), "model.safetensors is not what was saved"),
+    "weights": (lambda saved: zero(saved / "model.safetensors"), "model.safetensors has changed since it was saved"),
     "optimizer": (lambda saved: cut(saved / "optimizer.pt"), "optimizer.pt has "),
     "a file less": (lambda saved: (saved / "scheduler.pt").unlink(), "scheduler.pt is missing"),
     "empty": (lambda saved: [shutil.rmtree(saved), (saved.parent / "metadata.json").unlink()], "it is empty"),
@@ -131,6 +131,7 @@ def test_a_damaged_checkpoint_is_not_the_end(run, ended, name):
 @pytest.mark.parametrize("damage", [lambda saved: cut(saved / "model.safetensors"), DAMAGES["missing"][0]])
 def test_without_a_whole_one_it_starts_over(run, ended, damage):
     folder, store, events, weights = ended
+    (store / "another").mkdir()  # the storage is there
     for saved in saved_in(events, store):
         damage(saved)
     status, err, again = run(folder, store)
@@ -150,13 +151,17 @@ def test_a_whole_one_of_an_earlier_release_is_resumed_from(run, ended):
     assert [e["steps_completed"] for e in again if e["kind"] == "checkpoint"] == [2, 4]  # nothing was left to train
 
 
-def test_a_store_without_any_of_them_is_an_error(run, ended):
+@pytest.mark.parametrize("mount_point", [False, True])
+def test_a_store_without_any_of_them_is_an_error(run, ended, mount_point):
     """It may not be mounted: to start over would be to lose what it holds."""
     folder, store, events, _ = ended
     shutil.rmtree(store)
+    if mount_point:
+        store.mkdir()
     status, err, again = run(folder, store)
     last = [event["uuid"] for event in events if event["kind"] == "checkpoint"][-1]
     missing = f"the trial's latest checkpoint, {last}, is not in the storage, nor is an earlier one"
+    missing += f"; to start over, remove {folder}"
     assert (status, err) == (2, f"error (may be temporary): {missing}\n")
     assert metrics_by_step(again) == metrics_by_step(events)
 
@@ -264,6 +269,6 @@ def test_all_ranks_take_the_same_checkpoint(write_config, sft_config, tmp_path):
     assert run_ranks("sft_finetune", *arguments, log=log, ranks=2) == 0, log.read_text()
     again = read_events(out / "events.jsonl")
     (told,) = last_status(again)
-    assert "rng_state_1.pth is not what was saved" in told
+    assert "rng_state_1.pth has changed" in told
     assert told.endswith("checkpoint-2")
     assert_same_end(events, weights, again, local_checkpoint_storage())
