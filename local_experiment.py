@@ -133,6 +133,7 @@ def main() -> int:
         start_importing()
     import transformers
 
+    from config.trying_out import training_elsewhere
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
@@ -147,7 +148,8 @@ def main() -> int:
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
         with about(args.config_file):
             experiment = LocalExperiment(name, config, folder, model_def)
-            trials = experiment.parse_trials()
+            with training_elsewhere() if args.dry_run else contextlib.nullcontext():
+                trials = experiment.parse_trials()
         if args.dry_run:
             if experiment.kind is None:
                 raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")

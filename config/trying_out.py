@@ -7,6 +7,9 @@ import copy
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +21,29 @@ from errors import UserError, reading
 
 logger = logging.getLogger(__name__)
 STEPS = 10_000  # of a training whose length is not known yet
+_elsewhere = ContextVar("elsewhere", default=False)
+
+
+@contextmanager
+def training_elsewhere() -> Iterator[None]:
+    """Within it a package that is not installed is only warned of: a dry run's training may have another machine."""
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+@contextmanager
+def _trying(key: str) -> Iterator[None]:
+    """Turn what a library raises within into a `UserError` about `key`, or a warning (see `training_elsewhere`)."""
+    try:
+        with reading(key):
+            yield
+    except UserError as error:
+        if not (_elsewhere.get() and "install" in str(error)):
+            raise
+        logger.warning("%s (on this machine)", error)
 
 
 @torch.random.fork_rng(devices=[])  # the weights of the small models are drawn
@@ -34,8 +60,10 @@ def try_out(args: Any, key: str) -> None:
         trainer.args.optim_target_modules = "all-linear"
     trainer.optimizer = trainer.lr_scheduler = trainer.optimizer_cls_and_kwargs = None
     steps = args.max_steps if args.max_steps > 0 else STEPS
-    with reading(f"{key}.optim_args" if args.optim_args else f"{key}.optim {args.optim.value}"):
+    with _trying(f"{key}.optim_args" if args.optim_args else f"{key}.optim {args.optim.value}"):
         trainer.create_optimizer()
+    if trainer.optimizer is None:  # its package is not installed
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=args.learning_rate)
     scheduler = (
         "lr_scheduler_kwargs" if args.lr_scheduler_kwargs else f"lr_scheduler_type {args.lr_scheduler_type.value}"
     )
@@ -49,8 +77,9 @@ def try_out(args: Any, key: str) -> None:
         logger.warning("%s.warmup_steps %g is more than the %d steps of the training", key, args.warmup_steps, steps)
     with reading(f"{key}.report_to"):
         get_reporting_integration_callbacks(args.report_to)  # knows the names
-    if missing := set(args.report_to) - {*get_available_reporting_integrations(), "flyte"}:
-        raise UserError(f"{key}.report_to {min(missing)!r}: its package is not installed")
+    for tracker in sorted(set(args.report_to) - {*get_available_reporting_integrations(), "flyte"}):
+        with _trying(f"{key}.report_to {tracker!r}"):
+            raise ImportError("its package is not installed")
     if args.push_to_hub and not (args.hub_token or get_token()):
         raise UserError(f"{key}.push_to_hub needs a token of the hub, in the environment variable HF_TOKEN")
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
@@ -67,7 +96,8 @@ def try_out(args: Any, key: str) -> None:
             example = torch.ones(2, requires_grad=True)
             checkpoint(trainer.model, example, **{"use_reentrant": False, **args.activation_checkpointing_kwargs})
     if args.use_liger_kernel and not is_liger_kernel_available():
-        raise UserError(f"{key}.use_liger_kernel: the package liger-kernel is not installed")
+        with _trying(f"{key}.use_liger_kernel"):
+            raise ImportError("the package liger-kernel is not installed")
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     if attention is not None:
         from transformers import AutoModelForCausalLM, LlamaConfig

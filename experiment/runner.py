@@ -29,7 +29,7 @@ from pages.terminal import plural
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
 from storage.files import is_object, read_json, read_json_lines, write_atomically
 from trial.events import TRAINED, TrialEvent, is_event, read_events
-from trial.models import check_source, load_model_and_tokenizer
+from trial.models import WEIGHT_FILES, check_source, has_any, load_model_and_tokenizer
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10  # for a trial to end by itself
@@ -43,10 +43,12 @@ def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
     for hparams in {str((h.model_ckpt, h.model_name, h.model_init_kwargs)): h for h in trials}.values():
         if hparams.model_ckpt:
             checkpoints.add(hparams.model_ckpt)
+        elif hparams.model_name and Path(hparams.model_name).is_dir():
+            load_model_and_tokenizer(hparams.model_name, weights=False, **hparams.model_init_kwargs)
+            if not has_any(Path(hparams.model_name, hparams.model_init_kwargs.get("subfolder") or ""), WEIGHT_FILES):
+                raise UserError(f"model_name {hparams.model_name!r}: it has no weights ({' or '.join(WEIGHT_FILES)})")
         elif hparams.model_name:
             check_source(hparams.model_name, "model_name")
-            if Path(hparams.model_name).is_dir():
-                load_model_and_tokenizer(hparams.model_name, weights=False, **hparams.model_init_kwargs)
     for ckpt_uuid in checkpoints:
         local_checkpoint(ckpt_uuid, "model_ckpt", verify=True)
     for options in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():

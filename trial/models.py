@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +14,10 @@ from trial.events import read_events
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+WEIGHT_FILES = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
+
+MOST_LAYERS = 1000
 
 
 def check_source(source: str, key: str) -> None:
@@ -24,6 +28,11 @@ def check_source(source: str, key: str) -> None:
         raise UserError(f"{what}: a folder without a config.json is no model{_meant(path)}")
     if not path.is_dir() and (looks_like_path(source) or path.exists()):
         raise UserError(f"{what}: {'not a' if path.exists() else 'no such'} folder")
+
+
+def has_any(folder: Path, patterns: Iterable[str]) -> bool:
+    """Return whether a file of `folder` matches one of the patterns."""
+    return any(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def find_on_hub(source: str, key: str) -> None:
@@ -65,21 +74,29 @@ def load_model_and_tokenizer(
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.quantizers import AutoHfQuantizer
 
-    check_source(source, key)
-    if Path(source).is_dir() and not any(file for name in TOKENIZER_FILES for file in Path(source).glob(name)):
-        raise UserError(f"{key} {source!r}: it has no tokenizer")  # transformers would make an empty one
+    what, folder = f"{key} {source!r}", Path(source, model_init_kwargs.get("subfolder") or "")
+    check_source(str(folder) if Path(source).is_dir() else source, key)
+    if folder.is_dir() and not has_any(folder, TOKENIZER_FILES):
+        raise UserError(f"{what}: it has no tokenizer")  # transformers would make an empty one
     # These say where to look and how far to trust it, for the tokenizer as well.
     names = {"revision", "subfolder", "token", "trust_remote_code"} & model_init_kwargs.keys()
     shared = {name: model_init_kwargs[name] for name in names}
     try:
-        with reading(f"{key} {source!r}"), quiet_lookup(), warnings.catch_warnings(action="ignore"):
+        kwargs = " with its model_init_kwargs" if model_init_kwargs.keys() - {"dtype", "trust_remote_code"} else ""
+        with reading(what + kwargs), quiet_lookup(), warnings.catch_warnings(action="ignore"):
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
             if weights:
                 given = {"dtype": torch.float32, **model_init_kwargs, "output_loading_info": True}
                 model, info = cast(Any, AutoModelForCausalLM).from_pretrained(source, **given)
             else:
-                config, trust = AutoConfig.from_pretrained(source, **shared), bool(shared.get("trust_remote_code"))
+                config, _ = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **model_init_kwargs)
+                if getattr(config.get_text_config(), "num_hidden_layers", 1) > MOST_LAYERS:
+                    raise ValueError(f"its config.json says that it has more than {MOST_LAYERS} layers")
+                if quantization := getattr(config, "quantization_config", None):
+                    AutoHfQuantizer.from_config(quantization)  # knows the methods
+                trust = bool(shared.get("trust_remote_code"))
                 attention = {"attn_implementation": model_init_kwargs.get("attn_implementation")}
                 with torch.device("meta"):
                     model = AutoModelForCausalLM.from_config(
@@ -87,13 +104,13 @@ def load_model_and_tokenizer(
                     )
     except UserError as error:
         if "ignore_mismatched_sizes" in str(error):
-            raise UserError(f"{key} {source!r}: its weights have other shapes than its config.json says") from error
+            raise UserError(f"{what}: its weights have other shapes than its config.json says") from error
         if Path(source).exists():
             raise
         raise _not_given(source, key, error) from error
-    _check_fit(model, tokenizer, f"{key} {source!r}")
+    _check_fit(model, tokenizer, what)
     if weights and os.environ.get("LOCAL_RANK", "0") == "0":  # under FSDP the others load nothing
-        _check_weights(model, info, f"{key} {source!r}")
+        _check_weights(model, info, what)
     if tokenizer.pad_token_id is None:
         # Labels are ours (-100 where unsupervised), so padding with EOS hides no EOS from the loss.
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,6 +10,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
 from config.training_args import build_training_args
+from config.trying_out import training_elsewhere
 from errors import UserError
 
 SFT = {"model_name": "m", "dataset": "d"}
@@ -160,6 +161,26 @@ def test_dpos_own(training_args, others, message):
 )
 def test_training_args_that_do(training_args):
     parse(training_args)
+
+
+@pytest.mark.parametrize(
+    ("training_args", "name"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit"),
+        ({"report_to": "wandb"}, "report_to 'wandb'"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_a_warning_in_a_dry_run(training_args, name, caplog, monkeypatch):
+    for package in ("bitsandbytes", "wandb", "liger_kernel"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"^hyperparameters.training_args.{name}: .* install"):
+        parse(training_args)
+    with training_elsewhere():
+        parse(training_args)
+    assert [record.message.count(name) for record in caplog.records] == [1]
+    with training_elsewhere(), pytest.raises(UserError, match="optim is 'adamw_tourch'"):
+        parse({"optim": "adamw_tourch"})
 
 
 def test_a_short_training_may_keep_a_long_warm_up(caplog):

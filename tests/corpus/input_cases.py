@@ -275,7 +275,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer config empty": (put("tokenizer_config.json", ""), "model"),
     "tokenizer config a list": (put("tokenizer_config.json", "[]"), "model"),
     "tokenizer config cut short": (cut("tokenizer_config.json", 20), "model"),
-    "tokenizer class unknown": (edit("tokenizer_config.json", tokenizer_class="MagicTokenizer"), "model"),
+    "a million layers": (edit("config.json", num_hidden_layers=10**6), "layers"),
     "no EOS": (edit("tokenizer_config.json", eos_token=None), "EOS"),
     "EOS a number": (edit("tokenizer_config.json", eos_token=3), "model"),
 }  # fmt: skip
@@ -365,7 +365,19 @@ def _compared(name: str, damage: Callable[[Path], Any], says: str, words: tuple[
     return Case(name, says, "inference", words=words, files={"model": _copy_of_base(damage)}, strict=False)
 
 
+def _loaded(kwargs: dict[str, Any]) -> Case:
+    change = {"hyperparameters.training_args.model_init_kwargs": kwargs}
+    says = str(kwargs.get("subfolder", "model_init_kwargs"))
+    return Case(f"model/loaded with {kwargs}", says, "sft_finetune", change=change, strict=False)
+
+
+# What only the model's loading shows.
+LOADED: list[dict[str, Any]] = [
+    {"foo": 1}, {"device_map": "everywhere"}, {"subfolder": "nowhere"},
+    {"quantization_config": {"load_in_4bit": True}},
+]  # fmt: skip
 CASES = [
+    *map(_loaded, LOADED),
     *(_data(name, path.split("/")[0], {path: content, **BESIDE.get(name, {})}, says) for name, (path, content, says) in FILES.items()),
     *_wrong_rows(),
     # The caches of the data, which is read first, are no harm.
