@@ -84,10 +84,13 @@ def load_model(
 
 
 class StoredResult(TypedDict):
-    """A line of a file of results: the fields of an `Answer` or a `PairScore`; None for a pair that does not fit."""
+    """A line of a file of results: the fields of an `Answer` or a `PairScore`, or that a pair does not fit."""
 
     key: str  # a hash of everything the result depends on
-    value: list[Any] | None
+    value: list[Any] | str
+
+
+DOES_NOT_FIT = "does not fit"
 
 
 class ResultStore(dict[str, Any]):
@@ -96,20 +99,20 @@ class ResultStore(dict[str, Any]):
     def __init__(self, path: Path | None) -> None:
         self.path = path
         for line in read_json_lines(path) if path else []:
-            if is_object(line, {"key": str}) and _is_result(line.get("value", "")):
-                self[line["key"]] = line["value"]
+            if is_object(line, {"key": str}) and _is_result(line.get("value")):
+                self[line["key"]] = None if line["value"] == DOES_NOT_FIT else line["value"]
 
     def add(self, key: str, value: Any) -> None:
         """Add a result. Raises `UserError` if it cannot be written."""
         self[key] = value
         if self.path:
             with os_errors_of(self.path):
-                append_json_line(self.path, StoredResult(key=key, value=value))
+                append_json_line(self.path, StoredResult(key=key, value=DOES_NOT_FIT if value is None else value))
 
 
 def _is_result(value: Any) -> bool:
     if not isinstance(value, list):
-        return value is None
+        return value == DOES_NOT_FIT
     answer = bool(value) and isinstance(value[0], str)
     types: list[Any] = [str, int, bool] if answer else [float | int] * len(PairScore._fields)
     return len(value) == len(types) and all(map(isinstance, value, types))

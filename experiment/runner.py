@@ -43,12 +43,13 @@ def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
     for hparams in {str((h.model_ckpt, h.model_name, h.model_init_kwargs)): h for h in trials}.values():
         if hparams.model_ckpt:
             checkpoints.add(hparams.model_ckpt)
-        elif hparams.model_name and Path(hparams.model_name).is_dir():
-            load_model_and_tokenizer(hparams.model_name, weights=False, **hparams.model_init_kwargs)
-            if not has_any(Path(hparams.model_name, hparams.model_init_kwargs.get("subfolder") or ""), WEIGHT_FILES):
-                raise UserError(f"model_name {hparams.model_name!r}: it has no weights ({' or '.join(WEIGHT_FILES)})")
         elif hparams.model_name:
-            check_source(hparams.model_name, "model_name")
+            subfolder = hparams.model_init_kwargs.get("subfolder") or ""
+            check_source(hparams.model_name, "model_name", subfolder)
+            if (folder := Path(hparams.model_name, subfolder)).is_dir():
+                load_model_and_tokenizer(hparams.model_name, weights=False, **hparams.model_init_kwargs)
+                if not has_any(folder, WEIGHT_FILES):
+                    raise UserError(f"model_name {str(folder)!r}: it has no weights ({' or '.join(WEIGHT_FILES)})")
     for ckpt_uuid in checkpoints:
         local_checkpoint(ckpt_uuid, "model_ckpt", verify=True)
     for options in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():

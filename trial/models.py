@@ -20,13 +20,14 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
 MOST_LAYERS = 1000
 
 
-def check_source(source: str, key: str) -> None:
+def check_source(source: str, key: str, subfolder: str = "") -> None:
     """Raise `UserError` for a path that leads to no model. (Only the hub can tell whether it has a model.)"""
-    path, what = Path(source), f"{key} {source!r}"
+    path = Path(source, subfolder)
+    what = f"{key} {str(path)!r}" if subfolder else f"{key} {source!r}"
     refuse_special_files(path, what)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{what}: a folder without a config.json is no model{_meant(path)}")
-    if not path.is_dir() and (looks_like_path(source) or path.exists()):
+    if not path.is_dir() and (looks_like_path(source) or Path(source).exists()):
         raise UserError(f"{what}: {'not a' if path.exists() else 'no such'} folder")
 
 
@@ -76,9 +77,9 @@ def load_model_and_tokenizer(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.quantizers import AutoHfQuantizer
 
-    what, folder = f"{key} {source!r}", Path(source, model_init_kwargs.get("subfolder") or "")
-    check_source(str(folder) if Path(source).is_dir() else source, key)
-    if folder.is_dir() and not has_any(folder, TOKENIZER_FILES):
+    what, subfolder = f"{key} {source!r}", model_init_kwargs.get("subfolder") or ""
+    check_source(source, key, subfolder)
+    if (folder := Path(source, subfolder)).is_dir() and not has_any(folder, TOKENIZER_FILES):
         raise UserError(f"{what}: it has no tokenizer")  # transformers would make an empty one
     # These say where to look and how far to trust it, for the tokenizer as well.
     names = {"revision", "subfolder", "token", "trust_remote_code"} & model_init_kwargs.keys()

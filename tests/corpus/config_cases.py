@@ -127,7 +127,7 @@ KEYS: list[tuple[str, Any, str | None]] = [
     ("reproducibility", {"experiment_seed": -1}, "experiment_seed"),
     ("reproducibility", {"seed": 1}, "seed"),
     ("retention_policy", {"log_retention_days": "x"}, "log_retention_days"),
-    ("optimizations", {"aggregation_frequency": 0}, "aggregation_frequency"),
+    ("optimizations", 3, "optimizations"),
     ("profiling", True, None),
     ("profiling", {"enabled": "yes"}, "enabled"),
     ("profiling", {"enable": True}, "enable"),

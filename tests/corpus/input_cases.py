@@ -384,7 +384,7 @@ CASES = [
     *(_model(name, damage, says, "local_experiment", strict=False) for name, (damage, says) in MODELS.items()),
     *(_model(name, damage, says, "sft_finetune", strict=False) for name, (damage, says) in TORN.items()),
     *(_compared(f"compared/{name}", damage, "model") for name, (damage, _) in (TORN | {k: MODELS[k] for k in ("config cut short", "unknown model type", "tokenizer cut short", "no EOS", "no tokenizer")}).items()),
-    *(_compared(f"template/{name}", put("chat_template.jinja", text), "template") for name, text in TEMPLATES.items() if name not in ("ignores the answer", "nothing")),
+    *(_compared(f"template/{name}", put("chat_template.jinja", text), "model" if name == "binary" else "template") for name, text in TEMPLATES.items() if name not in ("ignores the answer", "nothing")),
     _compared("template/ignores the answer", put("chat_template.jinja", TEMPLATES["ignores the answer"]), "template", PAIRS),
     _compared("template/a number", edit("tokenizer_config.json", chat_template=3), "model"),
     _compared("template/a list of no default", edit("tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}]), "template"),

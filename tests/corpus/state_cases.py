@@ -219,9 +219,10 @@ def _both(where: str, how: Damage) -> Case:
         for step, name in ((2, "earlier"), (4, "latest")):
             how(work.parent / "store" / places(work)[name] / where.format(step=step))
 
-    return Case(
-        _id("resume", f"both {where}", how), "{earlier}", "sft_finetune", state="trial", damage=damage, expect="ends"
-    )
+    name = _id("resume", f"both {where}", how)
+    if how is gone:  # an empty storage may be one that is not mounted
+        return Case(name, ("{latest}", "to start over"), "sft_finetune", state="trial", damage=damage, strict=False)
+    return Case(name, "{earlier}", "sft_finetune", state="trial", damage=damage, expect="ends")
 
 
 def _trial(where: str, how: Damage) -> Case:
