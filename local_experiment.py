@@ -123,8 +123,8 @@ def main() -> int:
         component += "_experiment"
     folder = Path(args.output or Path("local_runs") / component)
     folder = Path(os.path.realpath(folder))  # `resolve` would raise for a symlink that leads to itself
-    if not args.dry_run:
-        check_output(folder, "--output", is_folder=True)
+    if args.output or not args.dry_run:  # a dry run's output is a page
+        check_output(folder, "--output", is_folder=not args.dry_run)
 
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from experiment.trial_process import start_importing
@@ -137,13 +137,11 @@ def main() -> int:
     from experiment.next_steps import compare_command, dpo_command
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
-    from storage.checkpoints import check_storage, local_checkpoint_storage
+    from storage.checkpoints import check_storage
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
 
     transformers.utils.logging.set_verbosity_error()  # what it warns of is in the log of each trial
-    if (store := local_checkpoint_storage()) in (folder, *folder.parents):
-        raise UserError(f"--output {folder}: checkpoints are kept in {store}; choose another folder")
     hide_progress_bars_in_logs()
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
         with about(args.config_file):
@@ -155,7 +153,7 @@ def main() -> int:
                 raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
             show_dry_run(experiment, trials, args.examples, folder if args.output else None)
             return 0
-        check_storage(next((hparams.model_ckpt for hparams in trials if hparams.model_ckpt), None))
+        check_storage(folder, next((hparams.model_ckpt for hparams in trials if hparams.model_ckpt), None))
         if experiment.kind:
             check_sources(experiment.kind, trials)
         with only_writer(folder):

@@ -32,9 +32,14 @@ def local_checkpoint_storage() -> Path:
     return Path(os.path.realpath(os.environ.get("LOCAL_CHECKPOINT_STORAGE") or BUNDLE / "local_runs" / "checkpoints"))
 
 
-def check_storage(ckpt_uuid: str | None) -> None:
-    """Raise `UserError` unless a local run can write its checkpoints, and a copy of the one that it starts from."""
-    check_output(local_checkpoint_storage(), "LOCAL_CHECKPOINT_STORAGE", is_folder=True)
+def check_storage(output: Path, ckpt_uuid: str | None) -> None:
+    """Raise `UserError` unless a local run that writes to `output` can keep its checkpoints where they belong.
+
+    With a `ckpt_uuid` it needs room for a copy of the checkpoint that it starts from, too.
+    """
+    if (store := local_checkpoint_storage()) in (folder := Path(os.path.realpath(output)), *folder.parents):
+        raise UserError(f"--output {output}: checkpoints are kept in {store}; choose another folder")
+    check_output(store, "LOCAL_CHECKPOINT_STORAGE", is_folder=True)
     if ckpt_uuid:
         check_output(agent_cache(), "HF_HOME", is_folder=True)
 

@@ -48,7 +48,7 @@ def check_files(
     """
     files = _files(folder)
     listed: Manifest = {}
-    with_manifest = (folder / MANIFEST).exists()
+    with_manifest = (folder / MANIFEST).is_file()
     if with_manifest:
         with reading(MANIFEST):
             listed = validate(Manifest, json.loads((folder / MANIFEST).read_bytes()), MANIFEST)

@@ -53,7 +53,7 @@ def is_made(folder: Path) -> bool:
     """Return whether `folder` holds what `make_once` left in it."""
     with suppress(UserError):
         check_files(folder)
-        return (folder / MANIFEST).exists()
+        return (folder / MANIFEST).is_file()
     return False
 
 

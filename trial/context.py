@@ -159,10 +159,10 @@ def _open_locally(
         raise UserError(f"{arguments.config} is a search of {1 + len(others)} trials; run {command}")
     hide_progress_bars_in_logs()
     check_output(Path(arguments.output), "--output", is_folder=True)
-    check_output(Path(arguments.cache or arguments.output), "--cache", is_folder=True)
+    check_output(Path(arguments.cache or Path(arguments.output, "cache")), "--cache", is_folder=True)
     with about(arguments.config):
         hparams = parse_hyperparameters(cls, values)
-    check_storage(hparams.model_ckpt)
+    check_storage(Path(arguments.output), hparams.model_ckpt)
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
     hparams.args.output_dir = str(output / "trainer")

@@ -28,7 +28,7 @@ import determined.transformers
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from errors import DISK_FULL, TemporaryError
+from errors import DISK_FULL, TemporaryError, UserError
 from storage.manifests import hash_files, write_manifest
 from trial.context import Trial, TrialStopped
 from trial.latest_checkpoint import fetch_latest_checkpoint, log_state_file, read_log_state
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 def train_or_resume(trainer: Trainer, trial: Trial) -> None:
     """Train from the latest checkpoint, if there is one, to the end; if the cluster needs the slots, save and stop."""
     callback = DetCallback(trial, trainer)
+    _check_batches(trainer)
     trainer.add_callback(callback)
     trial.status("training")
     try:
@@ -50,6 +51,16 @@ def train_or_resume(trainer: Trainer, trial: Trial) -> None:
             raise
         folders = f"{trainer.args.output_dir}, the checkpoint storage or the cache"
         raise TemporaryError(f"no space left on the disk of {folders}") from error
+
+
+def _check_batches(trainer: Any) -> None:
+    """Raise `UserError` if `dataloader_drop_last` leaves no batch: a training would end at once, and teach nothing."""
+    args = trainer.args
+    parts = [(trainer.train_dataset, args.train_batch_size), (trainer.eval_dataset, args.eval_batch_size)]
+    for rows, batch_size in parts if args.dataloader_drop_last else ():
+        if len(rows) < (needed := batch_size * args.world_size):
+            few = f"{len(rows)} rows are less than a batch of {needed}"
+            raise UserError(f"hyperparameters.training_args.dataloader_drop_last leaves nothing: {few}")
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from errors import TemporaryError, UserError, one_line, reading
+from errors import TemporaryError, UserError, about, one_line, reading
 from storage.files import refuse_special_files
 from storage.hub import looks_like_path, quiet_lookup
+from storage.manifests import check_files
 from trial.events import read_events
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ WEIGHT_FILES = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
 
 MOST_LAYERS = 1000
+WHERE = ("revision", "subfolder", "token")
+# What `generate` ignores without `do_sample`, but `save_pretrained` then refuses.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def check_source(source: str, key: str, subfolder: str = "") -> None:
@@ -31,18 +35,22 @@ def check_source(source: str, key: str, subfolder: str = "") -> None:
         raise UserError(f"{what}: {'not a' if path.exists() else 'no such'} folder")
 
 
-def has_any(folder: Path, patterns: Iterable[str]) -> bool:
-    """Return whether a file of `folder` matches one of the patterns."""
-    return any(file for pattern in patterns for file in folder.glob(pattern))
+def check_weight_files(folder: Path, what: str) -> None:
+    """Raise `UserError` if the weights in a folder are missing or torn, as far as their headers show."""
+    with about(what):
+        check_files(folder, [WEIGHT_FILES], lambda name: fnmatch(name, "*.safetensors*") and "/" not in name)
 
 
-def find_on_hub(source: str, key: str) -> None:
-    """Raise `TemporaryError` unless the hub, or its cache on this machine, has a model of this id."""
+def find_on_hub(source: str, key: str, **where: Any) -> None:
+    """Raise `TemporaryError` unless the hub, or its cache on this machine, has a model of this id.
+
+    `where` is what says where to look: `revision`, `subfolder`, `token`.
+    """
     from transformers.utils import cached_file
 
     try:
         with reading(f"{key} {source!r}"), quiet_lookup():
-            cached_file(source, "config.json")
+            cached_file(source, "config.json", **where)
     except UserError as error:
         raise _not_given(source, key, error) from error
 
@@ -79,11 +87,11 @@ def load_model_and_tokenizer(
 
     what, subfolder = f"{key} {source!r}", model_init_kwargs.get("subfolder") or ""
     check_source(source, key, subfolder)
-    if (folder := Path(source, subfolder)).is_dir() and not has_any(folder, TOKENIZER_FILES):
+    folder = Path(source, subfolder)
+    if folder.is_dir() and not any(file for name in TOKENIZER_FILES for file in folder.glob(name)):
         raise UserError(f"{what}: it has no tokenizer")  # transformers would make an empty one
     # These say where to look and how far to trust it, for the tokenizer as well.
-    names = {"revision", "subfolder", "token", "trust_remote_code"} & model_init_kwargs.keys()
-    shared = {name: model_init_kwargs[name] for name in names}
+    shared = {name: model_init_kwargs[name] for name in (*WHERE, "trust_remote_code") if name in model_init_kwargs}
     try:
         kwargs = " with its model_init_kwargs" if model_init_kwargs.keys() - {"dtype", "trust_remote_code"} else ""
         with reading(what + kwargs), quiet_lookup(), warnings.catch_warnings(action="ignore"):
@@ -112,6 +120,7 @@ def load_model_and_tokenizer(
     _check_fit(model, tokenizer, what)
     if weights and os.environ.get("LOCAL_RANK", "0") == "0":  # under FSDP the others load nothing
         _check_weights(model, info, what)
+    _mend_generation_config(model, what)
     if tokenizer.pad_token_id is None:
         # Labels are ours (-100 where unsupervised), so padding with EOS hides no EOS from the loss.
         tokenizer.pad_token = tokenizer.eos_token
@@ -139,6 +148,21 @@ def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", w
     name, named = type(model).__name__, model.config.architectures or []
     if not getattr(model.config, "is_decoder", True) and named and name not in named:  # BERT's, which sees what follows
         raise UserError(f"{what}: it is a {', '.join(map(str, named))}, not a causal language model")
+
+
+def _mend_generation_config(model: "PreTrainedModel", what: str) -> None:
+    """Have the model's generation config be one that can be saved with a checkpoint. Raises `UserError` if it cannot.
+
+    The hub has many that name a temperature for greedy decoding. transformers reads these, but does not write them.
+    """
+    config: Any = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        for name in SAMPLING if not config.do_sample else ():
+            setattr(config, name, None)
+        with reading(f"{what}: generation_config.json"):
+            config.validate(strict=True)
 
 
 def _check_weights(model: "PreTrainedModel", info: dict[str, Any], what: str) -> None:

@@ -167,7 +167,7 @@ def test_a_run_that_trained_nothing_does_not_block_a_corrected_command(quick, tm
     assert "Trial 1 failed: error: no row is left" in (out / "report.html").read_text()
     status, told, err = quick(limit=50)
     assert (status, err) == (0, "")
-    assert f"{out}: its run with another hyperparameters.max_seq_length had trained nothing: replaced\n" in told
+    assert f"{out}: replaced a run with another hyperparameters.max_seq_length, which had trained nothing\n" in told
     (trial,) = trials_in(out)
     assert (trial["state"], trial["hparams"]["max_seq_length"], "error" in trial) == ("COMPLETED", 50, False)
     assert json.loads((out / "experiment.json").read_text())["hyperparameters"]["max_seq_length"] == 50

@@ -652,7 +652,7 @@ def test_damaged_results_are_left_out_with_a_line(call, write):
         (folder / "trials.jsonl").write_bytes(damaged)
         status, out, err = call(report.main, folder)
         assert (status, err) == (0, "")
-        assert f"{folder}: 1 damaged lines of trials.jsonl are left out\n" in out
+        assert f"{folder}: 1 line of trials.jsonl damaged: left out\n" in out
         page = Page((folder / "report.html").read_text())
         assert "0 of 1 trial completed, 1 unfinished" in page.root.text
         assert uuid_of(1, 40) in page.html

@@ -77,8 +77,8 @@ CASES = {
     "size 0": (lambda f: change(f, "config.json", hidden_size=0), "its weights have other shapes than"),
     "pad token": (lambda f: change(f, "config.json", pad_token_id=10**6), "Padding_idx must be within num_embeddings"),
     "window": (lambda f: change(f, "config.json", sliding_window="x"), "says sliding_window 'x', which is no number"),
-    "NaN": (lambda f: change_weights(f, one_nan), "gate_proj.weight has values that are no finite numbers"),
-    "BERT": (masked_model, "it is BertForMaskedLM, no causal language model"),
+    "NaN": (lambda f: change_weights(f, one_nan), "gate_proj.weight has NaN or infinite values"),
+    "BERT": (masked_model, "it is a BertForMaskedLM, not a causal language model"),
     "tokenizer of another type": (lambda f: (f / "tokenizer.json").write_text("null"), "has no attribute 'pop'"),
     "larger tokenizer": (add_tokens, "the model has 1500 embeddings, but its tokenizer's ids go up to 1508"),
     "template not UTF-8": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "can't decode byte 0xff"),
@@ -114,6 +114,23 @@ def test_a_tokenizer_may_have_tokens_for_another_model(tiny, tmp_path):
     model, tokenizer = load_model_and_tokenizer(str(folder))
     assert len(tokenizer) > model.get_input_embeddings().num_embeddings
     assert model.dtype == torch.float32
+
+
+def test_a_generation_config_that_could_not_be_saved_is_mended(tiny, tmp_path):
+    """The hub has many that name a temperature for greedy decoding."""
+    folder = Path(shutil.copytree(tiny / "base", tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5, "top_p": 0.9}')
+    model, _ = load_model_and_tokenizer(str(folder))
+    model.save_pretrained(tmp_path / "saved")
+    assert not {"temperature", "top_p"} & json.loads((tmp_path / "saved/generation_config.json").read_text()).keys()
+
+
+def test_a_model_may_be_in_a_subfolder(tiny, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "model" / "sub")
+    model, _ = load_model_and_tokenizer(str(tmp_path / "model"), weights=False, subfolder="sub", num_hidden_layers=2)
+    assert model.config.num_hidden_layers == 2
+    with pytest.raises(UserError, match=r"model/nowhere': no such folder"):
+        load_model_and_tokenizer(str(tmp_path / "model"), subfolder="nowhere")
 
 
 def test_a_folder_that_only_leads_to_a_model_says_what_to_give(tiny, tmp_path):
