@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import run_script
 
+import dpo_finetune
 import inference
 import local_experiment
 import report
@@ -55,14 +56,14 @@ def test_an_output_is_tried_out_and_nothing_is_left(tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_CHECKPOINT_STORAGE", "HF_HOME"])
-def test_a_store_that_is_a_file_is_found_first(call, write_config, sft_config, tmp_path, monkeypatch, variable):
+def test_a_store_that_is_a_file_is_found_first(call, write_config, dpo_config, tmp_path, monkeypatch, variable):
     (tmp_path / "file").touch()
     if variable == "HF_HOME":
         monkeypatch.setattr("storage.checkpoints.HF_HOME", str(tmp_path / "file"))
     else:
         monkeypatch.setenv(variable, str(tmp_path / "file"))
-    path = write_config(sft_config, hyperparameters__model_name=None, hyperparameters__model_ckpt=str(uuid.uuid4()))
-    for main, words in [(local_experiment.main, [path]), (sft_finetune.main, ["--config", path])]:
+    path = write_config(dpo_config, hyperparameters__model_name=None, hyperparameters__model_ckpt=str(uuid.uuid4()))
+    for main, words in [(local_experiment.main, [path]), (dpo_finetune.main, ["--config", path])]:
         status, _, err = call(main, *words, "--output", tmp_path / "out")
         assert (status, err.count("\n")) == (2, 1)
         assert err.startswith(f"error: {variable} {tmp_path}/file")
