@@ -127,6 +127,6 @@ def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
         return [math.floor(abs(point) + 0.5) * (1 if point >= 0 else -1) for point in points]  # as Go's math.Round
     with suppress(OverflowError):
         points = [checked.base**point for point in points] if kind == "log" else points
-        if all(map(math.isfinite, points)):
+        if all(map(math.isfinite, points)) and len(set(points)) == count:
             return points
-    raise UserError(f"{key}: its values are not finite numbers")
+    raise UserError(f"{key}: its values are not {count} different finite numbers")

@@ -69,6 +69,10 @@ def test_axes(space, values):
         (grid(h={"type": "int", "minval": 1, "maxval": 2, "count": 0}), "hyperparameters.h.count 0 is not at least 1"),
         (grid(h={"type": "gaussian"}), "hyperparameters.h.type 'gaussian' is not one of const, categorical"),
         (grid(h={"type": "categorical", "vals": [1], "val": 2}), r"h.val is not a key of a categorical .*mean 'vals'"),
+        (
+            grid(h={"type": "log", "base": 1, "minval": 1, "maxval": 2, "count": 2}),
+            "hyperparameters.h: its values are not 2 different finite numbers",
+        ),
         ({**grid(), "searcher": {"name": "adaptive_asha"}}, "searcher.name 'adaptive_asha'"),
         (
             {**grid(h={"type": "categorical", "vals": [1, 2]}), "searcher": {"name": "single"}},

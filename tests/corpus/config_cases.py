@@ -241,6 +241,7 @@ SPACES: list[tuple[Any, str]] = [
     ({"type": "log", "minval": -3, "maxval": -1, "count": 3}, "dpo_beta.base"),
     ({"type": "log", "minval": -3, "maxval": -1, "count": 4, "base": 0}, "dpo_beta"),
     ({"type": "log", "minval": -3, "maxval": -1, "count": 4, "base": -10}, "dpo_beta"),
+    ({"type": "log", "minval": -3, "maxval": -1, "count": 4, "base": 1}, "dpo_beta"),
     ({"type": "log", "minval": -3, "maxval": -1, "count": 3, "base": "e"}, "dpo_beta.base"),
     ({"type": "log", "minval": -3, "maxval": 400, "count": 3, "base": 10}, "dpo_beta"),
     ({"type": "log", "minval": -3, "maxval": -1, "count": 3, "base": INF}, "dpo_beta"),
