@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import os
@@ -73,6 +74,14 @@ def _check_weights(weights: list[float]) -> list[float]:
     return weights
 
 
+def _check_fsdp_keys(config: dict[str, Any]) -> dict[str, Any]:
+    source = inspect.getsource(cast(Any, SFTConfig)._process_fsdp_args)  # it reads the keys that it names
+    for name in config:
+        if f'"{name.removeprefix("fsdp_")}"' not in source:
+            raise ValueError(f".{name} is not a key that transformers reads")
+    return config
+
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -96,6 +105,7 @@ LIMITS: dict[Any, str] = {
     bool | Literal["all", "non_padding", "no"]: "include_num_input_tokens_seen",
     NotEmpty: "output_dir",
     Annotated[dict, Field(min_length=1)] | NotEmpty: "deepspeed",
+    Annotated[dict, AfterValidator(_check_fsdp_keys)] | str: "fsdp_config",
     list[Literal["inputs", "loss"]]: "include_for_metrics",
     Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]: "f_divergence_type",
 }

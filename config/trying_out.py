@@ -4,7 +4,6 @@ It trains nothing and leaves nothing behind: no files, no state of accelerate's.
 """
 
 import copy
-import inspect
 import logging
 import math
 import os
@@ -181,10 +180,6 @@ def check_fsdp(cls: Any, values: dict[str, Any], key: str) -> None:
     """Raise `UserError` if FSDP would refuse `values` on several processes. (Here there is one.)"""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    config, known = values.get("fsdp_config"), inspect.getsource(cls._process_fsdp_args)
-    for name in config if isinstance(config, dict) else ():
-        if f'"{name.removeprefix("fsdp_")}"' not in known:
-            raise UserError(f"{key}.fsdp_config.{name} is not a key that transformers reads")
     environment = dict(os.environ)
     try:
         with reading(f"{key}.fsdp_config"):

@@ -103,7 +103,7 @@ def parse(training_args, cls=SFTHyperparameters, **others):
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": NaN}'}, "lr_scheduler_kwargs"),
         ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config needs use_liger_kernel: true"),
         ({"parallelism_config": {}}, "parallelism_config needs several processes"),
-        ({"fsdp": True, "fsdp_config": {"fsdp_x": 1}}, "fsdp_config.fsdp_x is not a key that transformers reads"),
+        ({"fsdp_config": {"fsdp_x": 1}}, "fsdp_config.fsdp_x is not a key that transformers reads"),
         ({"deepspeed": {}}, "deepspeed is empty"),
         ({"include_for_metrics": ["x"]}, "include_for_metrics[0] is 'x', which is not one of inputs, loss"),
         ({"gradient_accumulation_steps": 2**62}, "gradient_accumulation_steps 4611686018427387904 is not less than"),
