@@ -5,6 +5,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, create_model
@@ -12,9 +13,10 @@ from pydantic import Field, PositiveFloat, create_model
 from config.experiment_keys import check_experiment
 from config.validation import FORBID_UNKNOWN, Count, KeyPath, dotted, validate
 from config.yaml_files import check_values, override, read_yaml
-from errors import UserError, about, nearest, reading
+from errors import CommandLine, UserError, about, at_least, nearest, reading
 
 MOST_TRIALS = 1000
+OUR_SCRIPTS = ("sft_finetune.py", "dpo_finetune.py")
 # The keys of each type of hyperparameter that a search varies, beside `type`.
 RANGE = create_model("Range", __config__=FORBID_UNKNOWN, minval=float, maxval=float, count=(Count | None, None))
 SPACES = {
@@ -45,10 +47,24 @@ def entrypoint_script(config: dict[str, Any]) -> list[str]:
     entrypoint = config.get("entrypoint", "")
     with reading(f"entrypoint {entrypoint!r}"):
         words = entrypoint if isinstance(entrypoint, list) else shlex.split(str(entrypoint))
+        if words and str(words[0]).endswith("sh") and "-c" in words[:-1]:  # a shell's command
+            words = shlex.split(words[words.index("-c") + 1])
     for index, word in enumerate(map(str, words)):
         if word.endswith(".py"):
+            if Path(word).name in OUR_SCRIPTS:
+                with about(f"entrypoint {entrypoint!r}"):
+                    _options_of_ours().parse_args([word for word in words[index + 1 :] if word != "--debug"])
             return words[index:]
     raise UserError(f"entrypoint {entrypoint!r} names no Python script")
+
+
+def _options_of_ours() -> CommandLine:
+    """The options of our scripts. (Off the cluster they are the runner's to give, on it there are none.)"""
+    parser = CommandLine(None, add_help=False)
+    for name in ("--config", "--output", "--cache"):
+        parser.add_argument(name)
+    parser.add_argument("--trial-id", type=at_least(1))
+    return parser
 
 
 def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,6 +143,6 @@ def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
         return [math.floor(abs(point) + 0.5) * (1 if point >= 0 else -1) for point in points]  # as Go's math.Round
     with suppress(OverflowError):
         points = [checked.base**point for point in points] if kind == "log" else points
-        if all(map(math.isfinite, points)):
+        if all(map(math.isfinite, points)) and len(set(points)) == count:
             return points
-    raise UserError(f"{key}: its values are not finite numbers")
+    raise UserError(f"{key}: its values are not {count} different finite numbers")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
-from config.validation import FORBID_UNKNOWN, Count, Natural, validate
+from config.validation import FORBID_UNKNOWN, Count, Natural, NotEmpty, validate
 from errors import UserError, nearest
 
 Texts = list[str]
@@ -34,6 +34,7 @@ def _checked(type_: Any, is_right: Callable[[Any], object], wrong: str) -> Any:
 
 
 ABSOLUTE_PATH = _checked(str, lambda path: path.startswith("/"), "is not an absolute path")
+PATH_WITHIN = _checked(str, lambda path: ".." not in path.split("/"), "leads out of the storage")
 MEMORY_SIZE = re.compile(r"([0-9]*[.])?[0-9]+ ?(([kmgtp](i?b)?)|b)?", re.IGNORECASE)
 BY_DEVICE = ("cpu", "cuda", "rocm", "gpu")
 LENGTH = _checked(
@@ -55,16 +56,17 @@ DEVICE = _checked(str, re.compile(r"[^:]+:[^:]+(:[^:]+)?").fullmatch, "is not ho
 )
 ENVIRONMENT = _keys(
     "Environment",
-    image=str | _keys("Images", **dict.fromkeys(BY_DEVICE, str)),
+    image=NotEmpty | _keys("Images", **dict.fromkeys(BY_DEVICE, NotEmpty)),
     environment_variables=Texts | _keys("Variables", **dict.fromkeys(BY_DEVICE, Texts)),
     proxy_ports=list[PROXY_PORT], ports=dict[str, int], force_pull_image=bool, registry_auth=REGISTRY_AUTH,  # type: ignore[valid-type]
     add_capabilities=Texts, drop_capabilities=Texts, pod_spec=dict,
 )  # fmt: skip
 RESOURCES = _keys(
     "Resources",
-    agent_label=str, devices=list[DEVICE], is_single_node=bool, max_slots=int,  # type: ignore[valid-type]
-    native_parallel=bool, priority=Annotated[int, Field(ge=1, le=99)], resource_pool=str, slots=int, weight=float,
-    slots_per_trial=Natural, shm_size=int | _checked(str, MEMORY_SIZE.fullmatch, "is not a size of memory, as in 2g"),
+    agent_label=str, devices=list[DEVICE], is_single_node=bool, max_slots=Natural,  # type: ignore[valid-type]
+    native_parallel=bool, priority=Annotated[int, Field(ge=1, le=99)], resource_pool=str, slots=int,
+    slots_per_trial=Natural, weight=Annotated[float, Field(ge=0)],
+    shm_size=Natural | _checked(str, MEMORY_SIZE.fullmatch, "is not a size of memory, as in 2g"),
 )  # fmt: skip
 ACTION = Literal["cancel_retries", "exclude_node"]
 LOG_POLICY = _checked(
@@ -72,7 +74,11 @@ LOG_POLICY = _checked(
     lambda policy: policy.name or policy.model_fields_set >= {"pattern", "action"},
     "give a name, or a pattern and an action",
 )
-PROFILING = _keys("Profiling", enabled=bool, begin_on_batch=Natural, end_after_batch=Natural, sync_timings=bool)
+PROFILING = _checked(
+    _keys("Profiling", enabled=bool, begin_on_batch=Natural, end_after_batch=Natural, sync_timings=bool),
+    lambda given: given.end_after_batch is None or (given.begin_on_batch or 0) <= given.end_after_batch,
+    "end_after_batch is before begin_on_batch",
+)
 EXPERIMENT: type[BaseModel] = _keys(
     "Experiment", "hyperparameters searcher",
     hyperparameters=dict, searcher=dict, checkpoint_storage=dict, name=str, entrypoint=str | Texts, description=str,
@@ -99,13 +105,17 @@ SEARCHERS: dict[str, dict[str, Any]] = {
     | {"bracket_rungs": list[int], "max_rungs": Count, "mode": Literal["aggressive", "standard", "conservative"]},
     "async_halving": HALVING | {"num_rungs": Count},
 }
-TEXT_OF_STORAGE = {  # the keys whose values are text
+KEYS_OF_STORAGE = {  # the first one is required; their values are text
     "shared_fs": "host_path storage_path propagation container_path checkpoint_path tensorboard_path",
     "directory": "container_path",
-    "s3": "access_key bucket secret_key endpoint_url prefix",
+    "s3": "bucket access_key secret_key endpoint_url prefix",
     "gcs": "bucket prefix",
     "azure": "container connection_string account_url credential",
 }
+TEXT_OF_STORAGE = {key: str for keys in KEYS_OF_STORAGE.values() for key in keys.split()} | {
+    "host_path": ABSOLUTE_PATH, "storage_path": PATH_WITHIN, "prefix": PATH_WITHIN,
+    "bucket": NotEmpty, "container": NotEmpty,
+}  # fmt: skip
 # For a section with variants: the key that says which one is meant, the keys that all have, and those of each. Without
 # that key the cluster's default decides, so the keys of all variants are allowed. None: of a variant that is gone.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[Any, dict[str, Any]]]] = {
@@ -118,7 +128,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[Any, dict[str, Any]]]] = {
     "checkpoint_storage": (
         "type",
         dict.fromkeys(("save_experiment_best", "save_trial_best", "save_trial_latest"), Natural),
-        {None: {"user": Any}, **{kind: dict.fromkeys(keys.split(), str) for kind, keys in TEXT_OF_STORAGE.items()}},
+        {None: {"user": Any}}
+        | {kind: {key: TEXT_OF_STORAGE[key] for key in keys.split()} for kind, keys in KEYS_OF_STORAGE.items()},
     ),
 }  # fmt: skip
 
@@ -135,4 +146,5 @@ def check_experiment(config: dict[str, Any]) -> None:
             raise UserError(f"{section}.{tag} is {kind!r}, which is not one of {known}")
         own = variants[kind] if kind else {key: type_ for keys in variants.values() for key, type_ in keys.items()}
         noun = f"a key of {section}{f' with {tag} {kind}' if kind else ''}"
-        validate(_keys(section, **{tag: str}, **common, **own), given, section, noun=noun)
+        required = KEYS_OF_STORAGE.get(str(kind), "").partition(" ")[0]
+        validate(_keys(section, required, **{tag: str}, **common, **own), given, section, noun=noun)

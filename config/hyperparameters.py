@@ -3,11 +3,11 @@
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
-from config.validation import FORBID_UNKNOWN, Count, NotEmpty, Share, check_uuid, validate
+from config.validation import FORBID_UNKNOWN, Beta, Count, NotEmpty, Share, check_uuid, validate
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         """What the YAML says about activation checkpointing, or about FSDP's own; None if it says nothing."""
         from config.training_args import sets_fsdp_checkpointing
 
-        said = {"activation_checkpointing", "gradient_checkpointing"} & self.training_args.keys()
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        said = any(self.training_args.get(name) is not None for name in names)
         said_for_fsdp = self.args.fsdp and sets_fsdp_checkpointing(self.training_args)
         return self.args.activation_checkpointing if said or said_for_fsdp else None
 
@@ -178,7 +179,7 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
     datasets: list[NotEmpty | DataSource]  # preference data sets: a hub id, a folder, a file, or one with its details
     model_name: str | None = None  # a hub id or a folder, for use without a model_ckpt
     model_ckpt: str | None = None  # UUID of a Determined checkpoint of an SFT run
-    dpo_beta: PositiveFloat | None = None  # penalty for leaving the reference; None: TRL's default, 0.1
+    dpo_beta: Beta | None = None  # penalty for leaving the reference; None: TRL's default, 0.1
     dpo_loss: str | list[str] | None = None  # name of a TRL loss, or cdpo; None: TRL's default, sigmoid
     max_length: PositiveInt | None = None  # tokens of prompt and answer; None: 1024. See Truncation
     max_prompt_length: PositiveInt | None = None  # tokens of a prompt; None: never cut, see max_length

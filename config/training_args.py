@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import os
@@ -12,13 +13,15 @@ from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
+from accelerate.utils import GradientAccumulationPlugin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from config.trying_out import check_fsdp, try_out
-from config.validation import FORBID_UNKNOWN, Count, Natural, NotEmpty, validate
+from config.validation import FORBID_UNKNOWN, Beta, Count, Natural, NotEmpty, validate
 from errors import UserError, nearest, reading
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,20 @@ def _check_max_steps(steps: int) -> int:
     return steps
 
 
+def _check_weights(weights: list[float]) -> list[float]:
+    if weights and max(weights) <= 0:
+        raise ValueError("none is greater than 0")
+    return weights
+
+
+def _check_fsdp_keys(config: dict[str, Any]) -> dict[str, Any]:
+    source = inspect.getsource(cast(Any, SFTConfig)._process_fsdp_args)  # it reads the keys that it names
+    for name in config:
+        if f'"{name.removeprefix("fsdp_")}"' not in source:
+            raise ValueError(f".{name} is not a key that transformers reads")
+    return config
+
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -72,20 +89,28 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 LIMITS: dict[Any, str] = {
     Count: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps"
     " dataloader_prefetch_factor dataset_num_proc ddp_timeout ddp_bucket_cap_mb max_length"
-    " precompute_ref_batch_size ref_model_sync_steps",
+    " precompute_ref_batch_size ref_model_sync_steps num_steps",
     Natural: "dataloader_num_workers",
-    Positive: "learning_rate num_train_epochs adam_epsilon beta discopop_tau",
+    Positive: "learning_rate num_train_epochs adam_epsilon discopop_tau",
+    Beta: "beta",
     NotNegative: "warmup_steps weight_decay max_grad_norm eval_delay router_aux_loss_coef neftune_noise_alpha"
     " logging_steps eval_steps save_steps",
     BelowOne: "adam_beta1 adam_beta2 label_smoothing_factor label_smoothing",
     Annotated[float, Field(ge=0, le=1)]: "ld_alpha ref_model_mixup_alpha",
+    Annotated[float, Field(ge=-10, le=10)]: "f_alpha_divergence_coef",
+    Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], AfterValidator(_check_weights)]: "loss_weights",
     Annotated[int, Field(ge=0, lt=2**32)]: "seed data_seed",
-    Annotated[int, AfterValidator(_check_max_steps)]: "max_steps",
+    Annotated[int, Field(lt=2**31), AfterValidator(_check_max_steps)]: "max_steps",
     Count | Literal["auto"]: "pad_to_multiple_of",
     bool | Literal["all", "non_padding", "no"]: "include_num_input_tokens_seen",
     NotEmpty: "output_dir",
+    Annotated[dict, Field(min_length=1)] | NotEmpty: "deepspeed",
+    Annotated[dict, AfterValidator(_check_fsdp_keys)] | str: "fsdp_config",
+    list[Literal["inputs", "loss"]]: "include_for_metrics",
     Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]: "f_divergence_type",
 }
+# Mappings whose keys are the fields of a class. (As text, they name a file.)
+MAPPINGS = {"accelerator_config": AcceleratorConfig, "gradient_accumulation_kwargs": GradientAccumulationPlugin}
 LIMIT_OF = {name: limit for limit, names in LIMITS.items() for name in names.split()}
 
 Config = TypeVar("Config", SFTConfig, DPOConfig)
@@ -141,12 +166,17 @@ def check_training_args(
     cls: type[Config], training_args: dict[str, Any], own: OwnKeys, refused: dict[str, str]
 ) -> dict[str, Any]:
     """Return `training_args`, checked against the fields of `cls`, and our own keys under TRL's names."""
+    model = _model_of(cls)  # type: ignore[arg-type]  # mypy takes a dataclass's own hash for its class's
+    # Null is as if the key were not there, but where it has a meaning: an optional field with another default.
+    training_args = {k: v for k, v in training_args.items() if v is not None or _means_null(cls, k)}
     for name in training_args:
         if name in refused:
             raise UserError(f"{KEY}.{name} has no effect here: {refused[name]}")
-    model = _model_of(cls)  # type: ignore[arg-type]  # mypy takes a dataclass's own hash for its class's
     checked = validate(model, training_args, KEY)
     values = {name: getattr(checked, name) for name in training_args}
+    values |= {
+        name: value.model_dump(exclude_unset=True) for name, value in values.items() if isinstance(value, BaseModel)
+    }
     for name, (key, value) in own.items():
         if name in training_args and value is not None:
             raise UserError(f"hyperparameters.{key} and {KEY}.{name} set the same thing; keep one of them")
@@ -159,6 +189,8 @@ def _model_of(cls: Any) -> type[BaseModel]:
     """The fields of `cls` as a pydantic model, with some types narrower or wider than upstream's hints."""
     hints = typing.get_type_hints(cls) | {"fsdp": bool | str | None}
     for field in dataclasses.fields(cls):
+        if field.name in MAPPINGS:
+            hints[field.name] = _model_of(MAPPINGS[field.name]) | str | None
         limit = LIMIT_OF.get(field.name) or Literal[tuple(field.metadata.get("choices", ()))]
         if limit != Literal[()]:
             hints[field.name] = limit | None if type(None) in typing.get_args(hints[field.name]) else limit
@@ -168,6 +200,12 @@ def _model_of(cls: Any) -> type[BaseModel]:
     # `arbitrary_types_allowed` is for classes of the library's that a later release may add.
     config = ConfigDict(**FORBID_UNKNOWN, protected_namespaces=(), arbitrary_types_allowed=True)
     return create_model(cls.__name__, __config__=config, **fields)
+
+
+def _means_null(cls: Any, name: str) -> bool:
+    """Whether null is a value of the field `name` of `cls` other than its default, or there is no such field."""
+    field = cls.__dataclass_fields__.get(name)
+    return not field or (field.default is not None and type(None) in typing.get_args(typing.get_type_hints(cls)[name]))
 
 
 def _narrow(hint: Any) -> Any:
@@ -231,14 +269,14 @@ def build_training_args(cls: type[Config], values: dict[str, Any]) -> Config:
         strategy = values.get(f"{name}_strategy", getattr(cls, f"{name}_strategy"))
         if strategy == "steps" and values.get(f"{name}_steps") == 0:
             raise UserError(f"{KEY}.{name}_steps 0 is not greater than 0, which {name}_strategy steps needs")
-    values.setdefault("report_to", "none")  # the library's default is every tracker that is installed
+    values["report_to"] = values.get("report_to") or "none"  # the library's default is every tracker that is installed
     values.setdefault("disable_tqdm", not sys.stderr.isatty())  # progress bars would fill a log file
     for name in (*cast(Any, cls)._VALID_DICT_FIELDS, "gradient_checkpointing_kwargs"):  # text may be JSON
         if isinstance(text := values.get(name), str) and (text.startswith("{") or name.endswith("_kwargs")):
             with reading(f"{KEY}.{name} {text!r}"):
                 if not text.startswith("{"):
                     raise ValueError("not a mapping")
-                json.loads(text)
+                json.loads(text, parse_constant=int)  # which refuses NaN
     # transformers 5.23 warns of the old names, TRL's own default among them. This can go with transformers 6.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in values:

@@ -15,8 +15,9 @@ KeyPath = tuple[str | int, ...]  # the keys and list indices that lead from a va
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid", allow_inf_nan=False)  # for pydantic's dataclasses and models
 Natural = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]  # of whatever is counted: beyond, libraries fail
 NotEmpty = Annotated[str, Field(min_length=1)]
+Beta = Annotated[float, Field(gt=0, le=1e6)]  # of DPO: a product with log-probs must stay finite
 Share = Annotated[float, Field(gt=0, le=1)]
 
 # Former names of keys, from the published example or older releases, where the nearest name would mislead.

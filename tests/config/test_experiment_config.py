@@ -69,6 +69,10 @@ def test_axes(space, values):
         (grid(h={"type": "int", "minval": 1, "maxval": 2, "count": 0}), "hyperparameters.h.count 0 is not at least 1"),
         (grid(h={"type": "gaussian"}), "hyperparameters.h.type 'gaussian' is not one of const, categorical"),
         (grid(h={"type": "categorical", "vals": [1], "val": 2}), r"h.val is not a key of a categorical .*mean 'vals'"),
+        (
+            grid(h={"type": "log", "base": 1, "minval": 1, "maxval": 2, "count": 2}),
+            "hyperparameters.h: its values are not 2 different finite numbers",
+        ),
         ({**grid(), "searcher": {"name": "adaptive_asha"}}, "searcher.name 'adaptive_asha'"),
         (
             {**grid(h={"type": "categorical", "vals": [1, 2]}), "searcher": {"name": "single"}},
@@ -82,13 +86,30 @@ def test_search_errors(config, message):
 
 
 def test_entrypoint_script_is_found_behind_a_launcher():
-    launched = "python -m determined.launch.torch_distributed python sft_finetune.py --flag"
-    assert entrypoint_script({"entrypoint": launched}) == ["sft_finetune.py", "--flag"]
+    launched = "python -m determined.launch.torch_distributed python own.py --flag"
+    assert entrypoint_script({"entrypoint": launched}) == ["own.py", "--flag"]
+    for words in ('bash -c "python sft_finetune.py --debug"', ["/bin/sh", "-c", "python sft_finetune.py --debug"]):
+        assert entrypoint_script({"entrypoint": words}) == ["sft_finetune.py", "--debug"]
     assert entrypoint_script({"entrypoint": ["python3", "train.py"]}) == ["train.py"]
     with pytest.raises(UserError, match="names no Python script"):
         entrypoint_script({"entrypoint": "bash run.sh"})
     with pytest.raises(UserError, match="entrypoint 5 names no Python script"):
         entrypoint_script({"entrypoint": 5})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--bogus 1", "--bogus: no such option"),
+        ("--trial-id zero", "argument --trial-id: 'zero' is not a whole number of at least 1"),
+        ("extra", "unrecognized arguments: extra"),
+        ("-h", "unrecognized arguments: -h"),
+    ],
+)
+def test_our_scripts_know_their_arguments(arguments, message):
+    entrypoint = f"python sft_finetune.py {arguments}"
+    with pytest.raises(UserError, match=message):
+        entrypoint_script({"entrypoint": entrypoint})
 
 
 @pytest.mark.parametrize(

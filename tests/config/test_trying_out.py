@@ -53,7 +53,7 @@ def parse(training_args, cls=SFTHyperparameters, **others):
         ),
         (
             {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1.0}},
-            "lr_scheduler_kwargs: the learning rate would be -",
+            "lr_scheduler_kwargs: lr_end -1 is not a finite number of at least 0",
         ),
         ({"report_to": "no_such_tracker"}, "report_to: no_such_tracker is not supported, only"),
         ({"report_to": "mlflow"}, "report_to 'mlflow': its package is not installed"),
@@ -65,12 +65,13 @@ def parse(training_args, cls=SFTHyperparameters, **others):
         ({"fsdp": True, "fsdp_config": {"state_dict_type": "X"}}, "fsdp_config: 'X'"),
         (
             {"accelerator_config": {"x": 1}},
-            "accelerator_config: AcceleratorConfig.__init__() got an un",
+            "accelerator_config.x is not a hyperparameter",
         ),
         (
             {"accelerator_config": {"gradient_accumulation_kwargs": {"x": 1}}},
-            "accelerator_config: GradientAccumulationPlugin.__init__() got an unexpected keyword argument 'x'",
+            "accelerator_config.gradient_accumulation_kwargs.x is not a hyperparameter",
         ),
+        ({"accelerator_config": {"even_batches": "x"}}, "accelerator_config.even_batches is 'x', which is not true or"),
         (
             {"torch_compile": True, "torch_compile_mode": "x"},
             "torch_compile_mode: Unrecognized mode=x",
@@ -90,6 +91,23 @@ def parse(training_args, cls=SFTHyperparameters, **others):
         ),
         ({"optim": "adamw_troch"}, "… (did you mean 'adamw_torch'?)"),
         ({"padding_free": True}, "padding_free needs packing"),
+        ({"learning_rate": 1e300}, "training_args: with learning_rate 1e+300, weight_decay 0 the weights would not"),
+        ({"optim": "sgd", "optim_args": "momentum=nan"}, "optim_args 'momentum=nan' the weights would not stay finite"),
+        ({"optim": "sgd", "optim_args": "momentum=0,x=1"}, "optim_args: x is not an argument of optim sgd"),
+        ({"optim_target_modules": ["x"]}, "optim_target_modules has no effect on optim adamw"),
+        ({"save_strategy": "best"}, "save_strategy needs metric_for_best_model, to know the best"),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"x": 1}},
+            "lr_scheduler_kwargs needs another lr_sch",
+        ),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": NaN}'}, "lr_scheduler_kwargs"),
+        ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config needs use_liger_kernel: true"),
+        ({"parallelism_config": {}}, "parallelism_config needs several processes"),
+        ({"fsdp_config": {"fsdp_x": 1}}, "fsdp_config.fsdp_x is not a key that transformers reads"),
+        ({"deepspeed": {}}, "deepspeed is empty"),
+        ({"include_for_metrics": ["x"]}, "include_for_metrics[0] is 'x', which is not one of inputs, loss"),
+        ({"gradient_accumulation_steps": 2**62}, "gradient_accumulation_steps 4611686018427387904 is not less than"),
+        ({"max_steps": 2**31}, "max_steps 2147483648 is not less than 2147483648"),
         ({"fp16": True, "bf16": True}, "training_args: At most one of fp16 and bf16 can be True, but not both"),
     ],
 )
@@ -105,10 +123,25 @@ def test_training_args_that_no_training_takes(training_args, message, monkeypatc
 
 
 @pytest.mark.parametrize(
+    "kwargs",
+    [{name: "x"} for name in ("patience", "threshold", "eps", "cooldown", "min_lr", "factor")]
+    + [{"factor": -0.5}, {"patience": -1}],
+)
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_arguments_that_a_scheduler_reads_late(kind, kwargs):
+    with pytest.raises(UserError, match=r"^hyperparameters\.training_args\.lr_scheduler_kwargs: "):
+        parse({"lr_scheduler_type": kind, "lr_scheduler_kwargs": kwargs, "eval_strategy": "epoch"})
+
+
+@pytest.mark.parametrize(
     ("training_args", "others", "message"),
     [
         ({"beta": float("inf")}, {}, "hyperparameters.training_args.beta inf is not a finite number"),
         ({}, {"dpo_beta": float("nan")}, "hyperparameters.dpo_beta nan is not a finite number"),
+        ({}, {"dpo_beta": 1e308}, "hyperparameters.dpo_beta 1e+308 is not at most 1000000"),
+        ({"loss_weights": [-1]}, {}, "hyperparameters.training_args.loss_weights: none is greater than 0"),
+        ({"loss_weights": [1e308]}, {}, "training_args.loss_weights[0] 1e+308 is not at most 1000000"),
+        ({"f_alpha_divergence_coef": -1e30}, {}, "f_alpha_divergence_coef -1e+30 is not at least -10"),
         ({}, {"dpo_loss": []}, "hyperparameters.dpo_loss is empty"),
         ({"loss_type": "sigmod"}, {}, "hyperparameters.training_args.loss_type 'sigmod' is not one of sigmoid,"),
         ({"ld_alpha": 2}, {}, "hyperparameters.training_args.ld_alpha 2 is not at most 1"),
@@ -145,11 +178,17 @@ def test_dpos_own(training_args, others, message):
     [
         {"max_steps": -1, "warmup_steps": 500},
         {"max_steps": 1, "warmup_steps": 0.1},
-        {"optim": "sgd", "optim_args": "momentum=0.9"},
+        {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=False"},
+        {"optim": "rmsprop", "optim_args": "alpha=0.99,centered=True", "learning_rate": 1},
         {"optim": "adafactor", "lr_scheduler_type": "constant"},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}'},
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}},
-        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "eval_strategy": "epoch",
+            "lr_scheduler_kwargs": {"patience": 99},
+        },
+        {"lr_scheduler_type": "greedy", "eval_strategy": "epoch"},
         {"fsdp": True, "fsdp_config": {"version": 1, "transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}},
         {"model_init_kwargs": {"attn_implementation": "eager"}},
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
@@ -169,12 +208,14 @@ def test_training_args_that_do(training_args):
         ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit"),
         ({"report_to": "wandb"}, "report_to 'wandb'"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"activation_offloading": True}, "activation_offloading"),
     ],
 )
-def test_a_package_that_is_not_installed_is_a_warning_in_a_dry_run(training_args, name, caplog, monkeypatch):
+def test_what_a_machine_lacks_is_a_warning_in_a_dry_run(training_args, name, caplog, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for package in ("bitsandbytes", "wandb", "liger_kernel"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"^hyperparameters.training_args.{name}: .* install"):
+    with pytest.raises(UserError, match=f"^hyperparameters.training_args.{name}.*(install|needs a GPU)"):
         parse(training_args)
     with training_elsewhere():
         parse(training_args)
@@ -233,3 +274,7 @@ def test_null_is_as_if_the_key_were_not_there():
     assert (hparams.columns, hparams.args.max_length, hparams.dataset_subsets[0].ratio) == ({}, 1024, 1.0)
     with pytest.raises(UserError, match=r"^hyperparameters\.dataset is missing$"):
         parse({}, dataset=None)
+    nulls = dict.fromkeys(("max_steps", "learning_rate", "report_to", "bf16", "do_train", "gradient_checkpointing"))
+    hparams = parse(nulls | {"max_length": None})
+    assert (hparams.args.max_steps, hparams.activation_checkpointing) == (-1, None)
+    assert hparams.args.max_length is None  # it has a meaning: no limit

@@ -9,16 +9,17 @@ from harness import Case
 INF, NAN = math.inf, math.nan
 STEPS = {"eval_strategy": "steps", "eval_steps": 1}
 COSINE_MIN = {"lr_scheduler_type": "cosine_with_min_lr"}
+PLATEAU = STEPS | {"lr_scheduler_type": "reduce_lr_on_plateau"}
 CLIP = {"lr_scheduler_type": "polynomial"}
 
 # A key and its wrong values; the line must say the key.
 VALUES: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (-1.0, INF, -INF, NAN, "fast", True, [1e-4], None),
+    "learning_rate": (-1.0, INF, -INF, NAN, "fast", True, [1e-4], 1e300),
     "num_train_epochs": (0, -1, INF, NAN, "3x", True),
-    "max_steps": (0, -5, 1.5, "ten", INF, True),
-    "per_device_train_batch_size": (0, -1, 1.5, "4", None),
+    "max_steps": (0, -5, 1.5, "ten", INF, True, 2**62),
+    "per_device_train_batch_size": (0, -1, 1.5, "4", 2**62),
     "per_device_eval_batch_size": (0, -2, 1.5),
-    "gradient_accumulation_steps": (0, -1, 2.5, "x"),
+    "gradient_accumulation_steps": (0, -1, 2.5, "x", 2**62),
     "max_grad_norm": (-1.0, NAN, "x"),
     "weight_decay": (-0.1, NAN, INF, "x"),
     "adam_beta1": (1.5, -0.1, 1.0, NAN),
@@ -28,11 +29,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "lr_scheduler_type": ("cosinus", 3, "", ["cosine"], "warmup_stable_decay", "cosine_with_min_lr", "reduce_lr_on_plateau"),
     "optim": ("adamw_troch", 3, "adamw_bnb_8bit", "adamw_8bit", "galore_adamw", "lomo", "apollo_adamw", "adamw_apex_fused",
               "adamw_torch_npu_fused", "schedule_free_adamw", "stable_adamw", "grokadamw", "adamw_torch_8bit", "adamw_torch_xla"),
-    "optim_args": ("momentum", 3, ["a=b"]),
-    "optim_target_modules": ({"a": 1},),
+    "optim_args": ("momentum", 3, ["a=b"], "foo=bar"),
+    "optim_target_modules": ({"a": 1}, ["q_proj"]),
     "eval_strategy": ("sometimes", True, 3),
     "logging_strategy": ("never", True),
-    "save_strategy": ("sometimes", 3),
+    "save_strategy": ("sometimes", 3, "best"),
     "logging_steps": (-1, 1.5, NAN, INF, "x", True),
     "seed": (-1, "x", 1.5, 2**64, True),
     "data_seed": (-1, "x", 1.5, True),
@@ -43,10 +44,15 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "neftune_noise_alpha": (NAN, INF, "x"),
     "torch_compile_backend": ("inductr", 3),
     "torch_compile_mode": ("max-speed",),
-    "deepspeed": ("ds.json", {"zero_optimization": {"stage": 2}}),
+    "deepspeed": ("ds.json", {"zero_optimization": {"stage": 2}}, {}),
     "fsdp": ("full_shrd", 3, ["x"]),
     "fsdp_config": (3,),
-    "accelerator_config": ("nowhere.json", {"split_batchs": True}, 3),
+    "accelerator_config": (
+        "nowhere.json", {"split_batchs": True}, 3, {"even_batches": "x"}, {"split_batches": "maybe"},
+        {"gradient_accumulation_kwargs": {"num_steps": 5, "sync_with_dataloader": "x"}},
+    ),
+    "activation_offloading": (True,),
+    "include_for_metrics": (["bogus"],),
     "ddp_backend": ("gloom", 3),
     "use_cpu": ("yes", 1),
     "report_to": ("wandbb", "wandb", "tensorboard", ["mlflow"], "all things", 3),
@@ -63,7 +69,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "eval_accumulation_steps": (1.5,),
     "torch_empty_cache_steps": (0, -1, 1.5),
     "use_liger_kernel": (True, "x"),
-    "liger_kernel_config": ([1],),
+    "liger_kernel_config": ([1], {"rope": True}),
     "gradient_checkpointing_kwargs": ("x", {"use_reentrent": False}),
     "remove_unused_columns": ("x",),
     "disable_tqdm": ("x",),
@@ -79,7 +85,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
         {"attn_implementation": 3}, {"dtype": "bfloat16"}, {"dtype": "flot32"}, {"torch_dtype": 3},
         {"dtype": "float16"}, {"num_hidden_layers": "two"},
     ),
-    "parallelism_config": ({"tp": 2},),
+    "parallelism_config": ({"tp": 2}, {}),
     "metric_for_best_model": (3,),
     "jit_mode_eval": (True,),  # gone
     "overwrite_output_dir": (True,),
@@ -108,8 +114,8 @@ SFT_VALUES: dict[str, tuple[Any, ...]] = {
 DPO_VALUES: dict[str, tuple[Any, ...]] = {
     "label_smoothing": (-0.1, 0.3, 1.5, NAN),
     "f_divergence_type": ("kl", "KL", 3, ""),
-    "f_alpha_divergence_coef": (NAN, "x"),
-    "loss_weights": ([1.0, 0.5], [], "x", [NAN]),
+    "f_alpha_divergence_coef": (NAN, "x", -1e30),
+    "loss_weights": ([1.0, 0.5], [], "x", [NAN], [-1], [1e308]),
     "ld_alpha": (-1, 2, NAN),
     "discopop_tau": ("x",),
     "precompute_ref_batch_size": (0, -1),
@@ -122,7 +128,7 @@ DPO_VALUES: dict[str, tuple[Any, ...]] = {
     "rpo_alpha": (1.0,),
     "packing": (True,),
     "loss_type": ("sigmoyd", ["x"], 3),
-    "beta": (0, -0.1, INF, NAN, "x"),
+    "beta": (0, -0.1, INF, NAN, "x", 1e308),
     "padding_free": ("x",),
     "pad_token": ("x",),
 }
@@ -151,6 +157,22 @@ TOGETHER: dict[str, tuple[str, dict[str, Any], str]] = {
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": "x"}},
         "lr_scheduler",
     ),
+    **{
+        f"plateau with {name} {value}": ("sft", PLATEAU | {"lr_scheduler_kwargs": {name: value}}, "lr_scheduler_kwargs")
+        for name, value in [("patience", "a"), ("threshold", "x"), ("eps", "x"), ("cooldown", "x"), ("min_lr", "x"), ("factor", -0.5)]
+    },
+    "decay steps below 0": (
+        "sft",
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": -5}},
+        "num_decay_steps",
+    ),
+    "cycles of nan": ("sft", {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": NaN}'}, "lr_scheduler_kwargs"),
+    "constant with arguments": ("sft", {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs"),
+    "momentum of nan": ("sft", {"optim": "sgd", "optim_args": "momentum=nan"}, "optim_args"),
+    "momentum of inf": ("sft", {"optim": "sgd", "optim_args": "momentum=inf"}, "optim_args"),
+    "unknown argument of rmsprop": ("sft", {"optim": "rmsprop", "optim_args": "foo=1"}, "foo"),
+    "unknown key of FSDP": ("sft", {"fsdp": True, "fsdp_config": {"fsdp_foo": 1}}, "fsdp_foo"),
+    "no loss has a weight": ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [0, 0]}, "loss_weights"),
     "plateau without a metric": ("sft", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau"),
     "GaLore without modules": ("sft", {"optim": "galore_adamw"}, "optim"),
     "compiled by nobody": ("sft", {"torch_compile": True, "torch_compile_backend": "nobody"}, "nobody"),
