@@ -26,7 +26,7 @@ from errors import TemporaryError, UserError, nearest, reading, reason
 from signals import CRASHES, run_in_child
 from storage.files import check_output, refuse_special_files
 from storage.fingerprints import fingerprint
-from storage.hub import looks_like_path, quiet_lookup
+from storage.hub import check_hub_id, looks_like_path, quiet_lookup
 
 EVAL_SHARE = 0.2
 CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
@@ -181,8 +181,10 @@ def refuse_overlaps(sources: list[DataSource]) -> None:
 def _load_arguments(source: DataSource) -> dict[str, Any]:
     path, name = Path(source.name), f"data set {source.name}"
     refuse_special_files(path, name, "**/*")
-    if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(source.name)):
-        raise UserError(f"{name}: no such file or folder")
+    if not path.exists():
+        if path.suffix in FILE_FORMATS or looks_like_path(source.name):
+            raise UserError(f"{name}: no such file or folder")
+        check_hub_id(source.name, name)
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise UserError(f"{name}: a file must end in one of {', '.join(FILE_FORMATS)}")

@@ -206,6 +206,7 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
         (str(tmp_path / "no.jsonl"), WHOLE, "no.jsonl: no such file or folder"),
         (str(tiny / "base" / "config.toml"), WHOLE, "no such file or folder"),
         ("nobody/nothing", WHOLE, "the hub does not provide it"),
+        ("a b/c d", WHOLE, "a hub id is name or owner/name"),
         (str(tmp_path), WHOLE, "doesn't contain any data files"),
         (str(tiny / "questions"), WHOLE, "match no format of SFT data"),
     ]:
