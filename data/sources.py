@@ -30,6 +30,7 @@ from storage.hub import check_hub_id, looks_like_path, quiet_lookup
 
 EVAL_SHARE = 0.2
 CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
+MOST_CSV_COLUMNS = 1000  # whose cells are read as text
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -185,19 +186,27 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         if path.suffix in FILE_FORMATS or looks_like_path(source.name):
             raise UserError(f"{name}: no such file or folder")
         check_hub_id(source.name, name)
+    arguments: dict[str, Any] = {"path": source.name, "name": source.subset}
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise UserError(f"{name}: a file must end in one of {', '.join(FILE_FORMATS)}")
         if source.subset is not None:
             advice = "leave subset out to use all of its rows (for SFT, set dataset_subsets to [{ratio: 1.0}])"
             raise UserError(f"{name}: a single file has no subset {source.subset!r}; {advice}")
-        return {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
-    if path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
+        arguments = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
+    elif path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
         formats = {FILE_FORMATS[file.suffix]: file.name for file in path.iterdir() if file.suffix in FILE_FORMATS}
         if len(formats) > 1:
             several = f"it holds files of several formats ({', '.join(formats.values())})"
             raise UserError(f"{name}: {several}, but only one format would be read; make a folder for each")
-    return {"path": source.name, "name": source.subset}
+    if path.exists() and hasattr(load_dataset_builder(**arguments).config, "converters"):
+        # pandas would read the text of a CSV's cells as numbers, and None or NA as missing.
+        arguments |= {"converters": dict.fromkeys(range(MOST_CSV_COLUMNS), _read_cell), "keep_default_na": False}
+    return arguments
+
+
+def _read_cell(text: str) -> str | None:
+    return text or None
 
 
 @contextmanager

@@ -142,7 +142,6 @@ FILES: dict[str, tuple[str, Any, str]] = {
     "CSV, semicolons": ("data.csv", "prompt;completion\nq;a\nq;a\nq;a\n", "data.csv"),
     "CSV, Latin-1": ("data.csv", b"prompt,completion\n" + "caf\xe9,a\n".encode("latin-1") * 9, "data.csv"),
     "CSV, binary": ("data.csv", bytes(range(256)) * 9, "data.csv"),
-    "CSV, only numbers": ("data.csv", "prompt,completion\n1,2\n3,4\n5,6\n", "data.csv"),
     "CSV, an empty header": ("data.csv", "prompt,prompt\nq,a\nq,a\nq,a\n", "data.csv"),
     "Parquet, empty": ("data.parquet", b"", "data.parquet"),
     "Parquet, text": ("data.parquet", [LINE] * 9, "data.parquet"),

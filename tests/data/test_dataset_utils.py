@@ -157,15 +157,26 @@ def test_folders_and_files_of_every_format(tmp_path):
     for number in (1, 2):
         (tmp_path / "several").mkdir(exist_ok=True)
         Dataset.from_list(rows[number - 1 :: 2]).to_parquet(tmp_path / "several" / f"{number}.parquet")
-    (tmp_path / "words.csv").write_text("prompt,chosen,rejected\n" + "".join(f"q{n},good,bad\n" for n in range(10)))
     lengths = set()
-    for name in ("folder", "folder/train.jsonl", "array.json", "words.csv", "several"):
+    for name in ("folder", "folder/train.jsonl", "array.json", "table.csv", "several"):
         lengths.add(len(load_dpo_dataset([str(tmp_path / name)], seed=1)["train"]))
     assert lengths == {8}
-    with pytest.raises(UserError, match="column 'prompt' is 0, not text"):  # a CSV's numbers are numbers
-        load_dpo_dataset([str(tmp_path / "table.csv")], seed=1)
     with pytest.raises(UserError, match=r"files of several formats .* but only one format would be read"):
         load_dpo_dataset([str(tmp_path)], seed=1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("where", ["d.csv", "folder/d.csv"])
+def test_the_cells_of_a_csv_are_text(tmp_path, where, streaming):
+    source = DataSource(str(tmp_path / where.split("/")[0]), number_of_samples=5)
+    rows = "1,None,\n2,NA,\n3,null,\n4,007,\n5,1e5,\n"
+    write(tmp_path / where, [f"prompt,text,system\n{rows}"])
+    dataset = dataset_utils.load_sft_dataset([source], 1, streaming)
+    said = {tuple(turn["content"] for turn in row["messages"]) for part in dataset.values() for row in part}
+    assert said == {("1", "None"), ("2", "NA"), ("3", "null"), ("4", "007"), ("5", "1e5")}
+    write(tmp_path / where, ["prompt,text\n" + "1,2\n" * 4 + "1,"])
+    with pytest.raises(UserError, match="column 'text' is null or missing"):
+        dataset_utils.load_sft_dataset([source], 1, streaming)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +305,7 @@ def test_values_that_cannot_be_read_name_their_row_and_column(tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
-    with pytest.raises(UserError, match=f"^HF_HOME {tmp_path}/file/datasets: Not a directory$"):
+    with pytest.raises(UserError, match=f"^HF_HOME, or HF_DATASETS_CACHE: {tmp_path}/file/datasets: Not a directory$"):
         load_dpo_dataset([write(tmp_path / "d.jsonl", pairs(5))], seed=1)
 
 
