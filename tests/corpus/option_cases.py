@@ -235,7 +235,14 @@ MEASURED: list[tuple[tuple[str, ...], str]] = [  # of benchmarks/throughput.py
     (("--stesp", "3"), "--stesp"),
     (("extra",), "extra"),
 ]  # fmt: skip
+MADE: list[tuple[tuple[str, ...], str]] = [  # of examples/tiny/make.py
+    *(((name,), "FOLDER") for name in ("", "file", "file/below", "/dev/null", "/proc/nowhere", LONG, "loop", "tiny")),
+    (("--fodler", "x"), "--fodler"),
+    (("x", "extra"), "extra"),
+]
 FILES: dict[str, Any] = {
+    "loop": lambda path: path.symlink_to("loop"),
+    "tiny/instructions": "x",
     "file": "x",
     "folder.html": None,
     "folder.txt": None,
@@ -273,5 +280,6 @@ CASES = unique(
             for case in COMPARING
         ),
         *(_case("benchmarks.throughput", *case) for case in MEASURED),
+        *(_case("examples.tiny.make", *case) for case in MADE),
     ]
 )
