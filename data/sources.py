@@ -72,7 +72,6 @@ def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSou
     With a `stream_seed`, `source.number_of_samples` rows, which must be set, are drawn and kept in the cache of
     `datasets`. Only as much of the source is read as that takes.
     """
-    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, or HF_DATASETS_CACHE:", is_folder=True)
     with _explain_load_errors(source):
         arguments = _load_arguments(source)
         if _reader_may_crash(Path(source.name)):
@@ -173,10 +172,23 @@ def split_rows(rows: Dataset, seed: int, count: int, name: str) -> DatasetDict:
 
 def refuse_overlaps(sources: list[DataSource]) -> None:
     """Raise `UserError` if a source is named twice. Its rows could be both trained on and held out, or count twice."""
-    names = [(source.name, source.subset or "default", _split_name(source)) for source in sources]
-    for source, name in zip(sources, names, strict=True):
-        if names.count(name) > 1:
-            raise UserError(f"data set {source} is named more than once")
+    read = [_what_is_read(source) for source in sources] if len(sources) > 1 else []
+    for (one, of_one), (other, of_other) in itertools.combinations(zip(sources, read, strict=False), 2):
+        if of_one & of_other:
+            again = "" if str(one) == str(other) else f": data set {other} has rows of it, too"
+            raise UserError(f"data set {one} is named more than once{again}")
+
+
+def _what_is_read(source: DataSource) -> set[Any]:
+    """Return the local files that hold a source's rows, and what names them."""
+    split = _split_name(source)
+    with _explain_load_errors(source):
+        names = {(os.path.realpath(source.name), source.subset or "default", split)}
+        return names | set(map(os.path.realpath, _data_files(source, split) if Path(source.name).exists() else ()))
+
+
+def _data_files(source: DataSource, split: str) -> list[str]:
+    return (load_dataset_builder(**_load_arguments(source)).config.data_files or {}).get(split, [])
 
 
 def _load_arguments(source: DataSource) -> dict[str, Any]:
@@ -212,6 +224,7 @@ def _read_cell(text: str) -> str | None:
 @contextmanager
 def _explain_load_errors(source: DataSource) -> Iterator[None]:
     """Turn what `datasets` raises for a source that it cannot load into a `UserError` of one line."""
+    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, or HF_DATASETS_CACHE:", is_folder=True)
     try:
         with quiet_lookup():
             yield
@@ -259,8 +272,7 @@ def _local_lines(source: DataSource, split: str, skip: bool = False) -> Iterator
 
     `skip` passes over such a file instead: what comes after it is then not in the order of the rows' numbers.
     """
-    data_files = load_dataset_builder(**_load_arguments(source)).config.data_files or {}
-    for file in map(Path, data_files.get(split, [])):
+    for file in map(Path, _data_files(source, split)):
         if file.is_file() and file.suffix in (".jsonl", ".json"):
             with file.open(encoding="utf-8", errors="replace") as lines:
                 rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())

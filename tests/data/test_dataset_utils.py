@@ -82,10 +82,17 @@ def test_columns_are_renamed(tmp_path):
 
 
 def test_sources_that_overlap_are_refused(tmp_path):
-    path = write(tmp_path / "d.jsonl", pairs(20))
-    for second in (DataSource(path), DataSource(path, ratio=0.5), DataSource(path, split="train[:50%]")):
+    path = write(tmp_path / "d" / "train.jsonl", pairs(20))
+    (tmp_path / "link").symlink_to("d")
+    for first, second in [
+        *((path, DataSource(path, **share)) for share in ({}, {"ratio": 0.5}, {"split": "train[:50%]"})),
+        *((f"{tmp_path}/d", f"{tmp_path}/{name}") for name in ("d/", "d/.", "d/../d", "link", "d/train.jsonl")),
+        (f"{tmp_path}/link/train.jsonl", f"{tmp_path}/d"),
+    ]:
         with pytest.raises(UserError, match="is named more than once"):
-            load_dpo_dataset([path, second], 1)
+            load_dpo_dataset([first, second], 1)
+    other = write(tmp_path / "d" / "validation.jsonl", pairs(20, "other"))  # no rows of the folder's train split
+    assert len(load_dpo_dataset([f"{tmp_path}/d", other], 1)["train"]) == 32
 
 
 def test_the_split_is_chosen(tmp_path):
