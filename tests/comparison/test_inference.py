@@ -150,7 +150,7 @@ def test_pairs_that_do_not_fit_one_model_are_left_out_for_all(call, tiny, tmp_pa
     words += ["--model", f"tuned={tmp_path / 'tuned'}"]
     status, out, err = call(inference.main, *words)
     assert (status, "preference accuracy" in out) == (2, False)
-    assert err == "error: --max-length 20 leaves none of the 4 pairs room, as tuned is prompted; raise it\n"
+    assert err == "error: --max-length 20: none of the 4 pairs fits, in the format of tuned; raise it\n"
 
     def tokenize(pairs, tokenizer, max_length, tokenize=comparison.tokenize_pairs):
         rows = tokenize(pairs, tokenizer, 60)

@@ -620,9 +620,21 @@ def test_mistakes_get_one_line(call, master, write, tmp_path, arguments, message
     assert err.startswith(f"error: {message.format(**names)}")
 
 
+NO_TEXT = b'{"searcher": {"metric": ["a"]}, "hyperparameters": {}}'
+
+
 def test_a_broken_folder_and_a_missing_master_get_one_line_too(call, write, master):
     folder = write(SFT, [0.5])
-    for damaged in (b"", b"\0" * 100, b'{"searcher": {"metr', b"\xff\xfe", b"[]", b'{"searcher": {}}', b"[" * 100_000):
+    for damaged in (
+        b"",
+        b"\0" * 100,
+        b'{"searcher": {"metr',
+        b"\xff\xfe",
+        b"[]",
+        b'{"searcher": {}}',
+        b"[" * 100_000,
+        NO_TEXT,
+    ):
         (folder / "experiment.json").write_bytes(damaged)
         status, _, err = call(report.main, folder)
         assert (status, err.count("\n")) == (2, 1)
@@ -652,7 +664,7 @@ def test_damaged_results_are_left_out_with_a_line(call, write):
         (folder / "trials.jsonl").write_bytes(damaged)
         status, out, err = call(report.main, folder)
         assert (status, err) == (0, "")
-        assert f"{folder}: 1 damaged lines of trials.jsonl are left out\n" in out
+        assert f"{folder}: 1 line of trials.jsonl damaged: left out\n" in out
         page = Page((folder / "report.html").read_text())
         assert "0 of 1 trial completed, 1 unfinished" in page.root.text
         assert uuid_of(1, 40) in page.html
