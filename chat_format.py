@@ -15,6 +15,7 @@ turn's content gets a space after its first character, so no content can end its
 
 from __future__ import annotations
 
+import itertools
 import re
 import resource
 import signal
@@ -35,8 +36,14 @@ if TYPE_CHECKING:  # slow to import, and a command needs only the constants to r
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 RESPONSE_TEMPLATE = f"{IM_START}assistant\n"  # every prompt ends with it
-# What a model's own template may take for a short conversation: CPU seconds, memory, characters of text.
+# What a model's own template may take for a few short conversations: CPU seconds, memory, characters of text.
 TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 2, 2**30, 10**6
+TRIED_ROLES = [
+    ["user"],
+    ["system", "user"],
+    ["user", "assistant", "user"],
+    ["system", *["user", "assistant"] * 3, "user"],
+]
 CHILD_SECONDS = 60  # for a child to try it out
 
 # Saved with the tokenizer, so that a server that does not know this project prompts the model in the same way.
@@ -133,26 +140,30 @@ def _render(tokenizer: Tokenizer, messages: list[Message], **kwargs: Any) -> str
 def check_template(tokenizer: Tokenizer) -> None:
     """Raise `UserError` if the tokenizer's chat template takes too much time or memory, or crashes Python.
 
-    A child process renders a short conversation: nothing in jinja2's sandbox limits what a template takes.
+    A child process renders short conversations: nothing in jinja2's sandbox limits what a template takes.
     """
 
     def render() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS + 1))
         memory = psutil.Process().memory_info().vms + TEMPLATE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        turns = [{"role": role, "content": "Tea?"} for role in ("user", "assistant", "user")]
-        try:
-            text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except MemoryError:
-            sys.exit(3)
-        sys.exit(2 if len(text) > TEMPLATE_CHARACTERS else 0)
+        for roles, content in itertools.product(TRIED_ROLES, ("Tea?", "Tea? " * 1000)):
+            turns = [{"role": role, "content": content} for role in roles]
+            try:
+                text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            except MemoryError:
+                sys.exit(3)
+            except Exception:  # is reported where it is used
+                continue
+            if len(text) > TEMPLATE_CHARACTERS:
+                sys.exit(2)
 
     if tokenizer.chat_template in (None, CHAT_ML_TEMPLATE):
         return
     ends = {2: f"writes more than {TEMPLATE_CHARACTERS:,} characters", 3: "runs out of memory"}
     ends[-signal.SIGXCPU] = f"takes more than {TEMPLATE_SECONDS} seconds"
     ends |= dict.fromkeys(CRASHES, "crashes Python")
-    if what := ends.get(run_in_child(render, CHILD_SECONDS)):  # what it raises is reported where it is used
+    if what := ends.get(run_in_child(render, CHILD_SECONDS)):
         raise UserError(f"the chat template of {tokenizer.name_or_path!r} {what} for a short conversation")
 
 

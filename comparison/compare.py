@@ -86,11 +86,12 @@ def load_model(
 class StoredResult(TypedDict):
     """A line of a file of results: the fields of an `Answer` or a `PairScore`, or that a pair does not fit."""
 
-    key: str  # a hash of everything the result depends on
+    key: str  # what it is of, and a hash of everything it depends on
     value: list[Any] | str
 
 
 DOES_NOT_FIT = "does not fit"
+FIELDS: dict[str, list[Any]] = {"answer": [str, int, bool], "pair": [float | int] * len(PairScore._fields)}
 
 
 class ResultStore(dict[str, Any]):
@@ -99,7 +100,7 @@ class ResultStore(dict[str, Any]):
     def __init__(self, path: Path | None) -> None:
         self.path = path
         for line in read_json_lines(path) if path else []:
-            if is_object(line, {"key": str}) and _is_result(line.get("value")):
+            if is_object(line, {"key": str}) and _is_result(line["key"], line.get("value")):
                 self[line["key"]] = None if line["value"] == DOES_NOT_FIT else line["value"]
 
     def add(self, key: str, value: Any) -> None:
@@ -110,11 +111,11 @@ class ResultStore(dict[str, Any]):
                 append_json_line(self.path, StoredResult(key=key, value=DOES_NOT_FIT if value is None else value))
 
 
-def _is_result(value: Any) -> bool:
+def _is_result(key: str, value: Any) -> bool:
+    kind = key.partition(" ")[0]
     if not isinstance(value, list):
-        return value == DOES_NOT_FIT
-    answer = bool(value) and isinstance(value[0], str)
-    types: list[Any] = [str, int, bool] if answer else [float | int] * len(PairScore._fields)
+        return kind == "pair" and value == DOES_NOT_FIT
+    types = FIELDS.get(kind, [])
     return len(value) == len(types) and all(map(isinstance, value, types))
 
 
@@ -152,9 +153,10 @@ class ComparedModel:
     def answer(self, questions: list[list[Message]]) -> list[Answer]:
         """Return the model's answer to each question."""
         options = self.options
-        keys = [self._key(options.model_dump(include=set(Sampling.model_fields)), question) for question in questions]
+        sampling = options.model_dump(include=set(Sampling.model_fields))
+        keys = [self._key("answer", sampling, question) for question in questions]
         if options.temperature > 0:  # a sampled answer depends on its batch, and its place there
-            keys = [self._key(key, place, self._batch_size, questions) for place, key in enumerate(keys)]
+            keys = [self._key("answer", key, place, self._batch_size, questions) for place, key in enumerate(keys)]
         if not self.store.keys() >= set(keys):
             model, tokenizer = self._loaded
             fitted = [shorten_prompt(model, tokenizer, question, options.max_new_tokens) for question in questions]
@@ -173,7 +175,7 @@ class ComparedModel:
     def score(self, pairs: Dataset) -> list[PairScore | None]:
         """Return the score of each of `load_dpo_dataset`'s pairs; None for a pair that does not fit."""
         max_length = self.options.max_length
-        keys = [self._key(max_length, row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
+        keys = [self._key("pair", max_length, row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
         if not self.store.keys() >= set(keys):
             model, tokenizer = self._loaded
             limit = min(max_length, context_length(model) or max_length)
@@ -204,8 +206,8 @@ class ComparedModel:
         batch_size = None if self.options.dtype == "float32" else self._batch_size
         return [model_identity(self.source), self.options.dtype, self.device.type, batch_size]
 
-    def _key(self, *parts: Any) -> str:  # of a result that depends on `parts`, the model and how it is run
-        return fingerprint(json.dumps([self._identity, parts]))
+    def _key(self, kind: str, *parts: Any) -> str:  # of a result that depends on `parts`, the model and how it is run
+        return f"{kind} {fingerprint(json.dumps([self._identity, parts]))}"
 
     def _run_batches(
         self, noun: str, keys: list[str], batches: list[list[int]], run: Callable[[list[int], Callable], list]

@@ -1,5 +1,6 @@
 """Load the questions that all models are asked, and the preference pairs that they score."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -10,6 +11,7 @@ from comparison.options import DEFAULT_DATASETS, ComparisonOptions
 from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource
 from config.validation import validate
 from dataset_utils import load_dpo_dataset, load_prompts
+from storage.files import refuse_special_files
 
 # The first four rows that the published inference.py asks (it takes ten, and begins with the second row).
 BLOG = DataSource("Intel/orca_dpo_pairs", split="train[1:5]")
@@ -52,4 +54,6 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
 
 
 def _source(given: str | dict[str, Any], key: str) -> DataSource:
-    return DataSource(given) if isinstance(given, str) else validate(DataSource, given, key)
+    source = DataSource(given) if isinstance(given, str) else validate(DataSource, given, key)
+    refuse_special_files(Path(source.name), f"{key} {source.name}")
+    return source

@@ -26,10 +26,11 @@ from errors import TemporaryError, UserError, nearest, reading, reason
 from signals import CRASHES, run_in_child
 from storage.files import check_output, refuse_special_files
 from storage.fingerprints import fingerprint
-from storage.hub import looks_like_path, quiet_lookup
+from storage.hub import check_hub_id, looks_like_path, quiet_lookup
 
 EVAL_SHARE = 0.2
 CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
+MOST_CSV_COLUMNS = 1000  # whose cells are read as text
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -71,7 +72,6 @@ def load_source(source: DataSource, stream_seed: int | None = None) -> LoadedSou
     With a `stream_seed`, `source.number_of_samples` rows, which must be set, are drawn and kept in the cache of
     `datasets`. Only as much of the source is read as that takes.
     """
-    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, or HF_DATASETS_CACHE:", is_folder=True)
     with _explain_load_errors(source):
         arguments = _load_arguments(source)
         if _reader_may_crash(Path(source.name)):
@@ -172,35 +172,59 @@ def split_rows(rows: Dataset, seed: int, count: int, name: str) -> DatasetDict:
 
 def refuse_overlaps(sources: list[DataSource]) -> None:
     """Raise `UserError` if a source is named twice. Its rows could be both trained on and held out, or count twice."""
-    names = [(source.name, source.subset or "default", _split_name(source)) for source in sources]
-    for source, name in zip(sources, names, strict=True):
-        if names.count(name) > 1:
-            raise UserError(f"data set {source} is named more than once")
+    read = [_what_is_read(source) for source in sources] if len(sources) > 1 else []
+    for (one, of_one), (other, of_other) in itertools.combinations(zip(sources, read, strict=False), 2):
+        if of_one & of_other:
+            again = "" if str(one) == str(other) else f": data set {other} has rows of it, too"
+            raise UserError(f"data set {one} is named more than once{again}")
+
+
+def _what_is_read(source: DataSource) -> set[Any]:
+    """Return the local files that hold a source's rows, and what names them."""
+    split = _split_name(source)
+    with _explain_load_errors(source):
+        names = {(os.path.realpath(source.name), source.subset or "default", split)}
+        return names | set(map(os.path.realpath, _data_files(source, split) if Path(source.name).exists() else ()))
+
+
+def _data_files(source: DataSource, split: str) -> list[str]:
+    return (load_dataset_builder(**_load_arguments(source)).config.data_files or {}).get(split, [])
 
 
 def _load_arguments(source: DataSource) -> dict[str, Any]:
     path, name = Path(source.name), f"data set {source.name}"
     refuse_special_files(path, name, "**/*")
-    if not path.exists() and (path.suffix in FILE_FORMATS or looks_like_path(source.name)):
-        raise UserError(f"{name}: no such file or folder")
+    if not path.exists():
+        if path.suffix in FILE_FORMATS or looks_like_path(source.name):
+            raise UserError(f"{name}: no such file or folder")
+        check_hub_id(source.name, name)
+    arguments: dict[str, Any] = {"path": source.name, "name": source.subset}
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise UserError(f"{name}: a file must end in one of {', '.join(FILE_FORMATS)}")
         if source.subset is not None:
             advice = "leave subset out to use all of its rows (for SFT, set dataset_subsets to [{ratio: 1.0}])"
             raise UserError(f"{name}: a single file has no subset {source.subset!r}; {advice}")
-        return {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
-    if path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
+        arguments = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
+    elif path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
         formats = {FILE_FORMATS[file.suffix]: file.name for file in path.iterdir() if file.suffix in FILE_FORMATS}
         if len(formats) > 1:
             several = f"it holds files of several formats ({', '.join(formats.values())})"
             raise UserError(f"{name}: {several}, but only one format would be read; make a folder for each")
-    return {"path": source.name, "name": source.subset}
+    if path.exists() and hasattr(load_dataset_builder(**arguments).config, "converters"):
+        # pandas would read the text of a CSV's cells as numbers, and None or NA as missing.
+        arguments |= {"converters": dict.fromkeys(range(MOST_CSV_COLUMNS), _read_cell), "keep_default_na": False}
+    return arguments
+
+
+def _read_cell(text: str) -> str | None:
+    return text or None
 
 
 @contextmanager
 def _explain_load_errors(source: DataSource) -> Iterator[None]:
     """Turn what `datasets` raises for a source that it cannot load into a `UserError` of one line."""
+    check_output(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, or HF_DATASETS_CACHE:", is_folder=True)
     try:
         with quiet_lookup():
             yield
@@ -248,8 +272,7 @@ def _local_lines(source: DataSource, split: str, skip: bool = False) -> Iterator
 
     `skip` passes over such a file instead: what comes after it is then not in the order of the rows' numbers.
     """
-    data_files = load_dataset_builder(**_load_arguments(source)).config.data_files or {}
-    for file in map(Path, data_files.get(split, [])):
+    for file in map(Path, _data_files(source, split)):
         if file.is_file() and file.suffix in (".jsonl", ".json"):
             with file.open(encoding="utf-8", errors="replace") as lines:
                 rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())

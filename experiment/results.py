@@ -191,7 +191,8 @@ def read_local_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no experiment: experiment.json is missing (local_experiment.py writes it)")
     with reading(path):
         config = json.loads(path.read_bytes())
-        if not is_object(config, {"hyperparameters": dict, "searcher": dict}):
+        whole = is_object(config, {"hyperparameters": dict, "searcher": dict})
+        if not (whole and is_object(config["searcher"], {"metric": str})):
             raise UserError(f"{path}: not an experiment's config")
     return config
 

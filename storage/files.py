@@ -29,7 +29,8 @@ def refuse_special_files(path: Path, what: str, pattern: str = "*") -> None:
     with os_errors_of(what):
         for found in (path, *(path.glob(pattern) if path.is_dir() else ())):
             if found.exists() and not (found.is_file() or found.is_dir()):
-                raise UserError(f"{what}: {found} is neither a file nor a folder")
+                which = "it" if found == path else found
+                raise UserError(f"{what}: {which} is neither a file nor a folder")
 
 
 def check_output(path: Path, key: str, *, is_folder: bool = False) -> None:
@@ -38,8 +39,10 @@ def check_output(path: Path, key: str, *, is_folder: bool = False) -> None:
     It leaves nothing behind.
     """
     with os_errors_of(f"{key} {path}"):
-        if path.exists() and path.is_dir() != is_folder:
-            raise UserError(f"{key} {path}: it is {'not ' if is_folder else ''}a folder")
+        for used in (path,) if is_folder else (path, Path(f"{path}.partial")):
+            if used.exists() and not (used.is_dir() if is_folder else used.is_file()):
+                wrong = "not a folder" if is_folder else "a folder" if used.is_dir() else "not a file"
+                raise UserError(f"{key} {used}: it is {wrong}")
         with suppress(FileNotFoundError):
             os.lstat(path if is_folder else f"{path}.unfinished.partial")  # the longest name that will be used there
         folder = path if is_folder else path.parent
@@ -95,15 +98,29 @@ def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_json(text: bytes) -> Any:
-    """Return the value of a JSON text; None if it is none, as after a kill or a power cut, which leaves NUL bytes."""
+    """Return the value of a JSON text; None if it is none, as after a kill or a power cut, which leaves NUL bytes.
+
+    Nor is one with a whole number that no float can hold, or half of a character, which no file can: nothing of this
+    project writes them.
+    """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        value = json.loads(text, parse_int=_whole_number)
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError, OverflowError):
         return None
+
+
+def _whole_number(digits: str) -> int:
+    number = int(digits)
+    float(number)  # may raise OverflowError
+    return number
 
 
 def read_json_lines(path: Path) -> list[Any]:
     """Return the value of each line of a JSON Lines file, None for a line that is not JSON; [] if there is no file."""
+    refuse_special_files(path, str(path))
     with os_errors_of(path), suppress(FileNotFoundError, NotADirectoryError):
         return [read_json(line) for line in path.read_bytes().splitlines()]
     return []

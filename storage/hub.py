@@ -4,10 +4,23 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from errors import UserError
+
 
 def looks_like_path(name: str) -> bool:
     """Return whether `name` can only be a local path: a hub id is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_hub_id(source: str, what: str) -> None:
+    """Raise `UserError` about `what` if `source`, which is no local path, cannot be a hub id either."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise UserError(f"{what}: no such file or folder, and a hub id is name or owner/name") from error
 
 
 @contextmanager

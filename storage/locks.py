@@ -52,7 +52,7 @@ def only_writer(folder: Path, patience: float = 0) -> Iterator[None]:
     The lock's file is elsewhere, so that a run that finds a mistake leaves nothing in `folder`, nor the folder itself.
     Raises `UserError` if another process still writes there after `patience` seconds.
     """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()
     lock = open_lock(Path(tempfile.gettempdir()) / f"determined-locks-{os.getuid()}" / name)
     try:
         acquired = lock.acquire(timeout=patience)

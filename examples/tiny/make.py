@@ -17,7 +17,6 @@ used once, so held-out rows ask about known tasks in new words. The chosen answe
 helpful one.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -40,6 +39,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from errors import CommandLine, exit_on_user_error, os_errors_of
+from storage.files import check_output
 
 HOW_TO = Path(__file__).parent / "how_to.yaml"
 SEED = 7
@@ -204,13 +207,18 @@ def pre_train(
 
 def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
     """Write the example to `folder`, unless the folder is already complete."""
-    if (folder / "base" / "config.json").exists():
-        print(f"{folder} already exists")
-        return
+    with os_errors_of(f"FOLDER {folder}"):
+        if (folder / "base" / "config.json").exists():
+            print(f"{folder} already exists")
+            return
     by_subset = yaml.safe_load(HOW_TO.read_text(encoding="utf-8"))
     tasks = [{**entry, "subset": subset} for subset, entries in by_subset.items() for entry in entries]
     rng = random.Random(SEED)
     texts, files = write_texts(tasks, rng), write_datasets(tasks, rng)
+    for name in ("instructions/README.md", *(f"{name}.jsonl" for name in files)):
+        check_output(folder / name, "FOLDER")
+    for name in ("base", "base.partial"):
+        check_output(folder / name, "FOLDER", is_folder=True)
     for name, rows in files.items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,10 +247,11 @@ def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
     )
 
 
+@exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("local_runs/tiny"), help="default: %(default)s")
-    make(parser.parse_args().folder)
+    parser = CommandLine(__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", default="local_runs/tiny", help="default: %(default)s")
+    make(Path(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Command lines with a mistake."""
 
+import os
 from typing import Any
 
 from config_cases import _id, unique
@@ -179,6 +180,9 @@ COMPARING: list[tuple[tuple[str, ...], str]] = [  # of inference.py, after --mod
     (("--prompts", "folder.txt"), "folder.txt"),
     (("--prompts", "bad.jsonl"), "bad.jsonl"),
     (("--prompts", "questionless.jsonl"), "questionless.jsonl"),
+    (("--prompts", "pipe.txt"), "pipe.txt"),
+    (("--prompts", "endless.txt"), "endless.txt"),
+    (("--output_file", "stuck.html"), "stuck.html.partial"),
     (("--prompts", "{name: x"), "--prompts"),
     (("--prompts", "{nme: x}"), "nme"),
     (("--prompts", "{}"), "--prompts"),
@@ -235,7 +239,17 @@ MEASURED: list[tuple[tuple[str, ...], str]] = [  # of benchmarks/throughput.py
     (("--stesp", "3"), "--stesp"),
     (("extra",), "extra"),
 ]  # fmt: skip
+MADE: list[tuple[tuple[str, ...], str]] = [  # of examples/tiny/make.py
+    *(((name,), "FOLDER") for name in ("", "file", "file/below", "/dev/null", "/proc/nowhere", LONG, "loop", "tiny")),
+    (("--fodler", "x"), "--fodler"),
+    (("x", "extra"), "extra"),
+]
 FILES: dict[str, Any] = {
+    "loop": lambda path: path.symlink_to("loop"),
+    "tiny/instructions": "x",
+    "pipe.txt": os.mkfifo,
+    "endless.txt": lambda path: path.symlink_to("/dev/zero"),
+    "stuck.html.partial": None,
     "file": "x",
     "folder.html": None,
     "folder.txt": None,
@@ -273,5 +287,6 @@ CASES = unique(
             for case in COMPARING
         ),
         *(_case("benchmarks.throughput", *case) for case in MEASURED),
+        *(_case("examples.tiny.make", *case) for case in MADE),
     ]
 )

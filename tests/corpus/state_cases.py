@@ -5,6 +5,7 @@ an untouched one ("ends", saying so), or a line says what is wrong; "either" all
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,21 @@ def a_folder(path: Path) -> None:
 def a_file(path: Path) -> None:
     gone(path)
     path.write_text("x")
+
+
+def a_pipe(path: Path) -> None:
+    gone(path)
+    os.mkfifo(path)
+
+
+def an_endless_file(path: Path) -> None:
+    gone(path)
+    path.symlink_to("/dev/zero")
+
+
+def a_link_to_itself(path: Path) -> None:
+    gone(path)
+    path.symlink_to(path.name)
 
 
 def a_link_to_nowhere(path: Path) -> None:
@@ -104,6 +120,15 @@ def with_keys(number: int, **changes: Any) -> Damage:
     return damage
 
 
+def swapped(path: Path) -> None:
+    """The values of the first line and the last, which are a pair's and an answer's."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["value"], rows[-1]["value"] = rows[-1]["value"], rows[0]["value"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SPECIAL = (a_pipe, an_endless_file, a_link_to_itself)
+HUGE = 10**400  # no float can hold it
 DAMAGED = (empty, zeroed, cut_short, half_zeroed, a_bit_flipped, gone)
 # Of the latest checkpoint, at step 4: what is damaged, and how. The trial has another one, at step 2.
 CHECKPOINT: list[tuple[str, tuple[Damage, ...]]] = [
@@ -159,20 +184,21 @@ RUNNER: list[tuple[str, tuple[Damage, ...]]] = [
     ("experiment.json", (empty, zeroed, cut_short, gone, a_folder, *map(holds, ("[]", "null", "3", "{}", '{"name": 3}', "<html>")))),
     ("command.json", (empty, zeroed, cut_short, gone, a_folder, *map(holds, ("[]", "null", "{}", '{"config_file": 3}')))),
     ("trials.jsonl", (
-        *(empty, zeroed, cut_short, half_zeroed, gone, a_folder),
+        *(empty, zeroed, cut_short, half_zeroed, gone, a_folder, *SPECIAL),
         *map(holds, ("[1]\n", "null\n", "3\n", "{}\n", '{"trial_id": 1}\n', '"x"\n')),
         *(and_then(tail) for tail in (b"\0" * 99, '{"trial_id": 2, "sta', "[]\n")),
         with_keys(0, trial_id="x"), with_keys(0, trial_id=99), with_keys(0, trial_id=None), with_keys(0, trial_id=[1]),
         with_keys(0, state=3), with_keys(0, state=...), with_keys(0, hparams=...), with_keys(0, hparams=3),
         with_keys(0, metrics=None), with_keys(0, best_metrics=None), with_keys(0, best_metrics={"eval_loss": "x"}),
         with_keys(0, best_metrics=...), with_keys(0, checkpoint_uuid=...), with_keys(0, checkpoint_uuid="../../x"),
-        with_keys(0, steps_completed="x"),
+        with_keys(0, steps_completed="x"), with_keys(0, steps_completed=HUGE), with_keys(0, best_metrics={"eval_loss": HUGE}),
+        with_keys(0, state="ERROR", error="\ud800"), with_keys(0, metrics={"\ud800": 1}),
     )),
     ("best_checkpoint", (empty, zeroed, gone, a_folder, holds("../../x"))),
     ("report.html", (a_folder, gone)),
     ("trials", (gone, a_file)),
     ("trials/1", (gone, a_file)),
-    ("trials/1/events.jsonl", (empty, zeroed, gone, a_folder, and_then("[1]\n"), and_then('{"kind": 3}\n'), and_then('{"kind": "validation"}\n'), and_then('{"kind": "validation", "steps_completed": "x", "metrics": 3}\n'))),
+    ("trials/1/events.jsonl", (empty, zeroed, gone, a_folder, *SPECIAL, and_then("[1]\n"), and_then('{"kind": 3}\n'), and_then('{"kind": "validation"}\n'), and_then('{"kind": "validation", "steps_completed": "x", "metrics": 3}\n'))),
     ("trials/1/config.yaml", (empty, gone, a_folder)),
     ("trials/1/reports.jsonl", (holds("\0" * 9),)),
     ("trials/abc/events.jsonl", (holds('{"kind": "hparams", "hparams": {}}\n'),)),
@@ -184,9 +210,9 @@ RUNNER: list[tuple[str, tuple[Damage, ...]]] = [
 ]  # fmt: skip
 # Of an unfinished comparison.
 UNFINISHED: tuple[Damage, ...] = (
-    *(empty, zeroed, cut_short, half_zeroed, gone, a_folder),
+    *(empty, zeroed, cut_short, half_zeroed, gone, a_folder, *SPECIAL, swapped),
     *(and_then(tail) for tail in ('{"key": "x", "val', b"\0" * 99, "[1]\n", '{"key": [1], "value": 3}\n', '{"key": {}, "value": 3}\n', '{"key": null, "value": null}\n')),
-    *(with_keys(number, value=value) for number in (0, -1) for value in (None, 3, [], ["x"], "abc", {"a": 1}, [1, 2, 3, 4, 5, 6, 7, 8, 9], ["x", "y", "z"])),
+    *(with_keys(number, value=value) for number in (0, -1) for value in (None, 3, [], ["x"], "abc", {"a": 1}, [1, 2, 3, 4, 5, 6, 7, 8, 9], ["x", "y", "z"], [HUGE] * 7, ["x", HUGE, True], ["\ud800", 1, True])),
 )  # fmt: skip
 STORE = "{work}/../store"
 # Checkpoints for DPO to start from: of the store, what is damaged, and what the line says.
@@ -293,6 +319,7 @@ CASES = [
     *(_trial(where, how) for where, hows in TRIAL for how in hows),
     *(_cache(where, how) for where, hows in CACHE for how in hows),
     *(_runner(where, how) for where, hows in RUNNER for how in hows),
+    *(_report("experiment.json", holds(f'{{"searcher": {{"metric": {metric}}}, "hyperparameters": {{}}}}')) for metric in (5, '["a"]', "null")),
     *(_report(where, how) for where, hows in RUNNER for how in hows if not where.startswith(("cache", "trials/2"))),
     *(_unfinished(how) for how in UNFINISHED),
     # What a look at small files shows is found by the runner, the rest by the trial.

@@ -82,10 +82,17 @@ def test_columns_are_renamed(tmp_path):
 
 
 def test_sources_that_overlap_are_refused(tmp_path):
-    path = write(tmp_path / "d.jsonl", pairs(20))
-    for second in (DataSource(path), DataSource(path, ratio=0.5), DataSource(path, split="train[:50%]")):
+    path = write(tmp_path / "d" / "train.jsonl", pairs(20))
+    (tmp_path / "link").symlink_to("d")
+    for first, second in [
+        *((path, DataSource(path, **share)) for share in ({}, {"ratio": 0.5}, {"split": "train[:50%]"})),
+        *((f"{tmp_path}/d", f"{tmp_path}/{name}") for name in ("d/", "d/.", "d/../d", "link", "d/train.jsonl")),
+        (f"{tmp_path}/link/train.jsonl", f"{tmp_path}/d"),
+    ]:
         with pytest.raises(UserError, match="is named more than once"):
-            load_dpo_dataset([path, second], 1)
+            load_dpo_dataset([first, second], 1)
+    other = write(tmp_path / "d" / "validation.jsonl", pairs(20, "other"))  # no rows of the folder's train split
+    assert len(load_dpo_dataset([f"{tmp_path}/d", other], 1)["train"]) == 32
 
 
 def test_the_split_is_chosen(tmp_path):
@@ -157,15 +164,26 @@ def test_folders_and_files_of_every_format(tmp_path):
     for number in (1, 2):
         (tmp_path / "several").mkdir(exist_ok=True)
         Dataset.from_list(rows[number - 1 :: 2]).to_parquet(tmp_path / "several" / f"{number}.parquet")
-    (tmp_path / "words.csv").write_text("prompt,chosen,rejected\n" + "".join(f"q{n},good,bad\n" for n in range(10)))
     lengths = set()
-    for name in ("folder", "folder/train.jsonl", "array.json", "words.csv", "several"):
+    for name in ("folder", "folder/train.jsonl", "array.json", "table.csv", "several"):
         lengths.add(len(load_dpo_dataset([str(tmp_path / name)], seed=1)["train"]))
     assert lengths == {8}
-    with pytest.raises(UserError, match="column 'prompt' is 0, not text"):  # a CSV's numbers are numbers
-        load_dpo_dataset([str(tmp_path / "table.csv")], seed=1)
     with pytest.raises(UserError, match=r"files of several formats .* but only one format would be read"):
         load_dpo_dataset([str(tmp_path)], seed=1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("where", ["d.csv", "folder/d.csv"])
+def test_the_cells_of_a_csv_are_text(tmp_path, where, streaming):
+    source = DataSource(str(tmp_path / where.split("/")[0]), number_of_samples=5)
+    rows = "1,None,\n2,NA,\n3,null,\n4,007,\n5,1e5,\n"
+    write(tmp_path / where, [f"prompt,text,system\n{rows}"])
+    dataset = dataset_utils.load_sft_dataset([source], 1, streaming)
+    said = {tuple(turn["content"] for turn in row["messages"]) for part in dataset.values() for row in part}
+    assert said == {("1", "None"), ("2", "NA"), ("3", "null"), ("4", "007"), ("5", "1e5")}
+    write(tmp_path / where, ["prompt,text\n" + "1,2\n" * 4 + "1,"])
+    with pytest.raises(UserError, match="column 'text' is null or missing"):
+        dataset_utils.load_sft_dataset([source], 1, streaming)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +224,7 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
         (str(tmp_path / "no.jsonl"), WHOLE, "no.jsonl: no such file or folder"),
         (str(tiny / "base" / "config.toml"), WHOLE, "no such file or folder"),
         ("nobody/nothing", WHOLE, "the hub does not provide it"),
+        ("a b/c d", WHOLE, "a hub id is name or owner/name"),
         (str(tmp_path), WHOLE, "doesn't contain any data files"),
         (str(tiny / "questions"), WHOLE, "match no format of SFT data"),
     ]:
@@ -234,8 +253,8 @@ DEEP = '{"prompt": ' + "[" * 50000 + "]" * 50000 + ', "chosen": "c", "rejected":
         ("d.csv", 'prompt,chosen,rejected\n"a,b,c\n', "EOF inside string"),
         ("d.csv", b"\xff\xfe\x00", "can't decode byte 0xff"),
         ("d.parquet", b"PAR1", "d.parquet: "),
-        ("d.jsonl", None, "d.jsonl is neither a file nor a folder"),
-        ("folder/d.jsonl", None, "d.jsonl is neither a file nor a folder"),
+        ("d.jsonl", None, "neither a file nor a folder"),
+        ("folder/d.jsonl", None, "neither a file nor a folder"),
         ("folder/README.md", "---\nconfigs: [\n---\n", "folder: while parsing a flow node"),
         ("folder/folder.py", "raise SystemExit\n", "Dataset scripts are no longer supported"),
         ("folder/d.h5", "", "folder: "),
@@ -293,7 +312,7 @@ def test_values_that_cannot_be_read_name_their_row_and_column(tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
-    with pytest.raises(UserError, match=f"^HF_HOME {tmp_path}/file/datasets: Not a directory$"):
+    with pytest.raises(UserError, match=f"^HF_HOME, or HF_DATASETS_CACHE: {tmp_path}/file/datasets: Not a directory$"):
         load_dpo_dataset([write(tmp_path / "d.jsonl", pairs(5))], seed=1)
 
 

@@ -620,9 +620,21 @@ def test_mistakes_get_one_line(call, master, write, tmp_path, arguments, message
     assert err.startswith(f"error: {message.format(**names)}")
 
 
+NO_TEXT = b'{"searcher": {"metric": ["a"]}, "hyperparameters": {}}'
+
+
 def test_a_broken_folder_and_a_missing_master_get_one_line_too(call, write, master):
     folder = write(SFT, [0.5])
-    for damaged in (b"", b"\0" * 100, b'{"searcher": {"metr', b"\xff\xfe", b"[]", b'{"searcher": {}}', b"[" * 100_000):
+    for damaged in (
+        b"",
+        b"\0" * 100,
+        b'{"searcher": {"metr',
+        b"\xff\xfe",
+        b"[]",
+        b'{"searcher": {}}',
+        b"[" * 100_000,
+        NO_TEXT,
+    ):
         (folder / "experiment.json").write_bytes(damaged)
         status, _, err = call(report.main, folder)
         assert (status, err.count("\n")) == (2, 1)

@@ -58,9 +58,16 @@ def test_what_is_made_once_is_made_again_if_it_was_damaged(tmp_path):
 def test_lines_that_are_damaged_are_none(tmp_path):
     file = tmp_path / "lines"
     append_json_line(file, {"a": 1})
-    file.write_bytes(file.read_bytes() + b"\0\0\0\n\xff\n" + b"[" * 10**5 + b'\n{"a": ')
+    huge = b"9" * 400  # no float can hold it
+    file.write_bytes(file.read_bytes() + b"\0\0\0\n\xff\n" + b"[" * 10**5 + b'\n"\\ud800"\n%b\n{"a": ' % huge)
     append_json_line(file, {"a": 2})
-    assert read_json_lines(file) == [{"a": 1}, None, None, None, None, {"a": 2}]
+    assert read_json_lines(file) == [{"a": 1}, *[None] * 6, {"a": 2}]
     with pytest.raises(UserError, match="Is a directory"):
         read_json_lines(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, said in (("pipe", "neither a file"), ("endless", "neither a file"), ("loop", "Too many levels of")):
+        with pytest.raises(UserError, match=said):
+            read_json_lines(tmp_path / name)
     assert read_json_lines(tmp_path / "none") == read_json_lines(file / "none") == []

@@ -40,8 +40,10 @@ def test_an_output_is_tried_out_and_nothing_is_left(tmp_path):
     check_output(tmp_path / "new" / "folder", "--output", is_folder=True)
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
     for path, is_folder, said in [
         (tmp_path, False, "it is a folder"),
+        (tmp_path / "pipe", False, "it is not a file"),  # nor a device: its place would be taken
         (tmp_path / "file", True, "it is not a folder"),
         (tmp_path / "file" / "page.html", False, "Not a directory"),
         (tmp_path / "loop" / "page.html", False, "Too many levels of symbolic links"),
@@ -52,7 +54,10 @@ def test_an_output_is_tried_out_and_nothing_is_left(tmp_path):
         with pytest.raises(UserError) as error:
             check_output(path, "--output", is_folder=is_folder)
         assert str(error.value) == f"--output {path}: {said}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "pipe"]
+    (tmp_path / "page.html.partial").mkdir()
+    with pytest.raises(UserError, match=r"page.html.partial: it is a folder"):
+        check_output(tmp_path / "page.html", "--output")
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_CHECKPOINT_STORAGE", "HF_HOME"])
