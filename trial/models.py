@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from errors import TemporaryError, UserError, about, one_line, reading
 from storage.files import refuse_special_files
-from storage.hub import looks_like_path, quiet_lookup
+from storage.hub import check_hub_id, looks_like_path, quiet_lookup
 from storage.manifests import check_files
 from trial.events import read_events
 
@@ -33,6 +33,8 @@ def check_source(source: str, key: str, subfolder: str = "") -> None:
         raise UserError(f"{what}: a folder without a config.json is no model{_meant(path)}")
     if not path.is_dir() and (looks_like_path(source) or Path(source).exists()):
         raise UserError(f"{what}: {'not a' if path.exists() else 'no such'} folder")
+    if not path.is_dir():
+        check_hub_id(source, what)
 
 
 def check_weight_files(folder: Path, what: str) -> None:
