@@ -3,6 +3,7 @@
 A mistake in the data is a `UserError` that names the file and the line, or the data set and the row.
 """
 
+import glob
 import itertools
 import json
 import multiprocessing
@@ -198,6 +199,8 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         if path.suffix in FILE_FORMATS or looks_like_path(source.name):
             raise UserError(f"{name}: no such file or folder")
         check_hub_id(source.name, name)
+    if path.exists() and ("::" in source.name or (path.is_dir() and glob.escape(source.name) != source.name)):
+        raise UserError(f"{name}: rename it, as datasets reads :: as a link, and *, ? or [ of a folder as a pattern")
     arguments: dict[str, Any] = {"path": source.name, "name": source.subset}
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
@@ -205,7 +208,7 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         if source.subset is not None:
             advice = "leave subset out to use all of its rows (for SFT, set dataset_subsets to [{ratio: 1.0}])"
             raise UserError(f"{name}: a single file has no subset {source.subset!r}; {advice}")
-        arguments = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
+        arguments = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(source.name)}}
     elif path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
         formats = {FILE_FORMATS[file.suffix]: file.name for file in path.iterdir() if file.suffix in FILE_FORMATS}
         if len(formats) > 1:
