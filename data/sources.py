@@ -31,6 +31,7 @@ from storage.hub import check_hub_id, looks_like_path, quiet_lookup
 
 EVAL_SHARE = 0.2
 CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
+MOST_OTHER_FILES = 10_000  # in a folder of data; of its own formats it may have any number
 MOST_CSV_COLUMNS = 1000  # whose cells are read as text
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -194,6 +195,7 @@ def _data_files(source: DataSource, split: str) -> list[str]:
 
 def _load_arguments(source: DataSource) -> dict[str, Any]:
     path, name = Path(source.name), f"data set {source.name}"
+    _refuse_other_folders(path, name)
     refuse_special_files(path, name, "**/*")
     if not path.exists():
         if path.suffix in FILE_FORMATS or looks_like_path(source.name):
@@ -218,6 +220,16 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         # pandas would read the text of a CSV's cells as numbers, and None or NA as missing.
         arguments |= {"converters": dict.fromkeys(range(MOST_CSV_COLUMNS), _read_cell), "keep_default_na": False}
     return arguments
+
+
+def _refuse_other_folders(path: Path, name: str) -> None:
+    """Raise `UserError` for a folder such as / or a home, which would be searched for minutes."""
+    others = 0
+    for _, folders, files in os.walk(path):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]  # as datasets does
+        others += sum(FILE_FORMATS.keys().isdisjoint(Path(file).suffixes) for file in files)
+        if others > MOST_OTHER_FILES:
+            raise UserError(f"{name}: it has more than {MOST_OTHER_FILES:,} files of other formats; is it a data set?")
 
 
 def _read_cell(text: str) -> str | None:
