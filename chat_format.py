@@ -199,10 +199,12 @@ def set_chat_format(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens
     """Set the tokenizer's template to ChatML and the model's stop tokens to EOS and, if it is one token, `<|im_end|>`.
 
     `special_tokens`, if given, first get ids and embeddings. Raises `UserError` if the tokenizer has no EOS token,
-    without which a model cannot learn to stop.
+    without which a model cannot learn to stop, or makes no token of the markers.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so answers would never end")
+    if not _tokenize(tokenizer, RESPONSE_TEMPLATE):
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} makes no token of a text")
     if special_tokens:
         add_chat_tokens(model, tokenizer, special_tokens)
     tokenizer.chat_template = CHAT_ML_TEMPLATE

@@ -63,8 +63,10 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             if status == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # most mistakes occur on every rank; rank 0 prints first, its launcher ends the others
-            # A master gives its containers the experiment's config.
-            if os.environ.get("DET_DEBUG") or json.loads(os.environ.get("DET_EXPERIMENT_CONFIG", "{}")).get("debug"):
+            debug: Any = os.environ.get("DET_DEBUG")
+            with suppress(ValueError, AttributeError):  # a master gives its containers the experiment's config
+                debug = debug or json.loads(os.environ.get("DET_EXPERIMENT_CONFIG", "{}")).get("debug")
+            if debug:
                 traceback.print_exc()
             say_at_end(line)
             raise SystemExit(status) from None

@@ -51,7 +51,9 @@ def main() -> None:
     from config.experiment import read_experiment_config
 
     config = read_experiment_config(args.experiment, args.config)
-    config["hyperparameters"].setdefault("training_args", {}).update(max_steps=1, logging_steps=1)
+    given = config["hyperparameters"].get("training_args") or {}
+    if isinstance(given, dict):  # else the script says what is wrong
+        config["hyperparameters"]["training_args"] = {**given, "max_steps": 1, "logging_steps": 1}
     rounds = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field
 
 from config.validation import KeyPath, dotted, validate
-from errors import CommandLine, UserError, nearest, one_line
+from config.yaml_files import check_values
+from errors import CommandLine, UserError, nearest, reason
 from storage.files import check_output
 
 DEFAULT_DATASETS = ("argilla/dpo-mix-7k", "jondurbin/truthy-dpo-v0.1")  # dpo.yaml's: their held-out rows are asked
@@ -43,9 +44,11 @@ def _read_source(value: Any) -> Any:
     if value in ("", "{}", {}):
         raise UserError("is empty")
     try:  # a command line has the text of a YAML mapping: {name: x, split: y}
-        return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
-    except yaml.YAMLError as error:
-        raise UserError(f"{value!r}: {one_line(error)}") from error
+        if isinstance(value, str) and value.startswith("{"):
+            check_values(value := yaml.safe_load(value))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{value[:80]!r}: {reason(error)}") from error
+    return value
 
 
 def _read_models(value: Any) -> dict[str, Any]:

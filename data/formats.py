@@ -14,7 +14,7 @@ SFT_SHAPES = (
     ("messages",), ("conversations",), ("prompt", "completion"), ("prompt", "text"), ("instruction", "output"),
 )  # fmt: skip
 SFT_COLUMNS = ("system", "messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output")
-PROMPT_COLUMNS = ("prompt", "question", "conversations")  # of a preference pair: the first that exists is read
+PROMPT_COLUMNS = ("prompt", "question", "conversations")  # of a preference pair: the first that is not null is read
 PREFERENCE_COLUMNS = ("system", *PROMPT_COLUMNS, "chosen", "rejected")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -87,7 +87,8 @@ def preference_row(row: Row) -> dict[str, Any]:
     if prompt != rejected_prompt:
         raise UserError("the prompts of chosen and rejected differ")
     if not prompt:
-        column = next((column for column in PROMPT_COLUMNS if column in row), PROMPT_COLUMNS[0])
+        present = [column for column in PROMPT_COLUMNS if column in row]
+        column = next((column for column in present if row.get(column) is not None), [*present, PROMPT_COLUMNS[0]][0])
         prompt = _text_or_turns(row, column, "user")
     prompt = _add_system_turn(row, prompt)
     _check_prompt(prompt)

@@ -3,6 +3,7 @@
 A mistake in the data is a `UserError` that names the file and the line, or the data set and the row.
 """
 
+import glob
 import itertools
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from storage.hub import check_hub_id, looks_like_path, quiet_lookup
 
 EVAL_SHARE = 0.2
 CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
+MOST_OTHER_FILES = 10_000  # in a folder of data; of its own formats it may have any number
 MOST_CSV_COLUMNS = 1000  # whose cells are read as text
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -193,11 +195,14 @@ def _data_files(source: DataSource, split: str) -> list[str]:
 
 def _load_arguments(source: DataSource) -> dict[str, Any]:
     path, name = Path(source.name), f"data set {source.name}"
+    _refuse_other_folders(path, name)
     refuse_special_files(path, name, "**/*")
     if not path.exists():
         if path.suffix in FILE_FORMATS or looks_like_path(source.name):
             raise UserError(f"{name}: no such file or folder")
         check_hub_id(source.name, name)
+    if path.exists() and ("::" in source.name or (path.is_dir() and glob.escape(source.name) != source.name)):
+        raise UserError(f"{name}: rename it, as datasets reads :: as a link, and *, ? or [ of a folder as a pattern")
     arguments: dict[str, Any] = {"path": source.name, "name": source.subset}
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
@@ -205,7 +210,7 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         if source.subset is not None:
             advice = "leave subset out to use all of its rows (for SFT, set dataset_subsets to [{ratio: 1.0}])"
             raise UserError(f"{name}: a single file has no subset {source.subset!r}; {advice}")
-        arguments = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": source.name}}
+        arguments = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(source.name)}}
     elif path.is_dir() and not (path / "README.md").exists():  # a README may say which files belong to a subset
         formats = {FILE_FORMATS[file.suffix]: file.name for file in path.iterdir() if file.suffix in FILE_FORMATS}
         if len(formats) > 1:
@@ -215,6 +220,16 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         # pandas would read the text of a CSV's cells as numbers, and None or NA as missing.
         arguments |= {"converters": dict.fromkeys(range(MOST_CSV_COLUMNS), _read_cell), "keep_default_na": False}
     return arguments
+
+
+def _refuse_other_folders(path: Path, name: str) -> None:
+    """Raise `UserError` for a folder such as / or a home, which would be searched for minutes."""
+    others = 0
+    for _, folders, files in os.walk(path):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]  # as datasets does
+        others += sum(FILE_FORMATS.keys().isdisjoint(Path(file).suffixes) for file in files)
+        if others > MOST_OTHER_FILES:
+            raise UserError(f"{name}: it has more than {MOST_OTHER_FILES:,} files of other formats; is it a data set?")
 
 
 def _read_cell(text: str) -> str | None:

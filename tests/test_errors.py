@@ -121,8 +121,9 @@ def test_where_a_mistake_comes_from_is_shown_if_wanted(command, capsys, monkeypa
     command.parse_args(["a.yaml", "--debug"])
     assert is_shown()
     monkeypatch.setenv("DET_DEBUG", "")
-    monkeypatch.setenv("DET_EXPERIMENT_CONFIG", '{"debug": true}')
-    assert is_shown()
+    for config, shown in (("junk", False), ("[1]", False), ('{"debug": true}', True)):
+        monkeypatch.setenv("DET_EXPERIMENT_CONFIG", config)
+        assert is_shown() == shown
 
 
 def test_a_line_is_not_longer_than_a_reader_likes(capsys):

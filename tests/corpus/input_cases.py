@@ -281,6 +281,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
 # Found by reading the weights, which only the trial does.
 TORN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vocabulary of 0": (edit("config.json", vocab_size=0), "model"),
+    "tokens of nothing": (edit("tokenizer.json", post_processor={"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}), "tokenizer"),
     "no layers": (edit("config.json", num_hidden_layers=-1), "model"),
     "heads that do not divide": (edit("config.json", num_key_value_heads=3), "model"),
     "hidden size of 0": (edit("config.json", hidden_size=0), "model"),

@@ -172,6 +172,28 @@ def test_folders_and_files_of_every_format(tmp_path):
         load_dpo_dataset([str(tmp_path)], seed=1)
 
 
+def test_a_folder_that_is_no_data_set_is_not_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources.MOST_OTHER_FILES", 3)
+    for number in range(5):
+        write(tmp_path / f"{number}.jsonl", pairs(1))
+        write(tmp_path / ".git" / f"{number}", [])
+    for number in range(4):
+        assert len(load_dpo_dataset([str(tmp_path)], 1)["train"]) == 4
+        write(tmp_path / "below" / f"{number}.log", [])
+    with pytest.raises(UserError, match="more than 3 files of other formats; is it a data set"):
+        load_dpo_dataset([str(tmp_path)], 1)
+
+
+def test_names_that_look_like_a_pattern(tmp_path):
+    for name in ("a[1].jsonl", "a*.jsonl", "a?.jsonl"):
+        write(tmp_path / name, pairs(5, name))
+    assert len(load_dpo_dataset([str(path) for path in sorted(tmp_path.iterdir())], 1)["train"]) == 12
+    for name in ("d[1]", "d::1", "a::1.jsonl"):
+        write(tmp_path / name / "train.jsonl" if name[0] == "d" else tmp_path / name, pairs(5))
+        with pytest.raises(UserError, match="rename it"):
+            load_dpo_dataset([str(tmp_path / name)], 1)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("where", ["d.csv", "folder/d.csv"])
 def test_the_cells_of_a_csv_are_text(tmp_path, where, streaming):

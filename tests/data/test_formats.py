@@ -14,6 +14,7 @@ from errors import UserError
         ({"system": "s", "prompt": "q", "chosen": "c", "rejected": "r"}, [SYSTEM, USER]),
         ({"system": "", "prompt": "q", "chosen": "c", "rejected": "r"}, [USER]),
         ({"prompt": "q", "chosen": "c", "rejected": "r"}, [USER]),
+        ({"prompt": None, "question": "q", "chosen": "c", "rejected": "r"}, [USER]),
         ({"prompt": [SYSTEM, USER], "chosen": "c", "rejected": "r"}, [SYSTEM, USER]),
         ({"chosen": [USER, says("c")], "rejected": [USER, says("r")]}, [USER]),
         ({"prompt": "q", "chosen": [USER, says("c")], "rejected": [USER, says("r")]}, [USER]),
