@@ -101,9 +101,11 @@ class ResultStore(dict[str, Any]):
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        for line in read_json_lines(path) if path else []:
-            if is_object(line, {"key": str}) and _is_result(line["key"], line.get("value")):
-                self[line["key"]] = None if line["value"] == DOES_NOT_FIT else line["value"]
+        lines = read_json_lines(path) if path else []
+        whole = [line for line in lines if is_object(line, {"key": str}) and _is_result(line["key"], line.get("value"))]
+        self.update({line["key"]: None if line["value"] == DOES_NOT_FIT else line["value"] for line in whole})
+        if damaged := len(lines) - len(whole):
+            print(f"{path}: {plural(damaged, 'line')} damaged: what they held is computed again", flush=True)
 
     def add(self, key: str, value: Any) -> None:
         """Add a result. Raises `UserError` if it cannot be written."""

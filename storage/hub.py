@@ -1,11 +1,15 @@
 """Tell local paths from hub ids, and keep the hub's libraries quiet while they look one up."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from errors import UserError
+from errors import TemporaryError, UserError, reason
+
+SECONDS_TO_ANSWER = 5
 
 
 def looks_like_path(name: str) -> bool:
@@ -14,7 +18,12 @@ def looks_like_path(name: str) -> bool:
 
 
 def check_hub_id(source: str, what: str) -> None:
-    """Raise `UserError` about `what` if `source`, which is no local path, cannot be a hub id either."""
+    """Raise `UserError` about `what` if `source`, which is no local path, cannot be a hub id either.
+
+    Raises `TemporaryError` if the hub cannot be reached and nothing of this id is cached. (The libraries would try for
+    25 seconds.)
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -22,6 +31,23 @@ def check_hub_id(source: str, what: str) -> None:
         validate_repo_id(source)
     except HFValidationError as error:
         raise UserError(f"{what}: no such file or folder, and a hub id is name or owner/name") from error
+    cached = any(Path(HF_HUB_CACHE).glob(f"*--{source.replace('/', '--')}"))
+    if not cached and (problem := _why_out_of_reach()):
+        raise TemporaryError(f"{what}: no such file or folder, and the hub cannot be reached ({problem})")
+
+
+@functools.cache
+def _why_out_of_reach() -> str:
+    """Return why the hub does not answer; "" if it does, or is not to be asked."""
+    from huggingface_hub.constants import ENDPOINT, is_offline_mode
+    from huggingface_hub.utils import get_session
+
+    try:
+        if not is_offline_mode():
+            get_session().head(ENDPOINT, timeout=SECONDS_TO_ANSWER)
+    except Exception as error:  # whatever the HTTP client of this release raises
+        return reason(error)
+    return ""
 
 
 @contextmanager

@@ -74,6 +74,12 @@ def test_nothing_slow_is_imported_before_signals_are_handled(command):
     assert set(out.split()) & {"determined", "pydantic", "rich", "yaml", "ruamel", "numpy"} == set()
 
 
+def test_the_tiny_examples_maker_imports_torch_late():
+    code = "import sys; sys.path.insert(0, 'examples/tiny'); import make; print(*sys.modules)"
+    out, _ = start("-c", code).communicate(timeout=60)
+    assert set(out.split()) & {"torch", "transformers", "datasets", "make"} == {"make"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_helpers_end_with_a_command_that_is_killed(tmp_path):
     """A forked helper of a command, such as a worker that tokenizes, does not outlive it."""

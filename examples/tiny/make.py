@@ -23,22 +23,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 import yaml
-from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    DataCollatorForLanguageModeling,
-    GemmaConfig,
-    GemmaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+
+if TYPE_CHECKING:
+    from transformers import GemmaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from errors import CommandLine, exit_on_user_error, os_errors_of
@@ -143,8 +133,11 @@ def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str,
     return files
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 1500) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int = 1500) -> "PreTrainedTokenizerFast":
     """Train a BPE tokenizer like Gemma's: spaces are part of the words, and unknown characters fall back to bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -163,10 +156,22 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1500) -> PreTrainedToken
 
 
 def pre_train(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, epochs: float, hidden_size: int
-) -> GemmaForCausalLM:
+    texts: list[str], tokenizer: "PreTrainedTokenizerFast", epochs: float, hidden_size: int
+) -> "GemmaForCausalLM":
     """Train a small Gemma with the architecture of google/gemma-2b from scratch on `texts`."""
-    transformers.set_seed(SEED)
+    import torch
+    from datasets import Dataset
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        GemmaConfig,
+        GemmaForCausalLM,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    set_seed(SEED)
     model = GemmaForCausalLM(
         GemmaConfig(
             vocab_size=len(tokenizer),
@@ -228,9 +233,11 @@ def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
     )
     (folder / "instructions" / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n", encoding="utf-8")
 
+    print("pre-training a tiny Gemma on plain text takes about a minute if the machine is idle", flush=True)
+    import transformers
+
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    print("pre-training a tiny Gemma on plain text takes about a minute", flush=True)
     # The tokenizer must know every character of a chat, as a real one does.
     tokenizer = train_tokenizer(
         [*texts, *(structured_answer(task) for task in tasks), *SYSTEMS, "<|im_start|>assistant\n"]
