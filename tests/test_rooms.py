@@ -73,3 +73,10 @@ def test_a_command_line_is_answered_before_the_slow_imports(script, option, expe
     assert b"argparse" in imported
     assert imported & {b"torch", b"transformers", b"datasets", b"pandas", b"plotly"} == set()
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # 0.5 on a quiet machine
+
+
+@pytest.mark.parametrize("file", product_files(), ids=str)
+def test_no_clock_is_read_that_can_be_set_back(file):
+    """Durations come from the monotonic clock, and what is newer from the order of events."""
+    text = (REPO / file).read_text(encoding="utf-8")
+    assert not any(name in text for name in ("time.time(", "st_mtime", "datetime", "getmtime"))
