@@ -123,8 +123,8 @@ def main() -> int:
         component += "_experiment"
     folder = Path(args.output or Path("local_runs") / component)
     folder = Path(os.path.realpath(folder))  # `resolve` would raise for a symlink that leads to itself
-    if args.output or not args.dry_run:  # a dry run's output is a page
-        check_output(folder, "--output", is_folder=not args.dry_run)
+    if args.output or not args.dry_run:
+        check_output(folder, "--output", is_folder=not (args.dry_run and folder.suffix == ".html"))
 
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from experiment.trial_process import start_importing

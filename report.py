@@ -40,7 +40,10 @@ def main() -> None:
     if not (on_cluster := source.startswith("exp:")) and not is_folder:
         raise UserError(f"{source!r} is neither a folder nor exp:NUMBER, an experiment of the cluster")
     output = Path(f"{source.replace(':', '-')}-report.html") if on_cluster else Path(source) / "report.html"
-    check_output(output := Path(args.output or output), "--output")
+    output = Path(args.output or output)
+    if output.suffix != ".html":  # it could be a file of the experiment
+        raise UserError(f"--output {output}: must end in .html")
+    check_output(output, "--output")
     experiment = read_cluster(source) if on_cluster else read_local(Path(source))
     from experiment.report_page import render  # takes seconds: a mistake is reported before
     from pages.terminal import plural

@@ -35,7 +35,8 @@ def run_ranks(script: str, *arguments: object, log: Path, ranks: int = 1, **inte
     ports = free_ports(3)
     processes = []
     for rank in range(ranks):
-        environment = {}
+        # The server's own is that of the test which has started it.
+        environment = {name: os.environ[name] for name in ("LOCAL_CHECKPOINT_STORAGE",) if name in os.environ}
         if ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
             environment |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1"}
@@ -91,7 +92,7 @@ def _run(
         _preempt_at(preempt)
     if fsdp:
         fsdp_on_cpu()
-    if environment or threads:
+    if "RANK" in environment or threads:
         # Ranks that share the cores by threads wait for each other most of the time.
         torch.set_num_threads(threads or 1)
     importlib.import_module(script).main()
