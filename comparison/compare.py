@@ -40,7 +40,7 @@ from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
 from storage.files import append_json_line, is_object, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
-from trial.models import check_source, check_weight_files, find_on_hub, load_model_and_tokenizer
+from trial.models import check_model, load_model_and_tokenizer
 
 
 def find_model(source: str, key: str) -> str:
@@ -53,11 +53,7 @@ def find_model(source: str, key: str) -> str:
         if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
             advice = f" (LOCAL_CHECKPOINT_STORAGE names another folder); if it is on a cluster, give ckpt:{source}"
             return str(local_checkpoint(source, key, verify=True, advice=advice))
-    check_source(source, key)
-    if exists:
-        check_weight_files(Path(source), f"{key} {source!r}")
-    else:
-        find_on_hub(source, key)
+    check_model(source, key)
     return source
 
 

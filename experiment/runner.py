@@ -29,7 +29,7 @@ from pages.terminal import plural
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
 from storage.files import is_object, read_json, read_json_lines, write_atomically
 from trial.events import TRAINED, TrialEvent, is_event, read_events
-from trial.models import WHERE, check_source, check_weight_files, find_on_hub, load_model_and_tokenizer
+from trial.models import check_model, load_model_and_tokenizer
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10  # for a trial to end by itself
@@ -44,14 +44,9 @@ def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
         if hparams.model_ckpt:
             checkpoints.add(hparams.model_ckpt)
         elif hparams.model_name:
-            kwargs = hparams.model_init_kwargs
-            check_source(hparams.model_name, "model_name", kwargs.get("subfolder") or "")
-            if (folder := Path(hparams.model_name, kwargs.get("subfolder") or "")).is_dir():
-                load_model_and_tokenizer(hparams.model_name, weights=False, **kwargs)
-                check_weight_files(folder, f"model_name {str(folder)!r}")
-            else:
-                where = {name: kwargs[name] for name in WHERE if kwargs.get(name)}
-                find_on_hub(hparams.model_name, "model_name", **where)
+            if os.path.isdir(hparams.model_name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+                load_model_and_tokenizer(hparams.model_name, weights=False, **hparams.model_init_kwargs)
+            check_model(hparams.model_name, "model_name", **hparams.model_init_kwargs)
     for ckpt_uuid in checkpoints:
         local_checkpoint(ckpt_uuid, "model_ckpt", verify=True)
     for options in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():

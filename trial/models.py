@@ -37,17 +37,23 @@ def check_source(source: str, key: str, subfolder: str = "") -> None:
         check_hub_id(source, what)
 
 
-def check_weight_files(folder: Path, what: str) -> None:
-    """Raise `UserError` if the weights in a folder are missing or torn, as far as their headers show."""
-    with about(what):
-        check_files(folder, [WEIGHT_FILES], lambda name: fnmatch(name, "*.safetensors*") and "/" not in name)
+def check_model(source: str, key: str, **model_init_kwargs: Any) -> None:
+    """Raise `UserError` if `source` is no model, as far as that shows without loading it.
 
-
-def find_on_hub(source: str, key: str, **where: Any) -> None:
-    """Raise `TemporaryError` unless the hub, or its cache on this machine, has a model of this id.
-
-    `where` is what says where to look: `revision`, `subfolder`, `token`.
+    The weights in a folder must be there and have whole headers; the hub, or its cache on this machine, must have the
+    id (else it is a `TemporaryError`).
     """
+    where = {name: model_init_kwargs[name] for name in WHERE if model_init_kwargs.get(name)}
+    subfolder = where.get("subfolder", "")
+    check_source(source, key, subfolder)
+    if (folder := Path(source, subfolder)).is_dir():
+        with about(f"{key} {str(folder)!r}"):
+            check_files(folder, [WEIGHT_FILES], lambda name: fnmatch(name, "*.safetensors*") and "/" not in name)
+    else:
+        _find_on_hub(source, key, **where)
+
+
+def _find_on_hub(source: str, key: str, **where: Any) -> None:
     from transformers.utils import cached_file
 
     try:
