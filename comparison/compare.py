@@ -29,9 +29,10 @@ from comparison.cluster_task import Task
 from comparison.files import Comparison
 from comparison.generation import Answer, batch_by_length, batch_seed, context_length, run_in_halves, shorten_prompt
 from comparison.options import ComparisonOptions, Sampling
-from comparison.preference_metrics import RESAMPLES, Estimate, PairScore, batch_pairs, tokenize_pairs
+from comparison.preference_metrics import PairScore, batch_pairs, tokenize_pairs
 from comparison.questions import Questions
 from errors import UserError, os_errors_of
+from metrics.intervals import RESAMPLES, Estimate
 from pages.terminal import plural
 from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from chat_format import Message
 from comparison.generation import Answer
-from comparison.preference_metrics import NGRAM, Estimate
+from comparison.preference_metrics import NGRAM
 from errors import os_errors_of
+from metrics.intervals import Estimate
 from pages.render import render_page
 from pages.terminal import visible
 from storage.files import write_atomically

@@ -16,6 +16,7 @@ FLOORS = [
     {"dataset_utils"},
     {"speed", "data"},
     {"trial"},
+    {"metrics"},
     {"storage"},
     {"config"},
     {"pages", "chat_format"},
