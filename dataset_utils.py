@@ -27,7 +27,7 @@ from data import formats, truncation
 from data.sources import FILE_FORMATS, convert_rows, load_source, refuse_overlaps
 from data.splitting import SourceCounts, SourceRows, split_by_prompt
 from data.truncation import Truncation
-from errors import UserError
+from errors import UserError, about
 from storage.fingerprints import fingerprint, hash_rows, hash_tokenizer
 from storage.shared_cache import make_once, once_per_node
 
@@ -82,8 +82,9 @@ def _load(
         rows = convert_rows(loaded, indices, convert, columns)
         parts.append(SourceRows(source, None if streaming else len(loaded.rows), rows, ratio))
     for source in evaluation:
-        loaded = load_source(source)
-        rows = convert_rows(loaded, np.arange(len(loaded.rows)), convert, columns)
+        with about("evaluation data"):
+            loaded = load_source(source)
+            rows = convert_rows(loaded, np.arange(len(loaded.rows)), convert, columns)
         parts.append(SourceRows(source, len(loaded.rows), rows, eval_ratio=None))
     return split_by_prompt(parts, seed, on_source)
 
