@@ -89,9 +89,9 @@ def split_by_prompt(
     if not own.any():
         if len(draws) == 1:
             names = ", ".join(dict.fromkeys(str(part.source) for part in parts))
-            count = "1 row is" if len(rows) == 1 else f"all {len(rows)} rows have the same prompt, which is"
-            advice = "add prompts, or name evaluation data with eval_split"
-            raise UserError(f"data set {names}: {count} too little to train on and hold out; {advice}")
+            few = f"all {len(rows)} rows have the same prompt, and" if len(rows) > 1 else "1 row is too few:"
+            advice = "it is either trained on or held out; name evaluation data with eval_split or eval_dataset"
+            raise UserError(f"data set {names}: {few} {advice}")
         drawn |= set(by_draw[:1])
     if len(drawn) == len(draws):
         drawn -= set(by_draw[-1:])

@@ -69,7 +69,7 @@ def test_the_first_truncation_may_be_far_down(tokenizer):
 def test_limits_of_a_pair_cut_prompt_and_answers(tmp_path, tokenizer):
     answers = {"chosen": "one two three four five six seven", "rejected": "no"}
     row = {"prompt": "a question of some words", **answers}
-    dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", [row] * 5)], seed=1)
+    dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", [row, {**row, "prompt": "held out"}])], seed=4)
     prompt, chosen = encode(tokenizer, [{"role": "user", "content": row["prompt"]}], row["chosen"])
     _, rejected = encode(tokenizer, [{"role": "user", "content": row["prompt"]}], row["rejected"])
 
@@ -106,7 +106,7 @@ def test_an_empty_answer_of_a_pair_is_counted(tmp_path, tokenizer, side):
 
 
 def test_pairs_without_room_are_dropped_and_the_limit_to_raise_is_named(tmp_path, tokenizer):
-    rows = [*pairs(8), *({**row, "prompt": "far too long " * 9} for row in pairs(8))]
+    rows = [*pairs(8), *({**row, "prompt": f"far too long {n} " * 9} for n, row in enumerate(pairs(8)))]
     dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", rows)], seed=1)
     limit = len(encode(tokenizer, [{"role": "user", "content": "0"}])[0]) + 4
     tokenized = tokenize_dpo_dataset(dataset, tokenizer, max_length=limit)

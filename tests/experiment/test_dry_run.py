@@ -129,33 +129,54 @@ def test_rows_are_counted_by_source(run_dry, sft_config):
     subsets = [{"subset": "kitchen", "ratio": 0.5}, {"subset": "home", "number_of_samples": 14}]
     tables, _ = run_dry(sft_config, hyperparameters__dataset_subsets=subsets, hyperparameters__max_seq_length=60)
     table = tables["Rows"]
-    assert table.columns == ["source", "requested", "found", "used", "dropped", "cut", "train", "held out"]
+    assert table.columns == ["source", "requested", "found", "repeated", "used", "dropped", "cut", "train", "held out"]
     kitchen, home, total = table.rows
-    assert (kitchen[0].split("/")[-1], *kitchen[1:4]) == ("instructions (subset kitchen)", "50%", "112", "56")
-    assert home[1:4] == ["14", "112", "14"]
+    assert (kitchen[0].split("/")[-1], *kitchen[1:5]) == ("instructions (subset kitchen)", "50%", "112", "0", "56")
+    assert home[1:5] == ["14", "112", "0", "14"]
     assert [number(n) for n in total[3:]] == [
-        sum(number(row[column]) for row in (kitchen, home)) for column in range(3, 8)
+        sum(number(row[column]) for row in (kitchen, home)) for column in range(3, 9)
     ]
-    assert number(total[3]) == number(total[4]) + number(total[6]) + number(total[7])
+    assert number(total[4]) == number(total[5]) + number(total[7]) + number(total[8])
+    assert table.note == "70 rows have 70 prompts."
     lost = tables["Truncated rows"]
     (row,) = lost.rows
     assert row[0] == f"cut: {Truncation.SEQUENCE_END.meaning}"
-    assert number(row[1]) == number(total[5]) == number(tables["Tokens per row before truncation"].rows[-1][-1])
+    assert number(row[1]) == number(total[6]) == number(tables["Tokens per row before truncation"].rows[-1][-1])
     assert re.search(r"instructions \(subset \w+\) row \d+: \w+", row[3])
     assert lost.note == f"{float(row[2][:-1]):.0f}% of the rows are cut: raise max_seq_length."
 
 
 def test_dropped_pairs_name_the_limit_to_raise(run_dry, dpo_config, tmp_path):
     pair = {"chosen": "good", "rejected": "bad"}
-    rows = [{"prompt": "q", **pair}] * 18 + [{"prompt": "\x1b[2J" * 99, **pair}] * 2
+    rows = [{"prompt": f"q{n}", **pair} for n in range(18)] + [{"prompt": "\x1b[2J" * n, **pair} for n in (98, 99)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables, _ = run_dry(dpo_config, hyperparameters__datasets=[str(tmp_path / "d.jsonl")])
     ((what, count, share, example),) = tables["Truncated rows"].rows
     assert (what, count, share) == (f"dropped: {Truncation.NO_ROOM.meaning}", "2", "10.0%")
     assert re.fullmatch(rf"{tmp_path}/d.jsonl row 19: (\\x1b\[2J)+.*…", example)
     assert tables["Truncated rows"].note == "10% of the rows are dropped: raise max_length."
-    assert tables["Rows"].rows[0][1:] == ["all", "20", "20", "2", "0", *tables["Rows"].rows[0][6:]]
-    assert sum(int(n) for n in tables["Rows"].rows[0][6:]) == 18
+    assert tables["Rows"].rows[0][1:] == ["all", "20", "0", "20", "2", "0", *tables["Rows"].rows[0][7:]]
+    assert sum(int(n) for n in tables["Rows"].rows[0][7:]) == 18
+
+
+def test_shared_prompts_and_rows_of_several_sources_are_told(run_dry, dpo_config, tmp_path):
+    files = {"a": [*range(20), 0, 0], "b": [*range(18, 30)]}  # prompts; answers to 0 differ
+    for name, numbers in files.items():
+        rows = [
+            {"prompt": f"{n}", "chosen": f"good {i if n == 0 else n}", "rejected": "b"} for i, n in enumerate(numbers)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in files)
+    table = run_dry(dpo_config, hyperparameters__datasets=[a, b])[0]["Rows"]
+    assert [row[:5] for row in table.rows[:2]] == [[a, "all", "22", "0", "22"], [b, "all", "12", "2", "10"]]
+    told = (
+        "32 rows have 30 prompts; 3 of them share theirs with another row; each prompt is either trained on or held out"
+    )
+    assert table.note == f"{told}; 2 rows of different sources are the same, and count once."
+    own = {"name": a, "eval_dataset": b}
+    table = run_dry(dpo_config, hyperparameters__datasets=[own])[0]["Rows"]
+    assert [row[-2:] for row in table.rows] == [["22", "0"], ["0", "12"], ["22", "12"]]
+    assert "; 2 prompts of the evaluation data are trained on, too" in table.note
 
 
 def test_trials_that_use_the_same_data_share_their_sections(run_dry, dpo_config):
@@ -220,7 +241,8 @@ def test_slots_share_the_steps_and_the_memory(run_dry, sft_config):
         sft_config, resources={"slots_per_trial": 2}, hyperparameters__training_args__fsdp=True, **changes
     )
     shared = training(tables)
-    assert number(shared["steps"]) == math.ceil(number(alone["steps"]) / 2)
+    per_epoch = [int(re.search(r"\((\d+) per epoch", facts["steps"])[1]) for facts in (shared, alone)]
+    assert per_epoch[0] == math.ceil(per_epoch[1] / 2)
     assert shared["steps with one process, as on this machine"] == alone["steps"].split(" ")[0]
     assert tables["Estimated peak memory, in GB"].rows[1][0] == "each of 2 GPUs, bf16, FSDP"
 
@@ -359,7 +381,7 @@ def test_only_the_named_subset_is_streamed_and_only_once(sft_config, write_confi
         ran, read = run([], wrong, elsewhere)
         again, read_again = run([])
     assert re.findall(r"^status (\d+)", ran.stdout, flags=re.MULTILINE) == ["0", "2", "2"], ran.stderr
-    streamed = re.search(r"owner/pedia \(subset web\) +40 +streamed +40 .*", ran.stdout)[0]
+    streamed = re.search(r"owner/pedia \(subset web\) +40 +streamed +0 +40 .*", ran.stdout)[0]
     assert streamed in again.stdout
     first = "web/train-00000-of-00024.parquet"  # for the names of the columns
     assert len(read - {first}) in (9, 10)
