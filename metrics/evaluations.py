@@ -57,6 +57,11 @@ class Evaluations:
         text = ",\n ".join(f'"{name}": {value}' for name, value in fields)
         (folder / FILE).write_text(f"{{{text}}}\n", encoding="utf-8")
 
+    def take_over(self, saved: "Evaluations | None") -> None:
+        """Add the evaluations of a checkpoint from which a trial resumes, if they are of the same pairs."""
+        if saved is not None and saved.rows == self.rows:
+            self.steps = saved.steps | self.steps
+
     def is_whole(self) -> bool:
         """Return whether every list of pairs has as many as there are."""
         sizes = [len(side) for ratios in self.steps.values() for side in ratios]
