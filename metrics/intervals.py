@@ -3,9 +3,9 @@
 A bootstrap draws rows with replacement, as many as there are, `RESAMPLES` times. What is compared over the same rows is
 drawn together (paired): a pair that is hard for every model then does not widen the interval of their difference.
 
-"At least 95%": plain percentiles miss more than that of equal models (nearly 6%, simulated with 50 rows). So a percentile is
-corrected for few rows, and for being one of `RESAMPLES` draws; and a difference counts only if chance alone, which
-might as well have swapped the two models in any row, would give one as large in at most 5%.
+By plain percentiles nearly 6% of equal models seem to differ (simulated, 50 rows). So percentiles are corrected for few
+rows, and for being drawn; and a difference counts only if it is larger than 95% of those that chance makes, which may
+as well have swapped the two models in any row.
 """
 
 import math
@@ -45,7 +45,8 @@ def estimate(
         return None
     means, resampled = _resample(np.stack([values, weights]))
     low, high = np.percentile(resampled[:, 0] / resampled[:, 1], _percentiles(len(values)))
-    return Estimate(*(float(transform(mean)) for mean in (means[0] / means[1], low, high)), len(values))
+    value, low, high = (float(transform(mean)) for mean in (means[0] / means[1], low, high))
+    return Estimate(value, low, high, len(values))
 
 
 def paired_difference(values: np.ndarray | list, others: np.ndarray | list) -> Estimate | None:
@@ -112,8 +113,8 @@ def _may_be_chance(differences: np.ndarray) -> bool:
     """Return whether a mean as far from 0 as that of `differences`, (rows,), is to be expected of equal models.
 
     The models of a row could then be swapped, which changes its sign: in more than 5% of `RESAMPLES` draws of signs the
-    mean is as far from 0. This is Fisher's randomisation test, which is exact for any number of rows (Phipson and Smyth,
-    Permutation P-values Should Never Be Zero, 2010, for the 1 that is added); for accuracies it is McNemar's exact test.
+    mean is as far from 0. This is Fisher's randomisation test, exact for any number of rows (Phipson and Smyth,
+    Permutation P-values Should Never Be Zero, 2010, for the 1 that is added). Of accuracies it is McNemar's exact test.
     A bootstrap cannot tell that five rows which differ, all the same way, are too few.
     """
     signs = np.random.default_rng(1).integers(0, 2, (RESAMPLES, len(differences))) * 2.0 - 1
@@ -124,9 +125,9 @@ def _may_be_chance(differences: np.ndarray) -> bool:
 def _percentiles(rows: int) -> tuple[float, float]:
     """Return the percentiles between which a 95% interval lies: further out than 2.5 and 97.5 where rows are few.
 
-    Plain percentiles are too narrow, as if a normal quantile stood where Student's belongs, and n where n - 1 does. This
-    is the expanded percentile interval of Hesterberg, What Teachers Should Know about the Bootstrap (2015), section
-    4.1.3, for 2.5 without the error of drawing it: of 20 rows 1.0 and 99.0, of 200 rows 1.7 and 98.3.
+    Plain percentiles are too narrow, as if a normal quantile stood where Student's belongs, and n where n - 1 does.
+    This is the expanded percentile interval of Hesterberg, What Teachers Should Know about the Bootstrap (2015),
+    section 4.1.3, of 2.5 less the error of drawing it: of 20 rows 1.0 and 99.0, of 200 rows 1.7 and 98.3.
     """
     if rows < 2:
         return 0, 100

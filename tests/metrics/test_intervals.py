@@ -28,9 +28,6 @@ def test_bootstrap_intervals_are_close_to_the_normal_ones():
     assert estimate([]) is None
 
 
-# --- against scipy -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def many(monkeypatch):
     """As many resamples as it takes for two independent draws of them to agree to 1e-3, over rows of accuracies."""
@@ -101,8 +98,6 @@ def test_a_few_rows_that_all_differ_alike_show_nothing():
     assert paired_difference([1, 0], [1, 0]) == (0, 0, 0, 2)
     assert [found[1:3] for found in differences_from(1, np.ones((3, 1)))] == [(-math.inf, math.inf)] * 3
 
-
-# --- how often they are wrong ------------------------------------------------------------------------------------------
 
 DRAWS = 1000
 
