@@ -11,23 +11,23 @@ raise a `UserError` that names the file and the row for data that is missing, ma
 
 import inspect
 import logging
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 import chat_format
 from chat_format import encode, encode_conversation
-from config.hyperparameters import DataSource
+from config.hyperparameters import DEFAULT_EVAL_RATIO, DataSource
 from data import formats, truncation
-from data.sources import EVAL_SHARE, FILE_FORMATS, convert_rows, load_source, refuse_overlaps, split_rows
+from data.sources import FILE_FORMATS, convert_rows, load_source, refuse_overlaps
+from data.splitting import SourceCounts, SourceRows, split_by_prompt
 from data.truncation import Truncation
-from errors import UserError
+from errors import UserError, about
 from storage.fingerprints import fingerprint, hash_rows, hash_tokenizer
 from storage.shared_cache import make_once, once_per_node
 
@@ -36,52 +36,57 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OnSource = Callable[[DataSource, int | None, int], None]  # source, its rows (None: streamed), rows used
+OnSource = Callable[[SourceCounts], None]
 
 
 def load_sft_dataset(
     sources: list[DataSource], seed: int, streaming: bool = False, on_source: OnSource | None = None
 ) -> DatasetDict:
-    """Load `train` and `test` (20%) rows for fine-tuning: `messages`, and the `source` and `row` they are from.
+    """Load `train` and `test` rows for fine-tuning: `messages`, and the `source` and `row` they are from.
 
-    The requested rows of each source are drawn without replacement, concatenated and split. `seed` fixes the draw and
-    the split, so every rank and every resume sees the same rows. With `streaming`, a source is read only as far as its
-    `number_of_samples` rows need, which shuffles within about ten files at a time; `datasets` keeps them in its cache.
+    The requested rows of each source are drawn without replacement. What is held out is evaluation data that a source
+    names, or an `eval_ratio` of the prompts: see `split_by_prompt`. `seed` fixes the draw and the split, so every rank
+    and every resume sees the same rows. With `streaming`, a source is read only as far as its `number_of_samples` rows
+    need, which shuffles within about ten files at a time; `datasets` keeps them in its cache. (Evaluation data is not
+    streamed: all of it is read.)
     """
-    refuse_overlaps(sources)
+    return _load(sources, seed, streaming, on_source, formats.sft_conversation, formats.SFT_COLUMNS)
+
+
+def load_dpo_dataset(
+    sources: list[DataSource], seed: int, on_source: OnSource | None = None, evaluation: Collection[DataSource] = ()
+) -> DatasetDict:
+    """Load `train` and `test` pairs: `prompt` (list of messages), `chosen` and `rejected` (texts of the answers), and
+    the `source` and `row` they are from.
+
+    They are drawn and held out as by `load_sft_dataset`. All rows of `evaluation` are in `test` as well.
+    """
+    return _load(sources, seed, False, on_source, formats.preference_row, formats.PREFERENCE_COLUMNS, evaluation)
+
+
+def _load(
+    sources: list[DataSource],
+    seed: int,
+    streaming: bool,
+    on_source: OnSource | None,
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]],
+    columns: Collection[str],
+    evaluation: Collection[DataSource] = (),
+) -> DatasetDict:
+    evaluation = refuse_overlaps(sources, evaluation)
     parts = []
     for source in sources:
         loaded = load_source(source, stream_seed=seed if streaming else None)
         indices = np.random.default_rng(seed).permutation(len(loaded.rows))[: loaded.sample_size()]
-        if on_source:
-            on_source(source, None if streaming else len(loaded.rows), len(indices))
-        parts.append(convert_rows(loaded, indices, formats.sft_conversation, formats.SFT_COLUMNS))
-    rows = concatenate_datasets(parts)
-    return split_rows(rows, seed, len(rows), f"data set {sources[0].name}")
-
-
-def load_dpo_dataset(sources: list[DataSource], seed: int, on_source: OnSource | None = None) -> DatasetDict:
-    """Load `train` and `test` (20%) pairs: `prompt` (list of messages), `chosen` and `rejected` (texts of the answers),
-    and the `source` and `row` they are from.
-
-    Each source is split on its own. So each has the same share of the evaluation split, and the rows that are held out
-    of a source do not depend on its share or on the other sources.
-    """
-    refuse_overlaps(sources)
-    parts: dict[str, list[Dataset]] = {"train": [], "test": []}
-    for source in sources:
-        loaded = load_source(source)
-        count = loaded.sample_size()
-        split = split_rows(Dataset.from_dict({"index": range(len(loaded.rows))}), seed, count, loaded.locate())
-        if on_source:
-            on_source(source, len(loaded.rows), count)
-        held_out = math.ceil(EVAL_SHARE * count)
-        drawn = {"train": split["train"]["index"][: count - held_out], "test": split["test"]["index"][:held_out]}
-        indices = np.concatenate(list(drawn.values()))
-        pairs = convert_rows(loaded, indices, formats.preference_row, formats.PREFERENCE_COLUMNS)
-        for part, indices in drawn.items():
-            parts[part].append(pairs.select(np.searchsorted(pairs["row"][:], np.add(indices, 1))))
-    return DatasetDict({part: concatenate_datasets(shares) for part, shares in parts.items()})
+        ratio = 0.0 if source.evaluation else source.eval_ratio or DEFAULT_EVAL_RATIO
+        rows = convert_rows(loaded, indices, convert, columns)
+        parts.append(SourceRows(source, None if streaming else len(loaded.rows), rows, ratio))
+    for source in evaluation:
+        with about("evaluation data"):
+            loaded = load_source(source)
+            rows = convert_rows(loaded, np.arange(len(loaded.rows)), convert, columns)
+        parts.append(SourceRows(source, len(loaded.rows), rows, eval_ratio=None))
+    return split_by_prompt(parts, seed, on_source)
 
 
 def load_prompts(source: DataSource) -> Dataset:

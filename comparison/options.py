@@ -23,7 +23,7 @@ SHORTHANDS = {"exp_id": "exp", "trial_id": "trial"}  # `exp_id: 12` is short for
 PUBLISHED = ("output_file", *SHORTHANDS)  # options of the published example, which have an underscore there
 GROUPS = {
     "models": ("model", "device", "dtype", "batch_size"),
-    "questions": ("dataset", "number_of_samples", "data_seed", "prompt", "prompts"),
+    "questions": ("dataset", "eval_dataset", "number_of_samples", "data_seed", "prompt", "prompts"),
     "answers": ("max_new_tokens", "temperature", "top_p", "seed", "chat"),
     "numbers": ("number_of_pairs", "reference", "beta", "max_length"),
     "files": ("output_file",),
@@ -97,9 +97,11 @@ class ComparisonOptions(Sampling):
     """questions or pairs at a time; in float32 it changes no greedy answer (default: 8, with CUDA 64)"""
 
     dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
-    """preference data set whose held-out 20% gives the questions and the pairs, written as in dpo.yaml: a name or
-    '{name: ..., split: ..., columns: ...}'; repeatable (default: dpo.yaml's argilla/dpo-mix-7k and
+    """preference data set whose held-out rows give the questions and the pairs, written as in dpo.yaml: a name or
+    '{name: ..., eval_split: ..., columns: ...}'; repeatable (default: dpo.yaml's argilla/dpo-mix-7k and
     jondurbin/truthy-dpo-v0.1)"""
+    eval_dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
+    """preference data set that no model was trained on: all of its rows are held out; repeatable"""
     number_of_samples: int | None = Field(None, ge=1)
     """how many questions to ask (default: 10)"""
     data_seed: Seed | None = None
@@ -113,7 +115,7 @@ class ComparisonOptions(Sampling):
     chat: str | None = None
     """talk to this model in the terminal instead of comparing"""
     number_of_pairs: int | None = Field(None, ge=0)
-    """how many held-out pairs to score; 0 for none (default: 100)"""
+    """how many held-out pairs to score; 0 for none (default: all)"""
     reference: str | None = None
     """the model that rewards are measured against; take the SFT model for the rewards that DPO's training reports. A
     model that is prompted differently, such as a base model without a chat template, is scored on other tokens
@@ -138,6 +140,11 @@ class ComparisonOptions(Sampling):
         """The model that rewards are measured against."""
         return self.reference or ("base" if "base" in self.model else next(iter(self.model)))
 
+    @property
+    def data_sets(self) -> list[Source]:
+        """The preference data sets that the user names, as in `dataset` or as in `eval_dataset`."""
+        return [*self.dataset, *self.eval_dataset]
+
     def check_together(self) -> None:
         """Raise `UserError` for options that contradict each other, or could only fail later."""
         key, own = self.key, self.prompt or self.prompts
@@ -147,7 +154,16 @@ class ComparisonOptions(Sampling):
             if (name := getattr(self, field)) is not None and name not in self.model:
                 models = f"{', '.join(self.model)}{nearest(name, self.model)}"
                 raise UserError(f"{key(field)} {name!r} is not one of the models: {models}")
-        comparing = ("output_file", "dataset", "prompt", "prompts", "number_of_samples", "number_of_pairs", "reference")
+        comparing = (
+            "output_file",
+            "dataset",
+            "eval_dataset",
+            "prompt",
+            "prompts",
+            "number_of_samples",
+            "number_of_pairs",
+            "reference",
+        )
         for field in comparing if self.chat else ():
             if getattr(self, field):
                 raise UserError(f"{key(field)} has no effect with {key('chat')}")
@@ -157,7 +173,7 @@ class ComparisonOptions(Sampling):
             raise UserError(f"{key('prompt')} is empty")
         if own and self.number_of_samples:
             raise UserError(f"{key('number_of_samples')} has no effect on your own questions: all are asked")
-        if own and self.number_of_pairs and not self.dataset:
+        if own and self.number_of_pairs and not self.data_sets:
             raise UserError(f"{key('number_of_pairs')} needs a {key('dataset')} beside your own questions")
         for path in map(Path, self.output_file):
             if path.suffix not in OUTPUT_SUFFIXES:

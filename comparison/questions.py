@@ -34,11 +34,14 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
         rows = load_prompts(BLOG if options.prompts == "blog" else _source(options.prompts, options.key("prompts")))
         own += rows["prompt"][:]
         preferred += rows["preferred"][:]
-    if own and not options.dataset:
+    if own and not options.data_sets:
         return Questions(own, preferred, None)
-    sources = [_source(given, options.key("dataset")) for given in options.dataset or DEFAULT_DATASETS]
+    named = options.dataset or ([] if options.eval_dataset else DEFAULT_DATASETS)
+    sources = [_source(given, options.key("dataset")) for given in named]
+    evaluation = [_source(given, options.key("eval_dataset")) for given in options.eval_dataset]
     seed = DEFAULT_SPLIT_SEED if options.data_seed is None else options.data_seed
-    held_out = load_dpo_dataset(sources, seed)["test"].shuffle(seed=seed)  # so that the first rows are of all sources
+    held_out = load_dpo_dataset(sources, seed, evaluation=evaluation)["test"]
+    held_out = held_out.shuffle(seed=seed)  # so that the first rows are of all sources
 
     def first(field: str, default: int) -> Dataset:
         count = getattr(options, field)
@@ -46,11 +49,11 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
             console.print(f"{options.key(field)} {count}: only {len(held_out)} rows are held out")
         return held_out.select(range(min(default if count is None else count, len(held_out))))
 
-    pairs = first("number_of_pairs", default=100)
+    pairs = first("number_of_pairs", default=len(held_out))
     if not own:
         rows = first("number_of_samples", default=10)
         own, preferred = rows["prompt"][:], rows["chosen"][:]
-    return Questions(own, preferred, pairs if len(pairs) else None, ", ".join(map(str, sources)))
+    return Questions(own, preferred, pairs if len(pairs) else None, ", ".join(map(str, sources + evaluation)))
 
 
 def _source(given: str | dict[str, Any], key: str) -> DataSource:

@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
-from config.validation import FORBID_UNKNOWN, Beta, Count, NotEmpty, Share, check_uuid, validate
+from config.validation import FORBID_UNKNOWN, Beta, Count, NotEmpty, PartialShare, Share, check_uuid, validate
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
 DEFAULT_SPLIT_SEED = 42
+DEFAULT_EVAL_RATIO = 0.2
 
 
 @dataclass(config=FORBID_UNKNOWN)
@@ -41,10 +42,24 @@ class DataSource:
     ratio: Share | None = None  # share of the rows, in (0, 1]
     number_of_samples: Count | None = None  # rows
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
+    eval_ratio: PartialShare | None = None  # share of the prompts to hold out; None: 0.2, none with evaluation data
+    eval_split: NotEmpty | None = None  # evaluation data, not trained on: this split of the data set or of eval_dataset
+    eval_dataset: NotEmpty | None = None  # evaluation data from a data set of its own
 
     def __post_init__(self) -> None:
         if self.ratio is not None and self.number_of_samples is not None:
             raise UserError(f"{self.name}: give ratio or number_of_samples, not both")
+        for key in ("eval_split", "eval_dataset"):
+            if self.eval_ratio is not None and getattr(self, key) is not None:
+                raise UserError(f"{self.name}: give eval_ratio or {key}, not both: with {key}, all rows are trained on")
+
+    @property
+    def evaluation(self) -> "DataSource | None":
+        """The evaluation data that the source names, as a source of its own; None if its own rows are held out."""
+        if self.eval_split is None and self.eval_dataset is None:
+            return None
+        subset = self.subset if self.eval_dataset is None else None
+        return DataSource(self.eval_dataset or self.name, subset, self.eval_split, columns=self.columns)
 
     def __str__(self) -> str:
         parts = [f"{key} {value}" for key, value in (("subset", self.subset), ("split", self.split)) if value]
@@ -95,7 +110,7 @@ class TrainingHyperparameters(Generic[TrlConfig]):
 
     @property
     def split_seed(self) -> int:
-        """Seed for the samples and the held-out 20%. It is not `seed`, so trials that differ in `seed` share rows."""
+        """Seed for the samples and the held-out rows. It is not `seed`, so trials that differ in `seed` share rows."""
         return DEFAULT_SPLIT_SEED if self.args.data_seed is None else self.args.data_seed
 
     @property
@@ -123,6 +138,9 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     dataset: NotEmpty  # a hub id, a folder or a file
     dataset_subsets: list[DatasetSubset] = field(default_factory=lambda: [DatasetSubset(ratio=1.0)])
     split: NotEmpty | None = None  # of the data set; None: train, or the only one
+    eval_ratio: PartialShare | None = None  # as in DataSource, and so are the next two
+    eval_split: NotEmpty | None = None
+    eval_dataset: NotEmpty | None = None
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
     streaming: bool = False  # take number_of_samples of each subset without downloading the rest
     max_seq_length: PositiveInt | None = None  # tokens of a row, prompt and answer; None: TRL's default, 1024
@@ -146,10 +164,8 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     @property
     def sources(self) -> list[DataSource]:
         """The data set's subsets, each as a source of rows."""
-        return [
-            DataSource(self.dataset, share.subset, self.split, share.ratio, share.number_of_samples, self.columns)
-            for share in self.dataset_subsets
-        ]
+        common = {key: getattr(self, key) for key in ("split", "columns", "eval_ratio", "eval_split", "eval_dataset")}
+        return [DataSource(self.dataset, **vars(share), **common) for share in self.dataset_subsets]
 
     @property
     def load_options(self) -> dict[str, Any]:

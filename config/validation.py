@@ -19,6 +19,7 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]  # of whatever is counted: beyond,
 NotEmpty = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1e6)]  # of DPO: a product with log-probs must stay finite
 Share = Annotated[float, Field(gt=0, le=1)]
+PartialShare = Annotated[float, Field(gt=0, lt=1)]
 
 # Former names of keys, from the published example or older releases, where the nearest name would mislead.
 RENAMED = {

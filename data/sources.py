@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 import determined as det
 import numpy as np
-from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets import Dataset, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
 from config.hyperparameters import DataSource
@@ -29,7 +29,6 @@ from storage.files import check_output, refuse_special_files
 from storage.fingerprints import fingerprint
 from storage.hub import check_hub_id, looks_like_path, quiet_lookup
 
-EVAL_SHARE = 0.2
 CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
 MOST_OTHER_FILES = 10_000  # in a folder of data; of its own formats it may have any number
 MOST_CSV_COLUMNS = 1000  # whose cells are read as text
@@ -165,20 +164,23 @@ class _Row(dict[str, Any]):
         return super().get(column, default)
 
 
-def split_rows(rows: Dataset, seed: int, count: int, name: str) -> DatasetDict:
-    """Split rows at random into `train` and `test` (20%). Raises `UserError` if the `count` to be used is too small."""
-    if count < 2:
-        raise UserError(f"{name}: {count} row is too few to train on and hold {EVAL_SHARE:.0%} out")
-    return rows.train_test_split(test_size=EVAL_SHARE, seed=seed)
+def refuse_overlaps(sources: list[DataSource], evaluation: Collection[DataSource] = ()) -> list[DataSource]:
+    """Return all evaluation data: `evaluation`, and what the sources name, each once.
 
-
-def refuse_overlaps(sources: list[DataSource]) -> None:
-    """Raise `UserError` if a source is named twice. Its rows could be both trained on and held out, or count twice."""
-    read = [_what_is_read(source) for source in sources] if len(sources) > 1 else []
-    for (one, of_one), (other, of_other) in itertools.combinations(zip(sources, read, strict=False), 2):
-        if of_one & of_other:
+    Raises `UserError` if rows would count twice: if a source is named twice, or is evaluation data as well. Evaluation
+    data may be another slice of a split: `split: train[:90%]`, `eval_split: train[90%:]`.
+    """
+    named = [*(source.evaluation for source in sources if source.evaluation), *evaluation]
+    evaluated = list({str(source): source for source in named}.values())
+    read = [(source, _what_is_read(source)) for source in (*sources, *evaluated) if len(sources) + len(evaluated) > 1]
+    for (one, of_one), (other, of_other) in itertools.combinations(read, 2):
+        slices = "[" in f"{one.split}{other.split}" and one.split != other.split
+        if of_one & of_other and not (other in evaluated and slices):
             again = "" if str(one) == str(other) else f": data set {other} has rows of it, too"
-            raise UserError(f"data set {one} is named more than once{again}")
+            held_out = other in evaluated and one not in evaluated
+            twice = "trained on and evaluation data as well" if held_out else "named more than once"
+            raise UserError(f"data set {one} is {twice}{again}")
+    return evaluated
 
 
 def _what_is_read(source: DataSource) -> set[Any]:

@@ -10,6 +10,7 @@ sections. dry_run_output.py shows them.
 
 import functools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -22,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.dpo_config import DPOConfig
 
-from chat_format import IM_END, IM_START, Message, encode, set_chat_format
-from config.hyperparameters import DataSource
+from chat_format import IM_END, IM_START, encode, set_chat_format
+from data.splitting import SourceCounts, prompt_key, row_prompt
 from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
 from errors import one_line
 from experiment.dry_run_output import Example, Section, Table, Token
@@ -49,7 +50,7 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
 class TrainingData:
     """The data that some trials are trained on, and their model without its weights.
 
-    `hparams` are those of the first of these trials, `sources` have the rows found (None: streamed) and the rows used.
+    `hparams` are those of the first of these trials; `sources` say how many rows of each were found, used and left out.
     `conversations` are the rows to train on, then those held out, and `tokenized` are the same, dropped rows included.
     `rows` has a line for each: its part, source, lengths and truncations, and whether these drop it or only cut it.
     `remaining_rows` has the tokenized rows of each part that are not dropped.
@@ -57,8 +58,8 @@ class TrainingData:
 
     def __init__(self, kind: TrainingKind, hparams: Hyperparameters) -> None:
         self.kind, self.hparams = kind, hparams
-        self.sources: list[tuple[DataSource, int | None, int]] = []
-        parts = kind.load(**hparams.load_options, on_source=lambda *source: self.sources.append(source))
+        self.sources: list[SourceCounts] = []
+        parts = kind.load(**hparams.load_options, on_source=self.sources.append)
         model, tokenizer = load_model_and_tokenizer(find_model(hparams), weights=False, **hparams.model_init_kwargs)
         set_chat_format(model, tokenizer, hparams.added_tokens)
         self.model, self.tokenizer = model, tokenizer
@@ -88,10 +89,6 @@ class TrainingData:
         """Whether a training computes no padding."""
         return why_padded(self.model, self.hparams.args) is None
 
-    def prompt(self, row: dict[str, Any]) -> list[Message]:
-        """Return the turns of a conversation before the last answer."""
-        return row["prompt"] if self.kind.pairs else row["messages"][:-1]
-
     @functools.cached_property
     def chat_facts(self) -> dict[str, str]:
         """How turns begin and end, and whether a server will prompt the model as it was trained."""
@@ -99,7 +96,7 @@ class TrainingData:
         sizes = {marker: len(tokenizer(marker, add_special_tokens=False)["input_ids"]) for marker in (IM_START, IM_END)}
         spelled = [f"{marker} is {plural(size, 'token')}" for marker, size in sizes.items()]
         train = np.flatnonzero(self.rows["part"] == "train")[:CHECKED_PROMPTS]
-        prompts = [self.prompt(row) for row in self.conversations.select(train)]
+        prompts = [row_prompt(row) for row in self.conversations.select(train)]
         same = sum(
             encode(tokenizer, prompt)[0]
             == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -161,15 +158,35 @@ def tabulate_sources(data: TrainingData, which: str) -> Table:
     parts = {"train": kept & (rows["part"] == "train"), "held out": kept & (rows["part"] == "test")}
     counts = rows[["dropped", "cut"]].assign(**parts).groupby(rows["source"]).sum()
     lines = []
-    for source, found, used in data.sources:
+    for source, found, used, repeated, elsewhere in data.sources:
         share = "all" if source.ratio is None else f"{100 * source.ratio:g}%"
         requested = f"{source.number_of_samples:,}" if source.number_of_samples else share
-        lines.append([str(source), requested, "streamed" if found is None else f"{found:,}", used])
-    table = pd.DataFrame(lines, columns=["source", "requested", "found", "used"]).join(counts, on="source")
+        shown = "streamed" if found is None else f"{found:,}"
+        lines.append([str(source), requested, shown, repeated + elsewhere, used])
+    table = pd.DataFrame(lines, columns=["source", "requested", "found", "repeated", "used"]).join(counts, on="source")
+    table = table.fillna(0).astype(dict.fromkeys(counts, int))  # of a source of which no row is used
     if len(table) > 1:
-        total = {"source": "total", "requested": "", "found": "", **table.loc[:, "used":].sum()}
+        total = {"source": "total", "requested": "", "found": "", **table.loc[:, "repeated":].sum()}
         table = pd.concat([table, pd.DataFrame([total])])
-    return Table(f"Rows{which}", table)
+    return Table(f"Rows{which}", table, describe_prompts(data))
+
+
+def describe_prompts(data: TrainingData) -> str:
+    """Say how many rows share a prompt, and how many rows of different sources are the same."""
+    keys = [prompt_key(row_prompt(row)) for row in data.conversations]
+    rows_of, parts_of = Counter(keys), defaultdict(set)
+    for key, part in zip(keys, data.rows["part"], strict=True):
+        parts_of[key].add(part)
+    said = [f"{len(keys):,} rows have {plural(len(rows_of), 'prompt')}"]
+    if sharing := sum(count for count in rows_of.values() if count > 1):
+        said.append(f"{sharing:,} of them share theirs with another row")
+    if both := sum(len(parts) > 1 for parts in parts_of.values()):
+        said.append(f"{plural(both, 'prompt')} of the evaluation data {'is' if both == 1 else 'are'} trained on, too")
+    elif sharing:
+        said.append("each prompt is either trained on or held out")
+    if elsewhere := sum(source.elsewhere for source in data.sources):
+        said.append(f"{plural(elsewhere, 'row')} of different sources are the same, and count once")
+    return "; ".join(said) + "."
 
 
 def tabulate_truncations(data: TrainingData, which: str) -> Table:
@@ -178,7 +195,7 @@ def tabulate_truncations(data: TrainingData, which: str) -> Table:
     lines, advice = [], []
     for truncation in sorted(found, key=lambda truncation: (not truncation.drops_row, -len(found[truncation]))):
         first, share = data.conversations[found[truncation][0]], len(found[truncation]) / len(data.rows)
-        text = one_line(visible(data.prompt(first)[-1]["content"]))
+        text = one_line(visible(row_prompt(first)[-1]["content"]))
         text = text if len(text) <= 60 else text[:59] + "\N{HORIZONTAL ELLIPSIS}"
         example = f"{first['source']} row {first['row']}: {text}"
         meaning = f"{truncation.effect}: {truncation.meaning}" if truncation.effect else truncation.meaning
@@ -209,7 +226,7 @@ def tabulate_lengths(data: TrainingData, which: str) -> Table:
 def show_examples(data: TrainingData, count: int) -> Iterator[Example]:
     """Yield the first rows of each source that are trained on; a pair as two examples."""
     rows = data.remaining_rows["train"]
-    order = [str(source) for source, _, _ in data.sources]
+    order = [str(counts.source) for counts in data.sources]
     places = pd.DataFrame({"source": pd.Categorical(rows["source"][:], order), "row": rows["row"][:]})
     first = places.sort_values(["source", "row"], kind="stable").groupby("source", observed=True).head(count)
     for index in first.index:
