@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -24,12 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
 from chat_format import Message, check_template
-from comparison import generation, preference_metrics
+from comparison import generation, preference_metrics, verdicts
 from comparison.cluster_task import Task
 from comparison.files import Comparison
 from comparison.generation import Answer, batch_by_length, batch_seed, context_length, run_in_halves, shorten_prompt
 from comparison.options import ComparisonOptions, Sampling
-from comparison.preference_metrics import PairScore, batch_pairs, tokenize_pairs
+from comparison.preference_metrics import PairScore, batch_pairs, prompted_alike, tokenize_pairs
 from comparison.questions import Questions
 from errors import UserError, os_errors_of
 from metrics.intervals import RESAMPLES, Estimate
@@ -284,13 +285,16 @@ def compare(
             task.save()
 
     # Metrics compare only over the same pairs: a pair that does not fit one model is left out for all.
-    scored = [[score for score in row if score] for row in zip(*scores.values(), strict=True) if all(row)]
+    scored = [row for row in zip(*scores.values(), pairs or [], strict=True) if all(row)]
     common = {name: [row[index] for row in scored] for index, name in enumerate(models)}
+    characters = np.array([[len(pair["chosen"]), len(pair["rejected"])] for *_, pair in scored]).reshape(-1, 2)
+    reference = options.reference_name
     metrics: dict[str, dict[str, Estimate | None]] = {}
-    for name in models:
-        reference = common[options.reference_name] if name != options.reference_name else None
-        metrics[name] = preference_metrics.preference_metrics(common[name], reference, options.beta)
+    for name, of in common.items():
+        against = common[reference] if name != reference else None
+        metrics[name] = preference_metrics.preference_metrics(of, against, options.beta, characters)
         metrics[name] |= preference_metrics.answer_metrics(answers[name])
+    found = verdicts.judge(common, reference, characters)
 
     sampled = f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
     settings = [
@@ -302,7 +306,12 @@ def compare(
         settings.append(f"{len(scored)} held-out pairs of {data_sets}; rewards with beta {options.beta:g}")
         if left_out := len(pairs) - len(scored):
             settings.append(f"{left_out} pairs are left out: {limit} leaves them no room")
-        if cut := sum(any(score.cut for score in row) for row in scored):
+        if cut := sum(any(score.cut for score in row) for row in zip(*common.values(), strict=True)):
             settings.append(f"{cut} of them cut to {limit} or a model's context")
+    if other := [name for name, of in common.items() if not prompted_alike(of, common[reference])]:
+        settings.append(
+            f"{reference} is prompted differently from {', '.join(other)}: such rewards are of other tokens"
+        )
     settings.append(f"Intervals: 95%, from {RESAMPLES:,} bootstrap samples.")
-    return Comparison(options.model, prompts, preferred, answers, metrics, options.reference_name, ". ".join(settings))
+    about = ". ".join(settings)
+    return Comparison(options.model, prompts, preferred, answers, metrics, reference, about, found)

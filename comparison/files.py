@@ -19,7 +19,8 @@ from rich.table import Table
 
 from chat_format import Message
 from comparison.generation import Answer
-from comparison.preference_metrics import NGRAM
+from comparison.preference_metrics import LIKE_LENGTH, NGRAM
+from comparison.verdicts import Verdicts
 from errors import os_errors_of
 from metrics.intervals import Estimate
 from pages.render import render_page
@@ -34,17 +35,28 @@ def _number(value: float) -> str:  # three significant digits, at most two decim
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-# By metric of `preference_metrics`: its title, format and meaning. {reference} stands for the reference model's name.
+# By metric of `preference_metrics`: its title, format and meaning. {reference} stands for the reference model's name,
+# {count} for the number of rows.
 METRICS: dict[str, tuple[str, Callable[[float], str], str]] = {
-    "preference_accuracy": (
-        "preference accuracy ↑",
-        _percent,
-        "how often the answer that people chose is likelier than the rejected one",
-    ),
     "preference_accuracy_by_token": (
         "preference accuracy, by token ↑",
         _percent,
-        "the same by mean log-prob per token: sums favour short answers",
+        "how often the answer that people chose has the higher mean log-prob per token",
+    ),
+    "preference_accuracy_like_length": (
+        "the same in {count} pairs of like length ↑",
+        _percent,
+        f"only where the shorter answer has at least {LIKE_LENGTH:.0%} of the longer one's characters",
+    ),
+    "preference_accuracy": (
+        "preference accuracy, by sum ↑",
+        _percent,
+        "how often the chosen answer is the likelier one: its sum of log-probs is higher, which favours short answers",
+    ),
+    "prefers_longer": (
+        "prefers the longer answer",
+        _percent,
+        "how often the longer answer has the higher mean log-prob per token, whichever people chose",
     ),
     "reward_accuracy": (
         "reward accuracy against {reference} ↑",
@@ -82,6 +94,7 @@ class Comparison:
     figures: dict[str, dict[str, Estimate | None]]  # by model: its metrics
     reference: str
     settings: str  # in sentences: how the answers and metrics were made
+    verdicts: Verdicts
 
     def table(self) -> pd.DataFrame:
         """Return a row for each question, a column for each model, the preferred answer last if any is known."""
@@ -99,7 +112,7 @@ class Comparison:
             estimates = [self.figures[name].get(key) for name in self.sources]
             if any(estimates):
                 cells = [_show_estimate(value, write) if value else ("-", "") for value in estimates]
-                of = {"reference": self.reference}
+                of = {"reference": self.reference, "count": next(value.count for value in estimates if value)}
                 rows.append((title.format(**of), meaning.format(**of), cells))
         return rows
 
@@ -124,7 +137,9 @@ def question_text(question: list[Message]) -> str:
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Print each question with the answers in columns below it, then the metrics."""
+    """Print the verdicts, each question with the answers in columns below it, then the metrics."""
+    for verdict in comparison.verdicts.lines:
+        console.print(f"[bold]{escape(verdict)}[/bold]")
     for position, row in enumerate(comparison.table().to_dict("records"), start=1):
         console.print(f"\n[bold]{position}. {escape(visible(row.pop('question')))}[/bold]")
         answers = Table(box=box.SIMPLE, expand=True)
@@ -145,7 +160,25 @@ def _json(comparison: Comparison) -> str:
         name: {key: value and value._asdict() for key, value in of.items()} for name, of in comparison.figures.items()
     }
     rows = comparison.table().to_dict("records")
-    everything = {"models": comparison.sources, "settings": comparison.settings, "figures": figures, "questions": rows}
+    differences = [
+        {
+            "model": of.model,
+            "against": of.against,
+            "preference_accuracy_by_token": of.by_token._asdict(),
+            "preference_accuracy": of.by_sum._asdict(),
+        }
+        for of in comparison.verdicts.differences
+    ]
+    longer = comparison.verdicts.chosen_is_longer
+    everything = {
+        "verdicts": comparison.verdicts.lines,
+        "differences": differences,
+        "chosen_is_longer": longer and longer._asdict(),
+        "models": comparison.sources,
+        "settings": comparison.settings,
+        "figures": figures,
+        "questions": rows,
+    }
     return json.dumps(everything, ensure_ascii=False, indent=2) + "\n"
 
 
@@ -154,7 +187,7 @@ def _jsonl(comparison: Comparison) -> str:  # not by pandas, which escapes every
 
 
 def _markdown(comparison: Comparison) -> str:
-    """Two tables, then what the metrics mean. (pandas' own Markdown needs `tabulate`, and escapes nothing.)"""
+    """Verdicts, two tables, then what the metrics mean. (pandas' own Markdown needs `tabulate` and escapes nothing.)"""
     table, numbers = comparison.table(), comparison.numbers()
     cells = [[title, *(f"{v} ({interval})" if interval else v for v, interval in row)] for title, _, row in numbers]
     tables = [
@@ -162,7 +195,8 @@ def _markdown(comparison: Comparison) -> str:
         _markdown_table(["", *comparison.sources], cells),
     ]
     meanings = "".join(f"- {_escape_markdown(f'{title}: {meaning}')}\n" for title, meaning, _ in numbers)
-    return "\n".join((*tables, meanings, _escape_markdown(comparison.settings) + "\n"))
+    verdicts = "".join(f"- {_escape_markdown(verdict)}\n" for verdict in comparison.verdicts.lines)
+    return "\n".join((*filter(None, [verdicts]), *tables, meanings, _escape_markdown(comparison.settings) + "\n"))
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:

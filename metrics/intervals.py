@@ -2,10 +2,15 @@
 
 A bootstrap draws rows with replacement, as many as there are, `RESAMPLES` times. What is compared over the same rows is
 drawn together (paired): a pair that is hard for every model then does not widen the interval of their difference.
+
+By plain percentiles nearly 6% of equal models seem to differ (simulated, 50 rows). So percentiles are corrected for few
+rows, and for being drawn; and a difference counts only if it is larger than 95% of those that chance makes, which may
+as well have swapped the two models in any row.
 """
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -40,15 +45,19 @@ def estimate(
         return None
     means, resampled = _resample(np.stack([values, weights]))
     low, high = np.percentile(resampled[:, 0] / resampled[:, 1], _percentiles(len(values)))
-    return Estimate(*(float(transform(mean)) for mean in (means[0] / means[1], low, high)), len(values))
+    value, low, high = (float(transform(mean)) for mean in (means[0] / means[1], low, high))
+    return Estimate(value, low, high, len(values))
 
 
 def paired_difference(values: np.ndarray | list, others: np.ndarray | list) -> Estimate | None:
     """Return `mean(values - others)` with a 95% paired bootstrap interval; None without rows.
 
-    `values` and `others`, of shape (rows,), are of the same rows in the same order.
+    `values` and `others`, of shape (rows,), are of the same rows in the same order, and of two models that were chosen
+    before looking at them. The interval contains 0 if the difference may be chance (`_may_be_chance`).
     """
-    return estimate(np.subtract(values, others, dtype=float))
+    differences = np.subtract(values, others, dtype=float)
+    found = estimate(differences)
+    return found and _with_chance(found, differences)
 
 
 def differences_from(chosen: int, values: np.ndarray) -> list[Estimate]:
@@ -65,36 +74,75 @@ def differences_from(chosen: int, values: np.ndarray) -> list[Estimate]:
     if rows < 2:  # one row says nothing about the others
         return [Estimate(float(row.mean() - values[chosen].mean()), -math.inf, math.inf, rows) for row in values]
     means, resampled = _resample(values)
-    errors = (resampled[:, :, None] - resampled[:, None, :]) - (means[:, None] - means[None, :])
-    scale = errors.std(axis=0) * math.sqrt(rows / (rows - 1))  # a bootstrap's own is that of n instead of n - 1
+    errors = np.ascontiguousarray((resampled - means).T)  # (candidates, RESAMPLES)
+    first, second = np.triu_indices(candidates, 1)
+    errors = errors[first] - errors[second]  # (pairs of candidates, RESAMPLES)
+    scale = errors.std(axis=1) * math.sqrt(rows / (rows - 1))  # a bootstrap's own is that of n instead of n - 1
     known = scale > NO_ERROR
-    ratios = np.where(known, np.abs(errors) / np.where(known, scale, 1), 0)
-    bound = _student_quantile(float(np.quantile(ratios.max(axis=(1, 2)), LEVEL)), rows - 1)
-    found = means - means[chosen]
-    half = bound * scale[:, chosen]
-    return [Estimate(float(d), float(d - h), float(d + h), rows) for d, h in zip(found, half, strict=True)]
+    ratios = np.abs(errors[known]) / scale[known, None]
+    largest = float(np.quantile(ratios.max(axis=0), LEVEL + _drawing_error(1 - LEVEL))) if known.any() else 0
+    bound = _student_quantile(largest, rows - 1)
+    half = np.zeros((candidates, candidates))
+    half[first, second] = half[second, first] = bound * scale
+    return [
+        _with_chance(Estimate(float(d.mean()), float(d.mean() - h), float(d.mean() + h), rows), d)
+        for d, h in zip(values - values[chosen], half[chosen], strict=True)
+    ]
 
 
 def _resample(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the means of `values`, of shape (series, rows), and those of the resamples: (RESAMPLES, series)."""
     rows = values.shape[1]
-    counts = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
-    return values.mean(axis=1), counts @ values.T / rows
+    return values.mean(axis=1), _draw(rows) @ values.T / rows
+
+
+@lru_cache(maxsize=1)  # a comparison and a report take many intervals over the same number of rows
+def _draw(rows: int) -> np.ndarray:
+    """Return how often each resample has each row: (RESAMPLES, rows)."""
+    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES).astype(float)
+
+
+def _with_chance(found: Estimate, differences: np.ndarray) -> Estimate:
+    """Return `found`, with an interval that contains 0 if the `differences` that it is the mean of may be chance."""
+    if found.low <= 0 <= found.high or not _may_be_chance(differences):
+        return found
+    return found._replace(low=min(found.low, 0.0), high=max(found.high, 0.0))
+
+
+def _may_be_chance(differences: np.ndarray) -> bool:
+    """Return whether a mean as far from 0 as that of `differences`, (rows,), is to be expected of equal models.
+
+    The models of a row could then be swapped, which changes its sign: in more than 5% of `RESAMPLES` draws of signs the
+    mean is as far from 0. This is Fisher's randomisation test, exact for any number of rows (Phipson and Smyth,
+    Permutation P-values Should Never Be Zero, 2010, for the 1 that is added). Of accuracies it is McNemar's exact test.
+    A bootstrap cannot tell that five rows which differ, all the same way, are too few.
+    """
+    signs = np.random.default_rng(1).integers(0, 2, (RESAMPLES, len(differences))) * 2.0 - 1
+    as_far = np.abs(signs @ differences) >= abs(differences.sum()) * (1 - NO_ERROR) - NO_ERROR
+    return bool((as_far.sum() + 1) / (RESAMPLES + 1) > 1 - LEVEL)
 
 
 def _percentiles(rows: int) -> tuple[float, float]:
     """Return the percentiles between which a 95% interval lies: further out than 2.5 and 97.5 where rows are few.
 
-    Plain percentiles are too narrow, as if a normal quantile stood where Student's belongs, and n where n - 1 does. This
-    is the expanded percentile interval of Hesterberg, What Teachers Should Know about the Bootstrap (2015), section
-    4.1.3: of 20 rows 1.6 and 98.4, of 200 rows 2.4 and 97.6.
+    Plain percentiles are too narrow, as if a normal quantile stood where Student's belongs, and n where n - 1 does.
+    This is the expanded percentile interval of Hesterberg, What Teachers Should Know about the Bootstrap (2015),
+    section 4.1.3, of 2.5 less the error of drawing it: of 20 rows 1.0 and 99.0, of 200 rows 1.7 and 98.3.
     """
     if rows < 2:
         return 0, 100
-    normal, degrees = NormalDist(), rows - 1
-    t = _student_quantile(normal.inv_cdf((1 + LEVEL) / 2), degrees)
+    normal, degrees, tail = NormalDist(), rows - 1, (1 - LEVEL) / 2
+    t = _student_quantile(-normal.inv_cdf(tail - _drawing_error(tail)), degrees)
     outside = 100 * normal.cdf(-math.sqrt(rows / degrees) * t)
     return outside, 100 - outside
+
+
+def _drawing_error(tail: float) -> float:
+    """Return two standard errors of the share of resamples beyond a quantile that has the share `tail` beyond it.
+
+    A quantile of `RESAMPLES` draws is itself a draw: taken so much further out, it is not too near in 97.5% of them.
+    """
+    return 2 * math.sqrt(tail * (1 - tail) / RESAMPLES)
 
 
 def _student_quantile(z: float, degrees: int) -> float:

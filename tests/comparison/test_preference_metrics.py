@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,7 +17,6 @@ from comparison.preference_metrics import (
     answer_metrics,
     batch_pairs,
     distinct_ngrams,
-    estimate,
     preference_metrics,
     score_batch,
     tokenize_pairs,
@@ -180,20 +178,3 @@ def test_answer_metrics_equal_sums_by_hand():
     assert [distinct_ngrams(text) for text in ("a a a a", "a b", "")] == [0.5, None, None]
     assert answer_metrics([Answer("", 0, True)])["distinct_ngrams"] is None
     assert set(figures) | set(preference_metrics([PairScore(-1, -2, 1, 1, -1, 1)], None, 1)) == set(METRICS)
-
-
-def test_bootstrap_intervals_are_close_to_the_normal_ones():
-    """Of a share the bootstrap's interval is close to the normal one; of a ratio it is of the ratio."""
-    share = estimate([1] * 60 + [0] * 40)
-    assert share.value == 0.6
-    half = 1.96 * math.sqrt(0.6 * 0.4 / 100)
-    assert (share.low, share.high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.015)
-    assert share == estimate([1] * 60 + [0] * 40)
-    ratio = estimate(np.array([10.0, 1.0]), np.array([100.0, 1.0]), np.exp)
-    assert ratio.value == pytest.approx(math.exp(11 / 101))
-    assert ratio.low == pytest.approx(math.exp(0.1))
-    assert ratio.high == pytest.approx(math.exp(1.0))
-    assert estimate([True, True]) == (1, 1, 1, 2)
-    empty = estimate(np.array([3.0, 0.0]), np.array([2.0, 0.0]), np.exp)  # an answer without text weighs nothing
-    assert empty == pytest.approx((math.exp(1.5),) * 3 + (1,))
-    assert estimate([]) is None

@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from comparison.files import Comparison, write_comparison
 from comparison.generation import Answer
-from comparison.preference_metrics import Estimate
+from metrics.intervals import Estimate
 
 EVIL = '<script>document.title = "hacked"</script><img src=x onerror="document.title = \'hacked\'"> & </article>'
 NAMES = ["base", "sft", "dpo"]  # not in alphabetical order, as a page that sorts them would show
