@@ -188,6 +188,8 @@ def tokenize_dpo_dataset(
             limit = max(0, max_length - len(prompt))
             truncations.append(Truncation.PAIR_END if limit else Truncation.NO_ROOM)
         chosen, rejected = chosen[:limit], rejected[:limit]
+        if chosen and chosen == rejected:
+            truncations.append(Truncation.SAME_ANSWERS)
         return {
             **{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected},
             **{"truncations": truncations, "learned": len(chosen) + len(rejected), **lengths},

@@ -16,7 +16,7 @@ SHARE_TO_WARN = 0.05  # if a limit cuts or drops a larger share of the rows, it 
 
 
 class Truncation(StrEnum):
-    """What a row loses, and to which limit. `EMPTY_ANSWER` is no truncation, but is counted and shown with them."""
+    """What a row loses, and to which limit. The last two are no truncations, but are counted and shown with them."""
 
     limit: str | None  # the YAML key to raise
     meaning: str  # the sentence for people
@@ -38,6 +38,7 @@ class Truncation(StrEnum):
     PAIR_END = "pair_end", "max_length", "prompt and answer longer than max_length: the answer loses its end and EOS"
     NO_ROOM = "no_room", "max_length", "the prompt alone fills max_length"
     EMPTY_ANSWER = "empty_answer", None, "answer without text: the model learns from it only to stop"
+    SAME_ANSWERS = "same_answers", None, "chosen and rejected are the same: the pair teaches nothing"
 
     @property
     def drops_row(self) -> bool:

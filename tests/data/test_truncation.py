@@ -105,6 +105,14 @@ def test_an_empty_answer_of_a_pair_is_counted(tmp_path, tokenizer, side):
     assert [count.truncation for count in count_truncations(tokenized)] == [Truncation.EMPTY_ANSWER]
 
 
+@pytest.mark.parametrize(("rejected", "limit"), [("good answer", None), ("good enough", 1)])
+def test_pairs_whose_answers_are_the_same_are_counted(tmp_path, tokenizer, rejected, limit):
+    rows = [{"prompt": f"{n}", "chosen": "good answer", "rejected": rejected} for n in range(5)]
+    dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", rows)], seed=1)
+    tokenized = tokenize_dpo_dataset(dataset, tokenizer, max_length=None, max_target_length=limit)["train"]
+    assert count_truncations(tokenized)[-1][:2] == (Truncation.SAME_ANSWERS, len(dataset["train"]))
+
+
 def test_pairs_without_room_are_dropped_and_the_limit_to_raise_is_named(tmp_path, tokenizer):
     rows = [*pairs(8), *({**row, "prompt": f"far too long {n} " * 9} for n, row in enumerate(pairs(8)))]
     dataset = load_dpo_dataset([write(tmp_path / "d.jsonl", rows)], seed=1)
