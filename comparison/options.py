@@ -109,8 +109,8 @@ class ComparisonOptions(Sampling):
     prompt: Texts = []
     """your own question instead; repeatable. Pairs are then scored only if you name a --dataset"""
     prompts: Source | None = None
-    """a file of your own questions: .txt with one a line, or a data set; 'blog' takes the first four questions of the
-    published example from the hub"""
+    """a file of your own questions: .txt with one a line, or a data set; 'blog' takes the four questions that the
+    published post shows, from Intel/orca_dpo_pairs on the hub"""
 
     chat: str | None = None
     """talk to this model in the terminal instead of comparing"""

@@ -1,5 +1,6 @@
 """Load the questions that all models are asked, and the preference pairs that they score."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,18 @@ from comparison.options import DEFAULT_DATASETS, ComparisonOptions
 from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource
 from config.validation import validate
 from dataset_utils import load_dpo_dataset, load_prompts
+from errors import UserError
 from storage.files import refuse_special_files
 
-# The first four rows that the published inference.py asks (it takes ten, and begins with the second row).
-BLOG = DataSource("Intel/orca_dpo_pairs", split="train[1:5]")
+# Where the questions that the published post shows are from; and, in its order, what each of them asks, with words that
+# all occur in it.
+BLOG = DataSource("Intel/orca_dpo_pairs", split="train")
+BLOG_QUESTIONS = {
+    "the best order to watch the Star Wars series": {"star", "wars", "order"},
+    "John, a terrible writer": {"john", "terrible", "writer"},
+    "two people in a local blizzard": {"local", "blizzard"},
+    "the animal on Liverpool's crest": {"liverpool", "crest"},
+}
 
 
 class Questions(NamedTuple):
@@ -31,7 +40,10 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
     own: list[list[Message]] = [[{"role": "user", "content": text}] for text in options.prompt]
     preferred: list[str | None] = [None] * len(own)
     if options.prompts:
-        rows = load_prompts(BLOG if options.prompts == "blog" else _source(options.prompts, options.key("prompts")))
+        if options.prompts == "blog":
+            rows = find_blog_questions(f"{options.key('prompts')} blog", console)
+        else:
+            rows = load_prompts(_source(options.prompts, options.key("prompts")))
         own += rows["prompt"][:]
         preferred += rows["preferred"][:]
     if own and not options.data_sets:
@@ -54,6 +66,30 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
         rows = first("number_of_samples", default=10)
         own, preferred = rows["prompt"][:], rows["chosen"][:]
     return Questions(own, preferred, pairs if len(pairs) else None, ", ".join(map(str, sources + evaluation)))
+
+
+def find_blog_questions(key: str, console: Console) -> Dataset:
+    """Load the published post's questions as `load_prompts` does; name those that are missing. All: `UserError`.
+
+    They are found by their words, wherever they are. If several rows have them, the shortest one is taken: the post's
+    questions are short, and a long text may have any words.
+    """
+    rows = load_prompts(BLOG)
+    texts = [prompt[-1]["content"] for prompt in rows["prompt"]]
+    words = [set(re.findall(r"\w+", text.casefold())) for text in texts]
+    found, missing = [], []
+    for title, needed in BLOG_QUESTIONS.items():
+        places = [place for place, of in enumerate(words) if needed <= of]
+        if places:
+            found.append(min(places, key=lambda place: len(texts[place])))
+        else:
+            missing.append(title)
+    if missing:
+        text = f"{key}: not in {BLOG}: {'; '.join(missing)}"
+        if not found:
+            raise UserError(text)
+        console.print(text, soft_wrap=True)
+    return rows.select(found)
 
 
 def _source(given: str | dict[str, Any], key: str) -> DataSource:

@@ -78,7 +78,7 @@ def difference_verdict(of: Difference, accuracy: float, other: float) -> str:
     first, second, *difference = _percent(accuracy, other, *of.by_token[:3])
     text = f"{of.model} prefers what people chose in {first}% of {plural(of.by_token.count, 'pair')}, {of.against} in"
     outcome = _winner(of, of.by_token)
-    text += f" {second}%: {_points(*difference)}. {outcome}." if any(of.by_token[:3]) else f" {second}%: no difference."
+    text += f" {second}%: {_points(*difference)}, {outcome}." if any(of.by_token[:3]) else f" {second}%: no difference."
     if _decides(of.by_sum) and _winner(of, of.by_sum) != outcome:
         points = _points(*_percent(*of.by_sum[:3]))
         text += f" But by sums of log-probs, which favour short answers, {_winner(of, of.by_sum)}: {points}."
@@ -100,13 +100,13 @@ def reward_verdict(name: str, reference: str, margins: np.ndarray) -> str:
     value, low, high = _percent(*found[:3])
     chance = ("more" if above.value > 0 else "less") if _decides(above) else "no more"
     what = f"{name}'s rewards against {reference} are higher for what people chose in {value}%"
-    return f"{what} of {plural(found.count, 'pair')}, {low} to {high}%: {chance} often than by chance."
+    return f"{what} of {plural(found.count, 'pair')} ({low} to {high}%), {chance} often than by chance."
 
 
 def length_verdict(longer: Estimate, right: dict[str, np.ndarray]) -> str:
     """Return in words how often people chose the longer answer, and how often models are `right` at like length."""
     value, low, high = _percent(*longer[:3])
-    text = f"People chose the longer answer in {value}% of {plural(longer.count, 'pair')}, {low} to {high}%."
+    text = f"People chose the longer answer in {value}% of {plural(longer.count, 'pair')} ({low} to {high}%)."
     count = len(next(iter(right.values())))
     if not count:
         return f"{text} No two answers are of like length."
@@ -119,7 +119,7 @@ def _decides(difference: Estimate) -> bool:
 
 
 def _winner(of: Difference, by: Estimate) -> str:
-    return f"{of.model if by.value > 0 else of.against} is better" if _decides(by) else "Too close to call"
+    return f"{of.model if by.value > 0 else of.against} is better" if _decides(by) else "too close to call"
 
 
 def _percent(*shares: float) -> list[str]:
@@ -137,4 +137,4 @@ def _percent(*shares: float) -> list[str]:
 
 def _points(value: str, low: str, high: str) -> str:
     sign = "+" if float(value) > 0 else ""
-    return f"{sign}{value} {'point' if value in ('1', '-1') else 'points'}, {low} to {high}"
+    return f"{sign}{value} {'point' if value in ('1', '-1') else 'points'} ({low} to {high})"

@@ -20,7 +20,8 @@ from comparison.compare import model_identity
 from comparison.files import METRICS, WRITERS, Comparison, print_comparison, question_text
 from comparison.generation import Answer
 from comparison.options import DEFAULT_DATASETS, OUTPUT_SUFFIXES, ComparisonOptions, parse_hyperparameters
-from comparison.questions import BLOG
+from comparison.questions import BLOG, BLOG_QUESTIONS
+from comparison.verdicts import Verdicts
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset
 from errors import UserError
@@ -75,12 +76,25 @@ def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, he
     assert [list(row) for row in rows] == [list(table.columns)] * len(held_out)
     assert rows == table.to_dict("records")
     lines = md.read_text().splitlines()
-    assert lines[0] == "| question | \\[one\\] | two | preferred |"
-    assert lines[2 + len(held_out)] == ""
-    assert lines[2 + len(held_out) + 3].startswith("| preference accuracy \N{UPWARDS ARROW} | ")
+    verdicts = [line for line in lines if line.startswith("- ")][:3]
+    assert lines[:4] == [*verdicts, ""]  # of two models: their difference, the rewards of one, and length
+    assert lines[4] == "| question | \\[one\\] | two | preferred |"
+    assert lines[6 + len(held_out)] == ""
+    assert lines[6 + len(held_out) + 3].startswith("| preference accuracy, by token \N{UPWARDS ARROW} | ")
     everything = json.loads(whole.read_text())
     assert everything["questions"] == rows
     assert set(everything["figures"]["two"]) == set(METRICS)
+    assert everything["verdicts"][0].startswith("two prefers what people chose in ")
+    assert everything["verdicts"][0].endswith("no difference.")  # the same model twice
+    assert everything["verdicts"][1].startswith("two gives all answers the probability that [one] gives them")
+    assert everything["verdicts"][2].startswith("People chose the longer answer in ")
+    assert [" ".join(line[2:].replace("\\", "").split()) for line in verdicts] == everything["verdicts"]
+    assert " ".join(out.split()).startswith(f"--number-of-samples 999: only {len(held_out)} rows are held out")
+    assert everything["verdicts"][0] in " ".join(out.split()).split(" 1. ")[0]  # before the first question
+    (difference,) = everything["differences"]
+    assert (difference["model"], difference["against"]) == ("two", "[one]")
+    assert difference["preference_accuracy_by_token"] == {"value": 0, "low": 0, "high": 0, "count": 4}
+    assert everything["chosen_is_longer"]["count"] <= 4
     assert set(everything["figures"]["two"]["perplexity"]) == {"value", "low", "high", "count"}
     assert everything["models"] == {name: str(tiny / "base") for name in ("[one]", "two")}
     assert f"--number-of-samples 999: only {len(held_out)} rows are held out" in out
@@ -118,15 +132,41 @@ def test_own_questions_come_from_options_and_files(compare, tmp_path, monkeypatc
     # With a data set beside them, its pairs are scored.
     assert "preference accuracy" in questions("--prompt", "Who?", data=True)[1]
 
-    blog = DataSource(str(tiny / "questions"), split=BLOG.split)
-    assert BLOG.name == "Intel/orca_dpo_pairs"
-    monkeypatch.setattr("comparison.questions.BLOG", blog)
-    with (tiny / "questions" / "train.jsonl").open() as file:
-        published = [json.loads(line) for line in file][1:5]
-    assert questions("--prompts", "blog")[0] == [
-        (f"system: {row['system']}\nuser: {row['question']}" if row["system"] else row["question"], row["chosen"])
-        for row in published
+
+def test_the_posts_questions_are_found_by_what_they_ask(compare, tmp_path, monkeypatch, tiny):
+    """Wherever they are, among rows that have some of their words; in the post's order; what is missing is named."""
+    assert (BLOG.name, BLOG.split) == ("Intel/orca_dpo_pairs", "train")
+    questions = [
+        "What animal is on LIVERPOOL\N{RIGHT SINGLE QUOTATION MARK}s crest?",
+        "Read this: A local paper of Liverpool, in order to watch stars, " + "wrote of a blizzard and a crest. " * 9,
+        "A locality is no blizzard.",
+        "Two people walk in a local blizzard. What do they need?",
+        "John was a terrible writer. To practise, what should he do?",
+        "John was a good writer.",
+        "What is the best order to watch the Star Wars series?",
     ]
+    shown = [questions[index] for index in (6, 4, 3, 0)]
+    rows = [{"system": "Be kind.", "question": text, "chosen": f"{text}!", "rejected": ""} for text in questions]
+
+    def ask(rows):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        monkeypatch.setattr("comparison.questions.BLOG", DataSource(str(tmp_path / "rows.jsonl")))
+        status, out, err = compare("--output_file", tmp_path / "o.jsonl", models=("one",), data=False, own=own)
+        return status, out, err, [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+
+    own = ("--prompts", "blog")
+    status, out, err, found = ask(rows)
+    assert status == 0, err
+    assert [row["question"] for row in found] == [f"system: Be kind.\nuser: {text}" for text in shown]
+    assert [row["preferred"] for row in found] == [f"{text}!" for text in shown]
+    assert "not in" not in out
+    status, out, _, found = ask(rows[4:])
+    assert (status, len(found)) == (0, 2)
+    missing = list(BLOG_QUESTIONS)[2:]
+    assert f"--prompts blog: not in {tmp_path / 'rows.jsonl'}: {'; '.join(missing)}\n" in out
+    status, _, err, _ = ask(rows[5:6])
+    missing = list(BLOG_QUESTIONS)
+    assert (status, err) == (2, f"error: --prompts blog: not in {tmp_path / 'rows.jsonl'}: {'; '.join(missing)}\n")
 
 
 def test_the_reference_has_no_rewards_and_equal_models_have_no_margin(compare, tmp_path):
@@ -488,9 +528,11 @@ def test_control_characters_and_markup_do_not_reach_the_terminal(capsys):
         figures={"a": {}},
         reference="a",
         settings="",
+        verdicts=Verdicts(["[red]a is better[/red]"], [], None),
     )
     print_comparison(Console(highlight=False, emoji=False), of)
     out = capsys.readouterr().out
+    assert out.startswith("[red]a is better[/red]\n")
     assert "Why? :fire:" in out
     assert "red \\x1b[31m :warning: [bold]" in out
     assert "\x1b[31m" not in out

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +19,7 @@ from comparison.preference_metrics import (
     batch_pairs,
     distinct_ngrams,
     preference_metrics,
+    prompted_alike,
     score_batch,
     tokenize_pairs,
 )
@@ -61,7 +63,9 @@ def test_log_probs_and_rewards_are_the_trainers(train, trainers, dpo_config, tin
         assert ours == pytest.approx(held_out[f"ref_{side}_logps"][:], rel=0, abs=1e-4)
 
     policy = score(trainers[0].model, tokenizer, pairs)
-    figures = preference_metrics(policy, reference, beta=0.1)
+    assert prompted_alike(policy, reference)
+    characters = np.array([[len(pair["chosen"]), len(pair["rejected"])] for pair in pairs])
+    figures = preference_metrics(policy, reference, 0.1, characters)
     (reported,) = (report["metrics"] for report in reports["validation"])
     assert figures["reward_margin"].value == pytest.approx(reported["eval_rewards/margins"], abs=1e-4)
     assert figures["reward_accuracy"].value == pytest.approx(reported["eval_rewards/accuracies"], abs=1e-6)
@@ -157,17 +161,20 @@ def test_batches_of_pairs_are_bounded_in_pairs_and_tokens(tokenizer, tiny):
 def test_preference_metrics_equal_sums_by_hand():
     policy = [PairScore(-10, -12, 5, 4, -8, 4), PairScore(-20, -15, 10, 5, -16, 8), PairScore(-7, -7, 7, 7, -6, 6)]
     reference = [PairScore(-11, -12, 5, 4, -8, 4), PairScore(-24, -16, 10, 5, -16, 8), PairScore(-7, -8, 7, 7, -6, 6)]
-    figures = {key: value.value for key, value in preference_metrics(policy, reference, beta=0.5).items()}
+    characters = np.array([[75, 100], [74, 100], [30, 30]])
+    figures = {key: value.value for key, value in preference_metrics(policy, reference, 0.5, characters).items()}
     assert figures == pytest.approx(
         {
             "preference_accuracy": 1 / 3,  # the last is a draw, which agrees with nobody
             "preference_accuracy_by_token": 2 / 3,  # -2 > -3, -2 > -3, -1 = -1
+            "preference_accuracy_like_length": 1 / 2,  # the first and the last
+            "prefers_longer": 0,  # of the first two
             "reward_accuracy": 2 / 3,
             "reward_margin": 0.5 * (1 + 3 - 1) / 3,
             "perplexity": math.exp(30 / 18),
         }
     )
-    alone = preference_metrics(policy, None, beta=0.5)
+    alone = preference_metrics(policy, None, 0.5, characters)
     assert alone["reward_accuracy"] is alone["reward_margin"] is None
 
 
@@ -177,4 +184,5 @@ def test_answer_metrics_equal_sums_by_hand():
     assert figures == pytest.approx({"answer_tokens": 5, "stopped": 2 / 3, "distinct_ngrams": (3 / 7 + 1) / 2})
     assert [distinct_ngrams(text) for text in ("a a a a", "a b", "")] == [0.5, None, None]
     assert answer_metrics([Answer("", 0, True)])["distinct_ngrams"] is None
-    assert set(figures) | set(preference_metrics([PairScore(-1, -2, 1, 1, -1, 1)], None, 1)) == set(METRICS)
+    one = [PairScore(-1, -2, 1, 1, -1, 1)]
+    assert set(figures) | set(preference_metrics(one, None, 1, np.array([[1, 1]]))) == set(METRICS)

@@ -8,6 +8,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from comparison.files import Comparison, write_comparison
 from comparison.generation import Answer
+from comparison.verdicts import Verdicts
 from metrics.intervals import Estimate
 
 EVIL = '<script>document.title = "hacked"</script><img src=x onerror="document.title = \'hacked\'"> & </article>'
@@ -25,6 +26,7 @@ def comparison(questions: int = 3, names: list[str] = NAMES) -> Comparison:
         figures={name: {"preference_accuracy": Estimate(0.625, 0.5, 0.75, 8)} for name in names},
         reference=names[0],
         settings="Settings & such.",
+        verdicts=Verdicts([f"{names[-1]} is better. {EVIL}"], [], None),
     )
 
 
@@ -91,6 +93,7 @@ def test_names_are_hidden_until_the_end(visit):
         assert "/models/" not in visible
         assert "preferred" not in visible
         assert "62.5%" not in visible
+        assert "is better" not in visible
         assert page.locator("article.current h3").all_inner_texts()[:3] == ["Answer 1", "Answer 2", "Answer 3"]
         page.keyboard.press("ArrowRight")
     expect(page.locator("#result")).to_be_hidden()
@@ -147,6 +150,8 @@ def test_votes_survive_a_reload_and_the_names_are_revealed(visit):
     expect(page.locator("article").nth(0).locator(".mark:visible")).to_have_text("your vote")
     expect(page.locator("article").nth(1).locator(".mark:visible")).to_have_text(["a tie"] * 3)
     expect(page.locator("#result")).to_contain_text("62.5%")
+    assert page.locator("#result h2").first.inner_text() == "What the preference pairs say"  # first of all
+    expect(page.locator("#result li")).to_have_text(f"dpo is better. {EVIL}")
     page.reload()
     expect(page.locator("#verdict")).to_be_visible()
 
@@ -294,6 +299,7 @@ def test_another_comparison_starts_without_votes(visit, write):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_the_screen_and_has_contrast(visit, width, scheme):
     of = comparison(names=[*NAMES, "a-model-with-quite-a-long-name-of-its-own"])
+    of.verdicts.lines.append("word" * 100 + " many words" * 30)
     of.answers["sft"][0] = Answer("word" * 200 + "\n" + "many words " * 100, 3, True)
     page = visit(of, viewport={"width": width, "height": 800}, color_scheme=scheme)
     fits = "document.documentElement.scrollWidth <= innerWidth"
