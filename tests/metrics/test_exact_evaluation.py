@@ -159,7 +159,7 @@ RANKS = [(sft_finetune, 40, False), (sft_finetune, 5, True), (dpo_finetune, 25, 
 
 @pytest.mark.parametrize(("script", "batch", "fsdp"), RANKS)
 def test_two_ranks_count_each_row_once(run, run_on_two, request, script, batch, fsdp):
-    """Of SFT's rows all are in one batch: the second rank has none of them. Of DPO's pairs, one is in its last batch."""
+    """Of SFT's rows all are in one batch: the second rank has none of them. Of 49 pairs, the last batch has none."""
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
     one, two = run(script, config, 16), run_on_two(script, config, batch, fsdp)
     tolerance = 1e-5 if fsdp else 1e-6  # FSDP adds gradients up in another order
