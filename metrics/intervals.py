@@ -40,7 +40,8 @@ def estimate(
         return None
     means, resampled = _resample(np.stack([values, weights]))
     low, high = np.percentile(resampled[:, 0] / resampled[:, 1], _percentiles(len(values)))
-    return Estimate(*(float(transform(mean)) for mean in (means[0] / means[1], low, high)), len(values))
+    value, low, high = (float(transform(mean)) for mean in (means[0] / means[1], low, high))
+    return Estimate(value, low, high, len(values))
 
 
 def paired_difference(values: np.ndarray | list, others: np.ndarray | list) -> Estimate | None:
@@ -65,13 +66,17 @@ def differences_from(chosen: int, values: np.ndarray) -> list[Estimate]:
     if rows < 2:  # one row says nothing about the others
         return [Estimate(float(row.mean() - values[chosen].mean()), -math.inf, math.inf, rows) for row in values]
     means, resampled = _resample(values)
-    errors = (resampled[:, :, None] - resampled[:, None, :]) - (means[:, None] - means[None, :])
-    scale = errors.std(axis=0) * math.sqrt(rows / (rows - 1))  # a bootstrap's own is that of n instead of n - 1
-    known = scale > NO_ERROR
-    ratios = np.where(known, np.abs(errors) / np.where(known, scale, 1), 0)
-    bound = _student_quantile(float(np.quantile(ratios.max(axis=(1, 2)), LEVEL)), rows - 1)
+    errors = resampled - means
+    largest, scale = np.zeros(RESAMPLES), np.zeros(candidates)
+    for candidate in range(candidates):  # one at a time: all pairs of a thousand would not fit into memory
+        of = errors - errors[:, [candidate]]
+        scales = of.std(axis=0) * math.sqrt(rows / (rows - 1))  # a bootstrap's own is that of n instead of n - 1
+        known = scales > NO_ERROR
+        largest = np.maximum(largest, np.where(known, np.abs(of) / np.where(known, scales, 1), 0).max(axis=1))
+        scale = scales if candidate == chosen else scale
+    bound = student_quantile(float(np.quantile(largest, LEVEL)), rows - 1)
     found = means - means[chosen]
-    half = bound * scale[:, chosen]
+    half = bound * scale
     return [Estimate(float(d), float(d - h), float(d + h), rows) for d, h in zip(found, half, strict=True)]
 
 
@@ -85,19 +90,19 @@ def _resample(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _percentiles(rows: int) -> tuple[float, float]:
     """Return the percentiles between which a 95% interval lies: further out than 2.5 and 97.5 where rows are few.
 
-    Plain percentiles are too narrow, as if a normal quantile stood where Student's belongs, and n where n - 1 does. This
-    is the expanded percentile interval of Hesterberg, What Teachers Should Know about the Bootstrap (2015), section
-    4.1.3: of 20 rows 1.6 and 98.4, of 200 rows 2.4 and 97.6.
+    Plain percentiles are too narrow, as if a normal quantile stood where Student's belongs, and n where n - 1 does.
+    This is the expanded percentile interval of Hesterberg, What Teachers Should Know about the Bootstrap (2015),
+    section 4.1.3: of 20 rows 1.6 and 98.4, of 200 rows 2.4 and 97.6.
     """
     if rows < 2:
         return 0, 100
     normal, degrees = NormalDist(), rows - 1
-    t = _student_quantile(normal.inv_cdf((1 + LEVEL) / 2), degrees)
+    t = student_quantile(normal.inv_cdf((1 + LEVEL) / 2), degrees)
     outside = 100 * normal.cdf(-math.sqrt(rows / degrees) * t)
     return outside, 100 - outside
 
 
-def _student_quantile(z: float, degrees: int) -> float:
+def student_quantile(z: float, degrees: int) -> float:
     """Return the quantile of Student's distribution with as much below it as there is below `z` of a normal one.
 
     By the expansion of Cornish and Fisher (Abramowitz and Stegun, 26.7.5): for 95% and 10 degrees exact to 1e-3.

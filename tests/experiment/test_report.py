@@ -212,7 +212,7 @@ class Heatmap:
     def shade(self, trial_id):
         """How strong a trial's cell is, in percent."""
         (place,) = [
-            (y, x) for y, row in enumerate(self.trace["customdata"]) for x, i in enumerate(row) if i == trial_id
+            (y, x) for y, row in enumerate(self.trace["customdata"]) for x, i in enumerate(row) if i == str(trial_id)
         ]
         return round(100 * self.trace["z"][place[0]][place[1]])
 
@@ -287,6 +287,7 @@ def test_the_winner(write):
     assert said == [
         "dpo_beta 0.1, learning_rate 1e-07",
         "Next is trial 5 (dpo_beta 0.01, learning_rate 1e-07) with 0.8125: 0.0625 behind.",
+        "Trials are compared without pairs: the checkpoints keep none. Small differences may be chance.",
         "Checkpoint, saved at step 40:",
     ]
 
