@@ -13,7 +13,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from data import formats, truncation
 from data.sources import EVAL_SHARE, FILE_FORMATS, convert_rows, load_source, refuse_overlaps, split_rows
 from data.truncation import Truncation
 from errors import UserError
+from metrics.evaluations import Evaluations
 from storage.fingerprints import fingerprint, hash_rows, hash_tokenizer
 from storage.shared_cache import make_once, once_per_node
 
@@ -161,7 +162,7 @@ def tokenize_dpo_dataset(
     A prompt is cut from its left (see `cut_prompt`), an answer from its right. `max_length` then limits prompt and
     answer together, again at the answer's end. A pair without room for its answers is dropped. `every_row` adds the
     same columns as for SFT; the lengths are `prompt_length`, `chosen_length`, `rejected_length` and `total_length` (the
-    prompt and the longer answer).
+    prompt and the longer answer). A pair keeps its `source` and `row`, by which `evaluations.json` names it.
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +189,8 @@ def tokenize_dpo_dataset(
         }
 
     columns = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int64")
-    return _tokenize(dataset, tokenize, num_proc, every_row, columns, ("prompt", "chosen", "rejected", "total"))
+    lengths = ("prompt", "chosen", "rejected", "total")
+    return _tokenize(dataset, tokenize, num_proc, every_row, columns, lengths, ["source", "row"])
 
 
 def tokenize_once(
@@ -229,6 +231,17 @@ def tokenize_once(
     return dataset
 
 
+def prepare_evaluations(dataset: DatasetDict) -> Evaluations:
+    """Return what a trial on a tokenized data set stores of its evaluations, before the first."""
+    truncations = [line for part in dataset for line in truncation.describe_truncations(part, dataset[part])]
+    pairs = dataset["test"]
+    if "chosen_ids" not in pairs.column_names:
+        return Evaluations(truncations)
+    names = [f"{source} row {row}" for source, row in zip(pairs["source"][:], pairs["row"][:], strict=True)]
+    chosen, rejected = ([len(ids) for ids in pairs[side][:]] for side in ("chosen_ids", "rejected_ids"))
+    return Evaluations(truncations, names, chosen, rejected)
+
+
 def _tokenize(
     dataset: DatasetDict,
     tokenize: Callable[[dict[str, Any]], dict[str, Any]],
@@ -236,8 +249,12 @@ def _tokenize(
     every_row: bool,
     columns: dict[str, str],
     lengths: tuple[str, ...],
+    kept: Sequence[str] = (),
 ) -> DatasetDict:
-    """Tokenize, count truncations, drop rows with nothing left to learn. `columns`: the trainer's, with types."""
+    """Tokenize, count truncations, drop rows with nothing left to learn.
+
+    `columns` are the trainer's, with types. Others are dropped but for those `kept`, unless `every_row`.
+    """
     features = Features({name: List(Value(dtype)) for name, dtype in columns.items()})
     features |= {"source": Value("string"), "row": Value("int64"), "truncations": List(Value("string"))}
     features |= dict.fromkeys(["learned", *(f"{name}_length" for name in lengths)], Value("int64"))
@@ -250,6 +267,6 @@ def _tokenize(
             if len(dropped) == len(rows):
                 raise next(iter(dropped.values())).no_row_left(name)
             remaining = rows.select([n for n in range(len(rows)) if n not in dropped]) if dropped else rows
-            tokenized[name] = remaining.select_columns(list(columns))
+            tokenized[name] = remaining.select_columns([*columns, *kept])
         truncation.store_truncation_counts(tokenized[name], rows, found)
     return tokenized

@@ -16,7 +16,7 @@ def train(trial: "Trial[DPOHyperparameters]") -> None:
     """Train the trial's policy on pairs of a chosen and a rejected answer, against the model that it starts from."""
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
     from chat_format import set_chat_format
-    from dataset_utils import load_dpo_dataset, tokenize_dpo_dataset, tokenize_once
+    from dataset_utils import load_dpo_dataset, prepare_evaluations, tokenize_dpo_dataset, tokenize_once
     from speed.hardware import suit_hardware
     from speed.padding_free import flatten_while_loading
     from speed.tokenized_dpo_trainer import TokenizedDPOTrainer
@@ -47,6 +47,7 @@ def train(trial: "Trial[DPOHyperparameters]") -> None:
     suit_hardware(trial, model, dataset, pairs=True, reference=reference)
     trainer = TokenizedDPOTrainer(
         trial,
+        evaluations=prepare_evaluations(dataset),
         model=model,
         ref_model=reference,
         args=args,

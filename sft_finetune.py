@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 def train(trial: "Trial[SFTHyperparameters]") -> None:
     """Fine-tune the trial's model on its conversations."""
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
-    from trl import SFTTrainer
-
     from chat_format import set_chat_format
-    from dataset_utils import load_sft_dataset, tokenize_once, tokenize_sft_dataset
+    from dataset_utils import load_sft_dataset, prepare_evaluations, tokenize_once, tokenize_sft_dataset
+    from metrics.exact_evaluation import ExactSFTTrainer
     from speed.hardware import suit_hardware
     from speed.padding_free import flatten_while_loading
     from trial.det_callback import train_or_resume
@@ -32,8 +31,13 @@ def train(trial: "Trial[SFTHyperparameters]") -> None:
     # Token ids, cut to max_seq_length, with labels of -100 where a token is not supervised.
     dataset = tokenize_once(trial, tokenize_sft_dataset, rows, tokenizer)
     suit_hardware(trial, model, dataset, pairs=False)
-    trainer = SFTTrainer(
-        model=model, args=args, train_dataset=dataset["train"], eval_dataset=dataset["test"], processing_class=tokenizer
+    trainer = ExactSFTTrainer(
+        evaluations=prepare_evaluations(dataset),
+        model=model,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
     )
     flatten_while_loading(trainer, pairs=False)
     train_or_resume(trainer, trial)

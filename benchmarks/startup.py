@@ -33,7 +33,7 @@ PARTS = {
     ),
     "tokenizing": ("dataset_utils.tokenize_once",),
     "hardware": ("speed.hardware.suit_hardware",),
-    "trainer": ("trl.SFTTrainer", "speed.tokenized_dpo_trainer.TokenizedDPOTrainer"),
+    "trainer": ("metrics.exact_evaluation.ExactSFTTrainer", "speed.tokenized_dpo_trainer.TokenizedDPOTrainer"),
 }
 
 

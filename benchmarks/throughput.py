@@ -375,7 +375,10 @@ def work(spec: dict[str, Any]) -> None:
     # The entrypoint imports these when it trains.
     replaced = {("trial.det_callback", "train_or_resume"): functools.partial(train, spec)}
     if spec["configuration"] != "ours":
-        trainers = {"sft": ("trl", "SFTTrainer"), "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer")}
+        trainers = {
+            "sft": ("metrics.exact_evaluation", "ExactSFTTrainer"),
+            "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer"),
+        }
         replaced[trainers[spec["kind"]]] = functools.partial(trl_trainer, spec)
         replaced["speed.hardware", "suit_hardware"] = lambda *args, **kwargs: None
     for (module, name), replacement in replaced.items():
@@ -418,7 +421,6 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return the trainer that a user of TRL alone would build, except that its rows are already tokenized."""
     import torch
     import trl
-    from trl.trainer.sft_trainer import SFTTrainer  # `trl.SFTTrainer` is this function by now
 
     class TokenizedDPOTrainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -438,8 +440,8 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         output_dir=spec["folder"], report_to="none", disable_tqdm=True, max_length=8192,
         use_cpu=not torch.cuda.is_available(), **changes, **common_training_args(spec),
     )  # fmt: skip
-    cls = SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
-    return cls(**{name: value for name, value in kwargs.items() if name != "ref_model"} | {"args": config})
+    cls = trl.SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
+    return cls(**{k: v for k, v in kwargs.items() if k not in ("ref_model", "evaluations")} | {"args": config})
 
 
 def train(spec: dict[str, Any], trainer: Any, trial: Any) -> None:

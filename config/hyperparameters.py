@@ -83,7 +83,7 @@ class TrainingHyperparameters(Generic[TrlConfig]):
     packing: bool = False  # whether TRL packs several rows into one sequence
     model_ckpt: str | None = None  # only DPO starts from a checkpoint
     start_message: str = ""  # a line for the log on what DPO starts from; empty for SFT
-    # TRL reports these at an evaluation, so searcher.metric can be one of them.
+    # An evaluation reports these, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
     def check_metric(self) -> None:
@@ -172,6 +172,7 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
 
     eval_metrics: ClassVar[tuple[str, ...]] = (
         *TrainingHyperparameters.eval_metrics,
+        "eval_preference_loss",
         *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),
         *(f"eval_{name}/{side}" for name in ("logps", "logits") for side in ("chosen", "rejected")),
     )

@@ -15,7 +15,7 @@ has all its digits. Each evaluation has a line of the file:
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -57,10 +57,15 @@ class Evaluations:
         text = ",\n ".join(f'"{name}": {value}' for name, value in fields)
         (folder / FILE).write_text(f"{{{text}}}\n", encoding="utf-8")
 
+    def take_over(self, saved: "Evaluations | None") -> None:
+        """Add the evaluations of a checkpoint from which a trial resumes, if they are of the same pairs."""
+        if saved is not None and saved.rows == self.rows:
+            self.steps = saved.steps | self.steps
+
     def is_whole(self) -> bool:
         """Return whether every list of pairs has as many as there are."""
-        lists = [self.chosen_tokens, self.rejected_tokens, *(side for ratios in self.steps.values() for side in ratios)]
-        return {len(values) for values in lists} == {len(self.rows)}
+        sizes = [len(side) for ratios in self.steps.values() for side in ratios]
+        return {len(self.chosen_tokens), len(self.rejected_tokens), *sizes} == {len(self.rows)}
 
 
 def preference_losses(margins: np.ndarray) -> np.ndarray:
@@ -85,8 +90,8 @@ def read_evaluations(folder: Path) -> Evaluations | None:
         return None
     if stored is None:
         return None
-    steps = {step: LogRatios(*map(np.array, pair)) for step, pair in sorted(stored.pop("steps").items())}
-    evaluations = Evaluations(**stored, steps=steps)
+    steps = {step: LogRatios(*map(np.array, pair)) for step, pair in sorted(stored.steps.items())}
+    evaluations = Evaluations(**vars(stored) | {"steps": steps})
     return evaluations if evaluations.is_whole() else None
 
 
@@ -95,7 +100,8 @@ class _Pair(NamedTuple):
     rejected: list[float]
 
 
-class _Stored(TypedDict):
+@dataclass
+class _Stored:
     """The fields of `Evaluations` as the file has them."""
 
     truncations: list[str]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
+from metrics.exact_evaluation import ExactDPOTrainer
 from speed.padding_free import remove_padding
 from storage.fingerprints import fingerprint
 from storage.manifests import remove_unless_sealed, seal
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from trial.context import Trial
 
 
-class TokenizedDPOTrainer(DPOTrainer):
+class TokenizedDPOTrainer(ExactDPOTrainer):
     """Train with DPO on tokenized rows; trials that share a cache folder compute the reference log-probs once.
 
     TRL 1.16 tokenizes every preference row itself and no longer truncates prompts and answers separately
@@ -27,8 +28,10 @@ class TokenizedDPOTrainer(DPOTrainer):
 
     To change the loss beyond TRL's `loss_type`, override `_compute_loss(model, inputs, return_outputs)`, which has no
     smaller part to override. A batch is the chosen sequences followed by the rejected ones; the model returns
-    `log_probs` (sequences, length - 1) of the labels instead of logits. A new metric in `self._metrics` is logged and
-    resumes by itself; name it in `DPOHyperparameters.eval_metrics` to use it as `searcher.metric`.
+    `log_probs` (sequences, length - 1) of the labels instead of logits. In an evaluation a batch is one pair, and the
+    means are over all of them (`ExactDPOTrainer`). A new metric in `self._metrics` is logged and resumes by itself;
+    name it in `DPOHyperparameters.eval_metrics` to use it as `searcher.metric`. Keep `rewards/chosen` and
+    `rewards/rejected`: what an evaluation stores of each pair comes from them.
     """
 
     def __init__(self, trial: "Trial", **kwargs: Any) -> None:

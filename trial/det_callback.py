@@ -12,6 +12,7 @@ What a start restores, and who does it:
 | weights, optimizer, scheduler, random state, place in | model.safetensors, optimizer.pt, ... | the Trainer          |
 | the data                                              |                                      |                      |
 | sums for the next logged means, a pending evaluation  | log_state_<rank>.json                | on_train_begin       |
+| what earlier evaluations found of each pair           | evaluations.json                     | on_train_begin       |
 
 Not exactly: on another number of ranks, or with the settings in `training_args.INEXACT`, each with a line in the log.
 """
@@ -29,6 +30,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from errors import DISK_FULL, TemporaryError, UserError
+from metrics.evaluations import read_evaluations
 from storage.manifests import hash_files, write_manifest
 from trial.context import Trial, TrialStopped
 from trial.latest_checkpoint import fetch_latest_checkpoint, log_state_file, read_log_state
@@ -56,11 +58,10 @@ def train_or_resume(trainer: Trainer, trial: Trial) -> None:
 def _check_batches(trainer: Any) -> None:
     """Raise `UserError` if `dataloader_drop_last` leaves no batch: a training would end at once, and teach nothing."""
     args = trainer.args
-    parts = [(trainer.train_dataset, args.train_batch_size), (trainer.eval_dataset, args.eval_batch_size)]
-    for rows, batch_size in parts if args.dataloader_drop_last else ():
-        if len(rows) < (needed := batch_size * args.world_size):
-            few = f"{len(rows)} rows are less than a batch of {needed}"
-            raise UserError(f"hyperparameters.training_args.dataloader_drop_last leaves nothing: {few}")
+    rows, needed = len(trainer.train_dataset), args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < needed:  # evaluations drop no row
+        few = f"{rows} rows are less than a batch of {needed}"
+        raise UserError(f"hyperparameters.training_args.dataloader_drop_last leaves nothing: {few}")
 
 
 @dataclass
@@ -89,11 +90,12 @@ class DetCallback(determined.transformers.DetCallback):
     | a start from a checkpoint         | evaluate if that is pending, then    | end, with nothing new to save       |
     |                                   | train on, if steps are left          |                                     |
 
-    A pending evaluation is written into the checkpoint (`log_state_<rank>.json`), and the next start makes it up.
+    A pending evaluation is written into the checkpoint (`log_state_<rank>.json`), and the next start makes it up. What
+    it finds of each pair is in the next checkpoint. After the last step there is none: that step is saved once more.
     """
 
     def __init__(self, trial: Trial, trainer: Any) -> None:
-        # `trainer` is TRL's SFTTrainer or DPOTrainer: its base class has no `_metrics`.
+        # `trainer` is an ExactSFTTrainer or ExactDPOTrainer: others have no `evaluations`.
         self.trial, self.trainer = trial, trainer
         self.preempted = False
         self.pending = Pending()
@@ -136,10 +138,13 @@ class DetCallback(determined.transformers.DetCallback):
             self.last_save = state.global_step
             args.eval_on_start = False  # the trial has started before
             self._load_log_state(Path(args.resume_from_checkpoint), args)
+            self.trainer.evaluations.take_over(read_evaluations(Path(args.resume_from_checkpoint)))
             if self.pending.evaluation:
                 # The Trainer does both where an evaluation is due, but has no public method for them.
                 self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
                 self.pending.evaluation = False
+                if state.global_step >= state.max_steps:
+                    self._save_outside_of_steps()
         self.trial.stop_if_preempted()
         if state.global_step >= state.max_steps:
             # It was killed between its last checkpoint and its end. The Trainer (5.23) would train a step more. This
@@ -215,13 +220,15 @@ class DetCallback(determined.transformers.DetCallback):
 
     def save_after_broken_evaluation(self) -> None:
         """Save the step at whose end an evaluation was broken off, unless it was saved before."""
-        args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
-        if state.global_step <= max(self.last_save, 0):
+        if self.trainer.state.global_step <= max(self.last_save, 0):
             return
         self.pending.evaluation = True
         self.on_evaluate()
+        self._save_outside_of_steps()
+
+    def _save_outside_of_steps(self) -> None:
         self.trainer._save_checkpoint(self.trainer.model_wrapped, trial=None)
-        self.on_save(args, state, control)
+        self.on_save(self.trainer.args, self.trainer.state, self.trainer.control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Upload the checkpoint with every rank's part of the log state and a manifest, and keep no copy.
@@ -235,6 +242,8 @@ class DetCallback(determined.transformers.DetCallback):
         core_context, name = self.trial.core_context, f"checkpoint-{state.global_step}"
         folder = Path(args.output_dir or ".") / name
         self._save_log_state(folder, args)
+        if state.is_world_process_zero:
+            self.trainer.evaluations.write(folder)
         core_context.distributed.allgather(None)  # the other ranks of this node have written their files too
         files = core_context.distributed.gather(hash_files(folder) if core_context.distributed.local_rank == 0 else {})
         if files:  # on the first rank; `upload` has the others wait for it
