@@ -12,12 +12,12 @@ import plotly.graph_objects as go
 
 from experiment.charts import Cell, TrialView, plot_heatmap
 from experiment.results import short_name
-from experiment.settings import SEED, rank_settings, settings_of, spread
+from experiment.settings import SEED, format_mean, rank_settings, settings_of
 
 if TYPE_CHECKING:
     from experiment.report_page import Page
 
-NARROW, WIDE = (64, 88), (112, 128)  # a cell's least and usual width in pixels: of a value, and of a mean ± spread
+NARROW, WIDE = (64, 88), (120, 136)  # a cell's least and usual width in pixels: of a value, and of a mean ± spread
 
 Values = tuple[str, ...]  # of the axes of the heatmaps, all but the seed
 
@@ -120,8 +120,7 @@ class Heatmaps:
         return Cell(ids, text, count, details, self.marks.get(values, ""), shade)
 
     def mean(self, metric: str, scores: list[float]) -> str:
-        """Return a mean over seeds with the standard deviation: `0.875 ± 0.021`."""
-        if not scores:
-            return self.page.format(metric, None)
-        scatter = spread(scores)
-        return self.page.format(metric, fmean(scores)) + (f" ± {scatter:.2g}" if scatter is not None else "")
+        """Return a mean over seeds with the standard deviation; of a single seed, its value."""
+        if len(scores) < 2:
+            return self.page.format(metric, next(iter(scores), None))
+        return format_mean(scores)

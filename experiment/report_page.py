@@ -76,8 +76,8 @@ class Page:
         varied = [f"{short_name(name)} {value}" for name, value in zip(self.axes, values, strict=True)]
         title = "<br>".join([f"<b>trial {result['trial_id']}</b>", *(escape(line, quote=False) for line in varied)])
         metrics = [f"{escape(self.title(m), quote=False)} {self.format(m, result)}" for m in self.metrics]
-        stands = [self.against_best(result)] if self.verdict.behind and mark != "best" else []
-        details = "<br>".join([title, *metrics, *filter(None, stands), state])
+        stands = [", ".join(self.against_best(result))] if result["trial_id"] in self.verdict.behind else []
+        details = "<br>".join([title, *metrics, *stands, state])
         look, place = choose_look(places), str(rank or MISSING)
         return TrialView(result["trial_id"], result, tuple(values), state, place, mark, look, title, details)
 
@@ -143,15 +143,15 @@ class Page:
         yield from self.verdict.remarks()
         yield from settings_verdict(self.experiment, lambda value: self.format(metric, value))
 
-    def against_best(self, result: TrialResult) -> str:
-        """Say how a trial stands against the best one, with the interval of the difference; nothing without pairs."""
+    def against_best(self, result: TrialResult) -> tuple[str, str]:
+        """Return how a trial stands against the best one, and the interval of the difference; nothing without pairs."""
         trial_id = result["trial_id"]
         gap = self.verdict.behind.get(trial_id)
         if gap is None:
-            return "best" if result is self.verdict.best else ""
+            return "best" if result is self.verdict.best else "", ""
         words = "cannot be told apart" if trial_id in self.verdict.alike else "worse"
         words = "better on common pairs" if trial_id in self.verdict.better else words
-        return f"{words} ({format_interval(gap)} behind)"
+        return words, f"{format_interval(gap)} behind"
 
     def scaled_by_beta(self, metric: str) -> bool:
         """Return whether DPO's beta is a factor of the metric, so that only trials of the same beta compare by it."""

@@ -40,9 +40,14 @@ def settings_of(experiment: Experiment, results: list[TrialResult]) -> list[Sett
     return [Setting(*group) for group in groups.items()]
 
 
-def spread(scores: list[float]) -> float | None:
-    """Return the standard deviation over seeds, of n - 1; None for fewer than two."""
-    return stdev(scores) if len(scores) > 1 else None
+def format_mean(scores: list[float]) -> str:
+    """Return the mean of two or more values with their standard deviation, to its first digit or two: `0.87 ± 0.02`."""
+    scatter = stdev(scores)
+    decimals = 3
+    if scatter:
+        place = math.floor(math.log10(scatter))
+        decimals = max(0, -place + (scatter < 2 * 10**place))  # a leading 1 is not rounded to one digit
+    return f"{fmean(scores):.{decimals}f} ± {scatter:.{decimals}f}"
 
 
 def compare_settings(experiment: Experiment, settings: list[Setting]) -> list[Estimate] | None:
@@ -97,9 +102,9 @@ def settings_verdict(experiment: Experiment, show: Callable[[float], str]) -> li
     if not ranked:
         return []
     scores = ranked[0].scores(experiment.searcher.metric)
-    scatter, others = spread(scores), len(ranked) - 1
-    mean = show(fmean(scores)) + (f" ± {scatter:.2g}" if scatter is not None else "")
-    over = f"over {plural(len(scores), 'seed')}" + (", mean ± standard deviation" if scatter is not None else "")
+    others, several = len(ranked) - 1, len(scores) > 1
+    mean = format_mean(scores) if several else show(scores[0])
+    over = f"over {plural(len(scores), 'seed')}" + (", mean ± standard deviation" if several else "")
     if not others:
         return [f"The searcher's metric is {mean} ({over})."]
     said = f"The best setting is {describe(experiment, ranked[0])}: {mean} ({over})."

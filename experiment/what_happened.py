@@ -56,18 +56,16 @@ def answers(experiment: Experiment, best: TrialResult) -> Iterator[str]:
         rates = [f" ({abs(s / max(1, n)):.2g} a token)" for s, n in zip(sums, tokens, strict=True)]
     chosen, rejected = (f"{abs(change):.3g}{rate}" for change, rate in zip(changes, rates, strict=True))
     who, (up, down) = f"Trial {best['trial_id']}", changes
+    figures = f"chosen ones by {chosen} nats, rejected ones by {rejected}"
     if up < 0 and down < 0:
-        normal = ", which is normal in DPO: what counts is that rejected ones fell further" if down < up else ""
-        both = "made chosen and rejected answers less likely than the reference does"
-        yield f"{who} {both}{normal}: chosen by {chosen}, rejected by {rejected} nats an answer."
+        normal = " In DPO that is normal: what counts is that rejected ones fell further." if down < up else ""
+        yield f"{who} made both kinds of answers less likely than the reference: {figures}.{normal}"
     elif up >= 0 > down:
-        apart = f"by {chosen} nats an answer, and rejected ones less likely, by {rejected}"
-        yield f"{who} made chosen answers more likely than the reference does, {apart}."
+        yield f"{who} made chosen answers more likely than the reference and rejected ones less: {figures}."
     elif down >= 0 > up:
-        yield f"{who} learned the opposite: chosen answers fell by {chosen} nats each, rejected rose by {rejected}."
+        yield f"{who} learned the opposite, chosen answers became less likely and rejected ones more: {figures}."
     else:
-        both = "made chosen and rejected answers more likely than the reference does"
-        yield f"{who} {both}: chosen by {chosen}, rejected by {rejected} nats an answer."
+        yield f"{who} made both kinds of answers more likely than the reference: {figures}."
 
 
 def mean_log_ratios(result: TrialResult, ratios: LogRatios | None) -> tuple[float, float] | None:
@@ -230,10 +228,9 @@ def held_out_loss(experiment: Experiment, best: TrialResult) -> Iterator[str]:
         return
     first, *_, last = by_step
     change = by_step[last] / by_step[first] - 1
-    yield (
-        f"The held-out loss went from {by_step[first]:.3f} at step {first} to {by_step[last]:.3f} at step {last}:"
-        f" {change:+.1%}.".replace("-", "\N{MINUS SIGN}")
-    )
+    change_text = f"{change:+.1%}".replace("-", "\N{MINUS SIGN}")
+    went = f"from {by_step[first]:.3f} at step {first} to {by_step[last]:.3f} at step {last}"
+    yield f"The held-out loss went {went}: {change_text}."
     lowest = min(by_step, key=lambda step: by_step[step])
     if lowest == last:
         yield "It was lowest at the last evaluation: more steps may lower it further."
