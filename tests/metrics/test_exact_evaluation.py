@@ -47,9 +47,7 @@ def run_on_two(write_config, tmp_path):
     """The same on two ranks, which share the rows of a step."""
 
     def events(script, config, batch, fsdp=False, **changes):
-        changes = (
-            STEPS | {f"{ARGS}per_device_train_batch_size": 2, f"{ARGS}per_device_eval_batch_size": batch} | changes
-        )
+        changes = STEPS | {f"{ARGS}per_device_train_batch_size": 2, f"{ARGS}per_device_eval_batch_size": batch} | changes
         if fsdp:
             changes |= {f"{ARGS}fsdp": True}
             changes |= {f"{ARGS}fsdp_config": {"transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}}
@@ -84,9 +82,7 @@ def log_probs(model, ids, labels):
 def test_sft_metrics_are_means_over_supervised_tokens(run, trainers, sft_config, changes):
     runs = [run(sft_finetune, sft_config, batch, **changes) for batch in (1, 5, 25)]
     evaluations = [evaluation(events) for events in runs]
-    assert len(trainers[0].eval_dataset) % 5 and len(trainers[0].eval_dataset) > (
-        5 if "packing" in str(changes) else 10
-    )
+    assert len(trainers[0].eval_dataset) % 5 and len(trainers[0].eval_dataset) > (5 if "packing" in str(changes) else 10)
     for other in evaluations[1:]:
         assert other == pytest.approx(evaluations[0], abs=1e-6, rel=1e-6)
     if not changes:
@@ -163,13 +159,11 @@ def test_no_row_is_dropped_from_an_evaluation(run, request, script):
 
 
 def test_the_preference_loss_chooses_the_best_model(run, dpo_config):
-    changes = {
-        f"{ARGS}eval_strategy": "steps",
-        f"{ARGS}eval_steps": 1,
-        f"{ARGS}metric_for_best_model": "preference_loss",
-    }
+    changes = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 1, f"{ARGS}metric_for_best_model": "preference_loss"}
     saving = {f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 1, "searcher__metric": "eval_preference_loss"}
-    run_events = [event for event in run_all(run, dpo_config, changes | saving | {"searcher__smaller_is_better": True})]
+    run_events = [
+        event for event in run_all(run, dpo_config, changes | saving | {"searcher__smaller_is_better": True})
+    ]
     saved = [local_checkpoint(event["uuid"], "test") for event in run_events if event["kind"] == "checkpoint"]
     reported = [e["metrics"]["eval_preference_loss"] for e in run_events if e["kind"] == "validation"]
     for count, folder in enumerate(saved, start=1):  # each has the evaluation of its own step too
