@@ -54,9 +54,9 @@ def answers(experiment: Experiment, best: TrialResult) -> Iterator[str]:
         tokens = sum(evaluations.chosen_tokens), sum(evaluations.rejected_tokens)
         sums = ratios.chosen.sum(), ratios.rejected.sum()
         rates = [f" ({abs(s / max(1, n)):.2g} a token)" for s, n in zip(sums, tokens, strict=True)]
-    chosen, rejected = (f"{abs(change):.3g}{rate}" for change, rate in zip(changes, rates, strict=True))
+    chosen, rejected = (f"{abs(change):.3g} nats{rate}" for change, rate in zip(changes, rates, strict=True))
     who, (up, down) = f"Trial {best['trial_id']}", changes
-    figures = f"chosen ones by {chosen} nats, rejected ones by {rejected}"
+    figures = f"chosen ones by {chosen}, rejected ones by {rejected}"
     if up < 0 and down < 0:
         normal = " In DPO that is normal: what counts is that rejected ones fell further." if down < up else ""
         yield f"{who} made both kinds of answers less likely than the reference: {figures}.{normal}"
@@ -121,7 +121,7 @@ def training_mean(experiment: Experiment, result: TrialResult, metric: str) -> f
         return None
     last = max(logged)
     epoch = last / epochs if (epochs := logged[last].get("epochs")) else math.inf
-    start = end - min(epoch, end * LAST_PART)
+    start = last - min(epoch, last * LAST_PART)
     values = [metrics[metric] for step, metrics in logged.items() if step > start and math.isfinite(metrics[metric])]
     return fmean(values) if values else None
 
