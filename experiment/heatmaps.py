@@ -32,7 +32,7 @@ class Heatmaps:
         self.seeds = SEED in page.axes
         self.narrow, self.wide = WIDE if self.seeds else NARROW
         self.views: dict[Values, list[TrialView]] = defaultdict(list)
-        for trial in page.trials:
+        for trial in sorted(page.trials, key=lambda trial: trial.id):
             named = zip(page.axes, trial.values, strict=True)
             self.views[tuple(value for name, value in named if name != SEED)].append(trial)
         ranked, alike = rank_settings(experiment, settings_of(experiment, experiment.rank_trials()))
