@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from processes import run_ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer_pt_utils import LabelSmoother
 
 import dpo_finetune
 import sft_finetune
 from metrics.evaluations import preference_losses, read_evaluations
 from storage.checkpoints import local_checkpoint
+from trial.det_callback import DetCallback
 from trial.events import read_events
 
 ARGS = "hyperparameters__training_args__"
@@ -19,7 +21,6 @@ ARGS = "hyperparameters__training_args__"
 STEPS = {f"{ARGS}optim": "sgd", f"{ARGS}learning_rate": 0.3, f"{ARGS}max_steps": 3, f"{ARGS}max_grad_norm": 0.1}
 TIMES = ("runtime", "per_second")
 PRECOMPUTED = "hyperparameters__precompute_ref_log_probs"
-LOSS = "hyperparameters__dpo_loss"
 
 
 def evaluation(reports):
@@ -47,7 +48,8 @@ def run_on_two(write_config, tmp_path):
     """The same on two ranks, which share the rows of a step."""
 
     def events(script, config, batch, fsdp=False, **changes):
-        changes = STEPS | {f"{ARGS}per_device_train_batch_size": 2, f"{ARGS}per_device_eval_batch_size": batch} | changes
+        sizes = {f"{ARGS}per_device_train_batch_size": 2, f"{ARGS}per_device_eval_batch_size": batch}
+        changes = STEPS | sizes | changes
         if fsdp:
             changes |= {f"{ARGS}fsdp": True}
             changes |= {f"{ARGS}fsdp_config": {"transformer_layer_cls_to_wrap": ["GemmaDecoderLayer"]}}
@@ -67,53 +69,70 @@ def log_probs(model, ids, labels):
     return of_tokens[torch.tensor(labels)[1:] != -100]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {f"{ARGS}loss_type": "dft"},
-        {f"{ARGS}label_smoothing_factor": 0.1},
-        {f"{ARGS}packing": True, f"{ARGS}packing_strategy": "bfd"},
-        {f"{ARGS}packing": True, f"{ARGS}eval_packing": False},
-        {f"{ARGS}packing": True, f"{ARGS}packing_strategy": "wrapped", "hyperparameters__max_seq_length": 64},
-    ],
-    ids=lambda changes: " ".join(f"{name.rpartition('__')[2]}={value}" for name, value in changes.items()) or "nll",
-)
-def test_sft_metrics_are_means_over_supervised_tokens(run, trainers, sft_config, changes):
-    runs = [run(sft_finetune, sft_config, batch, **changes) for batch in (1, 5, 25)]
-    evaluations = [evaluation(events) for events in runs]
-    assert len(trainers[0].eval_dataset) % 5 and len(trainers[0].eval_dataset) > (5 if "packing" in str(changes) else 10)
-    for other in evaluations[1:]:
-        assert other == pytest.approx(evaluations[0], abs=1e-6, rel=1e-6)
-    if not changes:
-        model = AutoModelForCausalLM.from_pretrained(folder_of(runs[0]))
-        of_rows = [log_probs(model, row["input_ids"], row["labels"]) for row in trainers[0].eval_dataset]
-        assert evaluations[0]["eval_loss"] == pytest.approx(-torch.cat(of_rows).mean().item(), rel=1e-6)
-    assert read_evaluations(folder_of(runs[0])).steps == {}
+def evaluate(trainer, batch, **settings):
+    """What a trained trainer reports with batches of another size, and other settings."""
+    trainer.remove_callback(DetCallback)
+    trainer.args.per_device_eval_batch_size = batch
+    for name, value in settings.items():
+        setattr(trainer if hasattr(trainer, name) else trainer.args, name, value)
+    return {name: value for name, value in trainer.evaluate().items() if not name.endswith(TIMES)}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {PRECOMPUTED: False, LOSS: ["sigmoid", "sft", "bco_pair"], f"{ARGS}loss_weights": [1.0, 0.5, 0.2]},
-        {LOSS: ["ipo", "sigmoid_norm"], f"{ARGS}use_weighting": True},
-        {PRECOMPUTED: False, LOSS: "aot", f"{ARGS}ld_alpha": 0.5},
-        {LOSS: ["exo_pair", "apo_zero", "aot_unpaired", "sppo_hard"], f"{ARGS}label_smoothing": 0.1},
-    ],
-    ids=lambda changes: str(changes.get(LOSS, "sigmoid")),
-)
-def test_dpo_metrics_are_means_over_pairs(run, trainers, dpo_config, changes):
-    runs = [run(dpo_finetune, dpo_config, batch, **changes) for batch in (1, 5, 25)]
-    evaluations, stored = [evaluation(events) for events in runs], [read_evaluations(folder_of(e)) for e in runs]
-    assert len(trainers[0].eval_dataset) == 49
-    for other, kept in zip(evaluations[1:], stored[1:], strict=True):
-        assert other == pytest.approx(evaluations[0], abs=1e-6, rel=1e-6)
-        assert kept.rows == stored[0].rows
-        np.testing.assert_allclose(kept.steps[3], stored[0].steps[3], rtol=0, atol=1e-4)
-    margins = stored[0].steps[3].margins
-    assert evaluations[0]["eval_preference_loss"] == pytest.approx(preference_losses(margins).mean(), rel=1e-12)
-    assert evaluations[0]["eval_rewards/margins"] == pytest.approx(0.1 * margins.mean(), rel=1e-9)
+def assert_same(trainer, batches=(5, 25), **settings):
+    """Returns what each of the evaluations reports."""
+    alone = evaluate(trainer, 1, **settings)
+    for batch in batches:
+        assert evaluate(trainer, batch) == pytest.approx(alone, abs=1e-6, rel=1e-6)
+    assert evaluate(trainer, 9, dataloader_drop_last=True) == pytest.approx(alone, abs=1e-6, rel=1e-6)
+    trainer.args.dataloader_drop_last = False
+    return alone
+
+
+def test_sft_metrics_are_means_over_supervised_tokens(run, trainers, sft_config):
+    events = run(sft_finetune, sft_config, 16)
+    (trainer,) = trainers
+    assert [len(trainer.eval_dataset) % batch > 0 for batch in (5, 9, 25)] == [True] * 3
+    found = assert_same(trainer)
+    model = AutoModelForCausalLM.from_pretrained(folder_of(events))
+    of_rows = [log_probs(model, row["input_ids"], row["labels"]) for row in trainer.eval_dataset]
+    assert found["eval_loss"] == pytest.approx(-torch.cat(of_rows).mean().item(), rel=1e-6)
+    assert evaluation(events)["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
+    assert assert_same(trainer, loss_type="dft")["eval_loss"] < found["eval_loss"] / 10
+    assert assert_same(trainer, loss_type="nll", label_smoother=LabelSmoother(0.5)) != found
+    assert read_evaluations(folder_of(events)).steps == {}
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_rows_are_weighted_by_their_supervised_tokens(run, trainers, sft_config, strategy):
+    packing = {f"{ARGS}packing": True, f"{ARGS}packing_strategy": strategy, "hyperparameters__max_seq_length": 100}
+    run(sft_finetune, sft_config, 16, **packing)
+    assert len(trainers[0].eval_dataset) > 2
+    assert_same(trainers[0], (2, 3))
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_dpo_metrics_are_means_over_pairs(run, trainers, dpo_config, precomputed):
+    events = run(dpo_finetune, dpo_config, 16, **{PRECOMPUTED: precomputed})
+    (trainer,) = trainers
+    assert len(trainer.eval_dataset) == 49  # not a multiple of 5, 9 or 25
+    found, margins = assert_same(trainer), trainer.evaluations.steps[3].margins
+    np.testing.assert_allclose(read_evaluations(folder_of(events)).steps[3].margins, margins, atol=1e-5)
+    assert found["eval_preference_loss"] == pytest.approx(preference_losses(margins).mean(), rel=1e-12)
+    assert found["eval_rewards/margins"] == pytest.approx(0.1 * margins.mean(), rel=1e-9)
+    assert found["eval_rewards/accuracies"] == pytest.approx((margins > 0).mean(), rel=1e-12)
+    assert found["eval_loss"] == pytest.approx(found["eval_preference_loss"], rel=1e-6)  # as beta is 0.1
+    for losses in (["sigmoid", "sft", "bco_pair"], ["ipo", "sigmoid_norm"], ["aot"], ["exo_pair", "aot_unpaired"]):
+        weights = [1.0, 0.5, 0.2][: len(losses)]
+        assert_same(trainer, (25,), loss_types=losses, loss_weights=weights, label_smoothing=0.1)
+    if not precomputed:
+        trainer.ld_alpha = 0.5
+    assert_same(trainer, (25,), loss_types=["sigmoid"], loss_weights=[1.0], f_divergence_type="js_divergence")
+    assert isinstance(trainer.ref_model, PreTrainedModel) != precomputed
+
+
+def test_reference_log_probs_of_other_batches_change_no_figure(run, dpo_config):
+    of_1, of_25 = (evaluation(run(dpo_finetune, dpo_config, batch)) for batch in (1, 25))
+    assert of_25 == pytest.approx(of_1, abs=1e-6, rel=1e-6)
 
 
 def test_the_file_holds_each_pairs_log_ratios(run, trainers, dpo_config, tiny):
@@ -135,12 +154,14 @@ def test_the_file_holds_each_pairs_log_ratios(run, trainers, dpo_config, tiny):
     assert evaluation(events)["eval_loss"] == pytest.approx(np.log1p(np.exp(-0.4 * found.steps[3].margins)).mean())
 
 
-@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
-@pytest.mark.parametrize(("batch", "fsdp"), [(25, False), (5, True), (40, False)])
+RANKS = [(sft_finetune, 40, False), (sft_finetune, 5, True), (dpo_finetune, 25, False), (dpo_finetune, 5, True)]
+
+
+@pytest.mark.parametrize(("script", "batch", "fsdp"), RANKS)
 def test_two_ranks_count_each_row_once(run, run_on_two, request, script, batch, fsdp):
-    """Of 25 the last batch of one rank is short; of 40 the second rank has none but repeated rows, for SFT's 26."""
+    """Of SFT's rows all are in one batch: the second rank has none of them. Of 49 pairs, the last batch has none."""
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
-    one, two = run(script, config, 1), run_on_two(script, config, batch, fsdp)
+    one, two = run(script, config, 16), run_on_two(script, config, batch, fsdp)
     tolerance = 1e-5 if fsdp else 1e-6  # FSDP adds gradients up in another order
     names = evaluation(one).keys() - {"batches", "epochs"}
     assert {n: evaluation(two)[n] for n in names} == pytest.approx(
@@ -151,26 +172,17 @@ def test_two_ranks_count_each_row_once(run, run_on_two, request, script, batch, 
         np.testing.assert_allclose(stored[1].steps[3], stored[0].steps[3], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
-def test_no_row_is_dropped_from_an_evaluation(run, request, script):
-    config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
-    whole, dropping = run(script, config, 1), run(script, config, 500, **{f"{ARGS}dataloader_drop_last": True})
-    assert evaluation(dropping) == pytest.approx(evaluation(whole), abs=1e-6, rel=1e-6)
-
-
 def test_the_preference_loss_chooses_the_best_model(run, dpo_config):
-    changes = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 1, f"{ARGS}metric_for_best_model": "preference_loss"}
+    changes = {
+        f"{ARGS}eval_strategy": "steps",
+        f"{ARGS}eval_steps": 1,
+        f"{ARGS}metric_for_best_model": "preference_loss",
+    }
     saving = {f"{ARGS}save_strategy": "steps", f"{ARGS}save_steps": 1, "searcher__metric": "eval_preference_loss"}
-    run_events = [
-        event for event in run_all(run, dpo_config, changes | saving | {"searcher__smaller_is_better": True})
-    ]
-    saved = [local_checkpoint(event["uuid"], "test") for event in run_events if event["kind"] == "checkpoint"]
-    reported = [e["metrics"]["eval_preference_loss"] for e in run_events if e["kind"] == "validation"]
+    events = run(dpo_finetune, dpo_config, 16, **changes, **saving, searcher__smaller_is_better=True)
+    saved = [local_checkpoint(event["uuid"], "test") for event in events if event["kind"] == "checkpoint"]
+    reported = [e["metrics"]["eval_preference_loss"] for e in events if e["kind"] == "validation"]
     for count, folder in enumerate(saved, start=1):  # each has the evaluation of its own step too
         assert list(read_evaluations(folder).steps) == list(range(1, count + 1))
     state = json.loads((saved[-1] / "trainer_state.json").read_text())
     assert state["best_metric"] == pytest.approx(min(reported), rel=1e-12)
-
-
-def run_all(run, config, changes):
-    return run(dpo_finetune, config, 16, **changes)
