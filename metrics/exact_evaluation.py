@@ -55,9 +55,13 @@ class ExactEvaluation:
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return batches of all held-out rows. If ranks share them, all batches are full, with rows of no weight."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        batch_size = self.args.eval_batch_size * self.args.world_size
-        full = self.args.world_size > 1 or self.args.dataloader_drop_last
-        return super().get_eval_dataloader(self._complete(rows, -len(rows) % batch_size if full else 0))  # type: ignore[misc]
+        args, dropping = self.args, self.args.dataloader_drop_last
+        missing = -len(rows) % (args.eval_batch_size * args.world_size) if args.world_size > 1 else 0
+        args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(self._complete(rows, missing))  # type: ignore[misc]
+        finally:
+            args.dataloader_drop_last = dropping
 
     def _complete(self, rows: Dataset, count: int) -> Dataset:
         """Return `rows` and `count` more that have no weight."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import dpo_finetune
 import sft_finetune
+from metrics.evaluations import FILE, read_evaluations
 from storage.checkpoints import local_checkpoint
 from trial.context import Trial
 from trial.events import read_events
@@ -72,15 +73,20 @@ def steps_saved(reports):
     return [report["steps_completed"] for report in reports if report["kind"] == "checkpoint"]
 
 
-def last_weights(reports):
-    uuid = [report["uuid"] for report in reports if report["kind"] == "checkpoint"][-1]
-    return load_file(local_checkpoint(uuid, "test") / "model.safetensors")
+def last_checkpoint(reports):
+    return local_checkpoint([report["uuid"] for report in reports if report["kind"] == "checkpoint"][-1], "test")
 
 
 def assert_same_end(untouched, other):
     assert metrics_by_step(untouched) == metrics_by_step(other)
-    before, after = last_weights(untouched), last_weights(other)
+    folders = [last_checkpoint(reports) for reports in (untouched, other)]
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    stored = [(folder / FILE).read_text() for folder in folders]  # of every evaluation, also before a stop
+    assert stored[0] == stored[1]
+    if read_evaluations(folders[0]).rows:
+        evaluated = [step for kind, step in metrics_by_step(untouched) if kind == "validation"]
+        assert list(read_evaluations(folders[0]).steps) == evaluated
 
 
 def test_a_trial_stopped_anywhere_ends_like_an_untouched_one(run_trial, monkeypatch, case):

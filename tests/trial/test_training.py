@@ -120,9 +120,8 @@ def test_cdpo_runs_through_trl(train, dpo_config):
     assert second != pytest.approx(DPO_LOSSES[1], rel=1e-2)  # and not plain DPO's afterwards
 
 
-@pytest.mark.parametrize("part", ["train", "eval"])
-def test_a_batch_that_there_are_not_enough_rows_for_is_one_line(call, write_config, sft_config, tmp_path, part):
-    changes = {f"{ARGS}dataloader_drop_last": True, f"{ARGS}per_device_{part}_batch_size": 1000}
+def test_a_batch_that_there_are_not_enough_rows_for_is_one_line(call, write_config, sft_config, tmp_path):
+    changes = {f"{ARGS}dataloader_drop_last": True, f"{ARGS}per_device_train_batch_size": 1000}
     status, _, err = call(sft_finetune.main, "--config", write_config(sft_config, **changes), "--output", tmp_path)
     assert (status, err.count("\n")) == (2, 1)
     assert re.search("dataloader_drop_last leaves nothing: [0-9]+ rows are less than a batch of 1000", err)
