@@ -134,7 +134,7 @@ def main() -> int:
     import transformers
 
     from config.trying_out import training_elsewhere
-    from experiment.next_steps import compare_command, dpo_command
+    from experiment.next_steps import compare_command, dpo_command, winner
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
     from storage.checkpoints import check_storage
@@ -161,11 +161,12 @@ def main() -> int:
                 experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
             failed = experiment.run(args.max_concurrent)
 
-    console.print(results_table(experiment))
+    verdict = experiment.verdict()
+    console.print(results_table(experiment, verdict))
     for failure in experiment.failures():
         console.print(failure, markup=False)
-    if winner := experiment.winner():
-        console.print(winner)
+    for line in winner(verdict):
+        console.print(line, markup=False)
     console.print(f"Report: {experiment.report_file}", markup=False)
     if command := dpo_command(experiment) or compare_command(experiment):
         console.print(f"Next: {command}", markup=False)

@@ -33,7 +33,6 @@ LAYOUT["hoverlabel"] = {"align": "left", "bgcolor": "var(--paper)", "bordercolor
 LAYOUT["hoverlabel"]["font"] = FONT | {"size": 13, "color": "var(--ink)"}
 
 
-Grid = list[list["TrialView | None"]]  # None: a trial that has not started
 Axis = tuple[str, list[str]]  # its title and its values
 
 
@@ -54,7 +53,7 @@ class TrialView(NamedTuple):
     values: tuple[str, ...]  # of the axes
     state: str
     rank: str
-    mark: str  # `best`, `tied` (as good as the best) or nothing
+    mark: str  # `best`, `tied` (cannot be told apart from it) or nothing
     look: Look
     title: str  # its number and values, as Plotly's HTML
     details: str  # the title, its metrics and its state
@@ -72,35 +71,41 @@ def choose_look(places: list[tuple[int, int]]) -> Look:
     return Look(hue % HUES, *LINES[combination % len(LINES)])
 
 
-def plot_heatmap(grid: Grid, shades: dict[int, float], texts: dict[int, str], down: Axis, across: Axis) -> go.Figure:
-    """Return the heatmap of a grid of trials.
+class Cell(NamedTuple):
+    """A cell of a heatmap: a trial, or the trials that differ in their seed alone."""
 
-    `shades` has the strength of a cell's colour by trial id, from 0 to 1; a cell without one has no colour. `texts` has
-    what stands in a cell instead of the trial's state.
-    """
+    trials: str  # their numbers, with spaces between
+    text: str  # its value, or why it has none
+    note: str  # what stands below it
+    details: str  # shown when pointed at, as Plotly's HTML
+    mark: str  # as a TrialView's
+    shade: float | None  # the strength of its colour, from 0 to 1; None: no colour
+
+
+def plot_heatmap(grid: list[list[Cell | None]], down: Axis, across: Axis) -> go.Figure:
+    """Return the heatmap of a grid of cells; None stands for trials that have not started."""
     figure = go.Figure(layout={"template": {"layout": LAYOUT}, "height": 60 * len(grid) + 68})
-    ids = [[trial.id if trial else None for trial in row] for row in grid]
     figure.add_heatmap(
-        z=[[shades.get(trial_id or 0) for trial_id in row] for row in ids],
-        customdata=ids,
-        hovertext=[[trial.details if trial else "not started" for trial in row] for row in grid],
+        z=[[cell and cell.shade for cell in row] for row in grid],
+        customdata=[[cell and cell.trials for cell in row] for row in grid],
+        hovertext=[[cell.details if cell else "not started" for cell in row] for row in grid],
         hovertemplate="%{hovertext}<extra></extra>",
         colorscale=[[0, "var(--weak)"], [1, "var(--strong)"]],
         **{"zmin": 0, "zmax": 1, "xgap": 3, "ygap": 3, "showscale": False, "hoverongaps": True},
     )
     shapes = []
-    for x, y, trial in ((x, y, trial) for y, row in enumerate(grid) for x, trial in enumerate(row)):
+    for x, y, cell in ((x, y, cell) for y, row in enumerate(grid) for x, cell in enumerate(row)):
         line, text, colour = {"width": 1, "dash": "dot", "color": "var(--line)"}, "not started", "soft"
-        if trial:
-            text = texts.get(trial.id, trial.state)
-            text = f"<b>{text}</b>" if trial.mark == "best" else text
-            text = f"<span style='font-size: {15 if trial.id in texts else 12}px'>{text}</span><br>trial {trial.id}"
-            if trial.id in shades:
-                line = {"width": {"best": 3, "tied": 1}.get(trial.mark, 0), "color": "var(--ink)"}
+        if cell:
+            text = f"<b>{cell.text}</b>" if cell.mark == "best" else cell.text
+            size = 12 if cell.shade is None else 15
+            text = f"<span style='font-size: {size}px'>{text}</span><br>{cell.note}"
+            if cell.shade is not None:
+                line = {"width": {"best": 3, "tied": 1}.get(cell.mark, 0), "color": "var(--ink)"}
                 colour = "ink"
         label = {"text": text, "font": {"color": f"var(--{colour})"}}
         box = {"x0": x - 0.48, "x1": x + 0.48, "y0": y - 0.47, "y1": y + 0.47}
-        shapes.append({**box, "line": line, "label": label, "name": trial and str(trial.id)})
+        shapes.append({**box, "line": line, "label": label, "name": cell and cell.trials})
     axes: dict[str, dict[str, Any]] = {}
     for axis, (title, values) in {"xaxis": across, "yaxis": down}.items():
         ticks = {"tickvals": list(range(len(values))), "ticktext": [escape(value, quote=False) for value in values]}

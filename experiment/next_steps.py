@@ -8,8 +8,21 @@ from pathlib import Path
 from errors import UserError
 from experiment.kinds import DPO, SFT
 from experiment.results import Experiment, TrialResult
+from experiment.settings import settings_verdict
+from experiment.verdicts import Verdict
 from storage.checkpoints import local_checkpoint
 from storage.files import is_object, read_json_lines
+
+
+def winner(verdict: Verdict) -> Iterator[str]:
+    """Yield which trial is best and how sure that is, a line each, with its checkpoint in the last; nothing without."""
+    if verdict.best is None:
+        return
+    if len(verdict.ranked) > 1:
+        yield f"{verdict.headline(so_far=False)}."
+        yield from (*verdict.tied(), *verdict.remarks())
+        yield from settings_verdict(verdict.experiment, "{:.4g}".format)
+    yield f"Best: trial {verdict.best['trial_id']}, checkpoint {verdict.best['checkpoint_uuid']}"
 
 
 def compare_command(experiment: Experiment) -> str | None:

@@ -9,8 +9,9 @@ from experiment.results import short_name
 
 if TYPE_CHECKING:
     from experiment.runner import LocalExperiment
+    from experiment.verdicts import Verdict
 
-SHOWN_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+SHOWN_METRICS = ("eval_preference_loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
 def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int, now: float) -> Table:
@@ -51,8 +52,11 @@ def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int,
     return table
 
 
-def results_table(experiment: "LocalExperiment") -> Table:
-    """Return a table of the metrics of each trial's best checkpoint, the best trial in green."""
+def results_table(experiment: "LocalExperiment", verdict: "Verdict") -> Table:
+    """Return a table of the metrics of each trial's best checkpoint.
+
+    The best trial is bold and green, those that cannot be told apart from it are green.
+    """
     results = [result for _, result in sorted(experiment.results.items())]
     shown = dict.fromkeys([experiment.searcher.metric, *SHOWN_METRICS])
     metrics = [metric for metric in shown if any(metric in result["best_metrics"] for result in results)]
@@ -61,12 +65,13 @@ def results_table(experiment: "LocalExperiment") -> Table:
     state = ["state"] if {result["state"] for result in results} != {"COMPLETED"} else []
     for name in ("trial", *experiment.varying, *state, "steps", *metrics):
         table.add_column(short_name(name), justify="right", no_wrap=name == "state", overflow="fold")
-    best = experiment.best()
+    styles = dict.fromkeys(verdict.alike, "green")
+    if verdict.best:
+        styles[verdict.best["trial_id"]] = "bold green"
     for result in results:
         figures = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
         cells = [str(result["trial_id"]), *experiment.values(result["hparams"]), *([result["state"]] if state else [])]
-        style = "bold green" if best and result["trial_id"] == best["trial_id"] else None
-        table.add_row(*cells, str(result["steps_completed"]), *figures, style=style)
+        table.add_row(*cells, str(result["steps_completed"]), *figures, style=styles.get(result["trial_id"]))
     return table
 
 

@@ -1,9 +1,8 @@
 """The report page: what an experiment tried, which trial won and by how much, what to do with it, and its numbers."""
 
-import itertools
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -12,17 +11,32 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from experiment.charts import TrialView, choose_look, is_finite, plot_curves, plot_heatmap
+from experiment.charts import TrialView, choose_look, is_finite, plot_curves
+from experiment.heatmaps import Heatmaps
 from experiment.next_steps import next_steps
 from experiment.results import Experiment, TrialResult, flatten, short_name
+from experiment.settings import settings_verdict
+from experiment.verdicts import Verdict, interval
+from experiment.what_happened import what_happened
+from metrics.intervals import Estimate
 from pages.render import render_page
 from pages.terminal import plural
 
-TITLES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
+TITLES = {"loss": "loss", "preference_loss": "preference loss"}
+TITLES |= {"rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 ENDED = {"COMPLETED": "completed", "ERROR": "failed", "CANCELED": "canceled"}
-REWARDS = ("eval_rewards/accuracies", "eval_rewards/margins")
+REWARDS = ("eval_preference_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 SCALED = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected")
 MISSING = "\N{EN DASH}"
+
+
+def format_interval(found: Estimate) -> str:
+    """Return `0.82 to 0.94`, with as many decimals as give its width two digits."""
+    if found.low == found.high:
+        return f"all {plural(found.count, 'pair')} alike"
+    width = found.high - found.low
+    decimals = max(0, 1 - math.floor(math.log10(width))) if math.isfinite(width) else 2
+    return f"{found.low:.{decimals}f} to {found.high:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def render(experiment: Experiment) -> str:
@@ -41,16 +55,15 @@ class Page:
         self.expected = max(len(self.planned), experiment.config["searcher"].get("max_trials") or 0)
         self.count = plural(self.expected, "trial")
         self.beta = next((name for name in self.axes if short_name(name) in ("dpo_beta", "beta")), "")
-        ranked = experiment.rank_trials()
+        self.verdict = Verdict(experiment)
+        ranked = self.verdict.ranked
         self.results = [*ranked, *(r for _, r in sorted(experiment.results.items()) if r not in ranked)]
         shown = dict.fromkeys([self.searcher.metric, *REWARDS, "eval_loss"])
         self.metrics = [metric for metric in shown if self.values(metric)]
         self.trials = [self.view(result, ranked) for result in self.results]
         self.ranked = self.trials[: len(ranked)]
         self.best = next(iter(self.ranked), None)
-        has_grid = bool(self.axes) and math.prod(map(len, self.axes.values())) == len(self.planned)
-        mapped = [self.searcher.metric, *REWARDS] if has_grid else []  # a random search has no grid
-        self.mapped = [metric for metric in self.metrics if metric in mapped and self.shades(metric)[0]]
+        self.heatmaps = Heatmaps(self, [m for m in self.metrics if m in (self.searcher.metric, *REWARDS)])
 
     def view(self, result: TrialResult, ranked: list[TrialResult]) -> TrialView:
         """Return a trial as the page shows it."""
@@ -58,12 +71,13 @@ class Page:
         places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
         scores = [other["best_metrics"][self.searcher.metric] for other in ranked]
         rank = scores.index(result["best_metrics"][self.searcher.metric]) + 1 if result in ranked else None
-        mark = "best" if result in ranked[:1] else "tied" if rank == 1 else ""
+        mark = "best" if result in ranked[:1] else "tied" if result["trial_id"] in self.verdict.alike else ""
         state = ENDED.get(result["state"], result["state"].lower().replace("_", " "))
         varied = [f"{short_name(name)} {value}" for name, value in zip(self.axes, values, strict=True)]
         title = "<br>".join([f"<b>trial {result['trial_id']}</b>", *(escape(line, quote=False) for line in varied)])
         metrics = [f"{escape(self.title(m), quote=False)} {self.format(m, result)}" for m in self.metrics]
-        details = "<br>".join([title, *metrics, state])
+        stands = [", ".join(self.against_best(result))] if result["trial_id"] in self.verdict.behind else []
+        details = "<br>".join([title, *metrics, *stands, state])
         look, place = choose_look(places), str(rank or MISSING)
         return TrialView(result["trial_id"], result, tuple(values), state, place, mark, look, title, details)
 
@@ -75,7 +89,7 @@ class Page:
         """Return the trials' finite values of a metric."""
         return [value for result in self.results if is_finite(value := result["best_metrics"].get(metric))]
 
-    def format(self, metric: str, of: TrialResult | float) -> str:
+    def format(self, metric: str, of: TrialResult | float | None) -> str:
         """Return a value of a metric, or a trial's, with as many decimals as give the largest value four digits."""
         value = of["best_metrics"].get(metric) if isinstance(of, dict) else of
         sizes = [abs(size) for size in self.values(metric) if size]
@@ -96,71 +110,52 @@ class Page:
         completed = f"{states.pop('completed', 0)} of {self.count} completed"
         return ", ".join([completed, *(f"{number} {state}" for state, number in states.items())]) + "."
 
+    def interval(self, metric: str, result: TrialResult) -> str:
+        """Return the 95% interval of a trial's metric; nothing without pairs."""
+        found = interval(self.experiment, result, metric)
+        return format_interval(found) if found else ""
+
+    def pairs(self) -> str:
+        """Return what the best trial's intervals are over: `190 held-out pairs`."""
+        best = self.verdict.best
+        return plural(len(self.experiment.evaluations[best["trial_id"]].rows), "held-out pair") if best else ""
+
     def headline(self) -> str:
-        """Say which trial is best."""
+        """Say which trial is best, and which cannot be told apart from it."""
         if self.expected == 1:
             return "Its best checkpoint"
         ended = sum(result["state"] in ENDED for result in self.results)
-        return f"Trial {self.results[0]['trial_id']} is best" + (" so far" if ended < self.expected else "")
+        return self.verdict.headline(so_far=ended < self.expected)
 
-    def verdict(self) -> str:
-        """Say how far the best trial is ahead, and of which."""
-        ids, said = [str(trial.id) for trial in self.trials if trial.mark == "tied"], []
-        if ids:
-            as_good = f"Trials {', '.join(ids[:-1])} and {ids[-1]} are" if ids[1:] else f"Trial {ids[0]} is"
-            said.append(f"{as_good} as good; the first is taken.")
-        for behind in [trial.result for trial in self.ranked if not trial.mark][:1]:
-            best, next_best = (r["best_metrics"][self.searcher.metric] for r in (self.results[0], behind))
+    def sureness(self) -> Iterator[str]:
+        """Say how far the best trial is ahead, what an interval is over, and how settings compare over seeds."""
+        metric, best = self.searcher.metric, self.verdict.best
+        if not best:
+            return
+        said = self.verdict.tied()
+        for behind in [result for result in self.verdict.ranked[1:] if result["trial_id"] not in self.verdict.ties][:1]:
+            gap = self.verdict.behind.get(behind["trial_id"])
+            size = abs(best["best_metrics"][metric] - behind["best_metrics"][metric])
             which = f"trial {behind['trial_id']} ({self.experiment.describe_values(behind['hparams'])})"
-            value, gap = self.format(self.searcher.metric, behind), abs(best - next_best)
-            said.append(f"Next is {which} with {value}: {gap:.3g} behind.")
-        return " ".join(said)
+            over = f" ({format_interval(gap)}, over the same {plural(gap.count, 'held-out pair')})" if gap else ""
+            said.append(f"Next is {which} with {self.format(metric, behind)}: {size:.3g} behind{over}.")
+        yield from filter(None, [" ".join(said)])
+        yield from self.verdict.remarks()
+        yield from settings_verdict(self.experiment, lambda value: self.format(metric, value))
+
+    def against_best(self, result: TrialResult) -> tuple[str, str]:
+        """Return how a trial stands against the best one, and the interval of the difference; nothing without pairs."""
+        trial_id = result["trial_id"]
+        gap = self.verdict.behind.get(trial_id)
+        if gap is None:
+            return "best" if result is self.verdict.best else "", ""
+        words = "cannot be told apart" if trial_id in self.verdict.alike else "worse"
+        words = "better on common pairs" if trial_id in self.verdict.better else words
+        return words, f"{format_interval(gap)} behind"
 
     def scaled_by_beta(self, metric: str) -> bool:
         """Return whether DPO's beta is a factor of the metric, so that only trials of the same beta compare by it."""
         return bool(self.beta) and metric.removeprefix("eval_") in SCALED
-
-    def shades(self, metric: str) -> tuple[dict[int, float], str, str]:
-        """Return how strong the colour of each completed trial is, from 0 to 1, and the legend for 0 and for 1.
-
-        If beta scales the metric, the trials of each beta have a scale of their own. Accuracies are coloured over at
-        least a tenth: one more pair must not look like a landslide.
-        """
-        groups: dict[str, dict[int, float]] = defaultdict(dict)
-        scaled = self.scaled_by_beta(metric)
-        for result in self.results:
-            value = result["best_metrics"].get(metric)
-            if result["state"] == "COMPLETED" and is_finite(value):
-                beta = self.experiment.value(result["hparams"], self.beta) if scaled else ""
-                groups[beta][result["trial_id"]] = value
-        shades: dict[int, float] = {}
-        worst = best = math.nan
-        low, high = ("worst", "best") if metric == self.searcher.metric else ("low", "high")
-        for group in groups.values():
-            worst, best = min(group.values()), max(group.values())
-            if metric == self.searcher.metric and self.searcher.smaller_is_better:
-                worst, best = best, worst
-            elif metric.endswith("accuracies") and worst > best - 0.1:
-                worst, low = best - 0.1, ""  # no trial has this value
-            shades |= {i: (v - worst) / (best - worst) if worst != best else 0.5 for i, v in group.items()}
-        if scaled:
-            return shades, low, f"{high}, each {short_name(self.beta)} by itself"
-        return shades, f"{low} {self.format(metric, worst)}".strip(), f"{self.format(metric, best)} {high}"
-
-    def heatmaps(self, metric: str) -> Iterator[tuple[str, go.Figure]]:
-        """Yield a metric's heatmap for each combination of values of the third and further axes, with that as label.
-
-        The first axis goes down, the second across; a single one goes across.
-        """
-        names, trials = list(self.axes), {trial.values: trial for trial in self.trials}
-        down, across, *others = names if len(names) > 1 else ["", *names]
-        rows, columns = self.axes.get(down, [self.title(metric)]), self.axes[across]
-        shades, *_ = self.shades(metric)
-        texts = {r["trial_id"]: self.format(metric, r) for r in self.results if r["state"] == "COMPLETED"}
-        for rest in itertools.product(*(self.axes[name] for name in others)):
-            grid = [[trials.get((row, column, *rest)[-len(names) :]) for column in columns] for row in rows]
-            label = ", ".join(f"{short_name(name)} {value}" for name, value in zip(others, rest, strict=True))
-            yield label, plot_heatmap(grid, shades, texts, (short_name(down), rows), (short_name(across), columns))
 
     def encoding(self) -> str:
         """Say what a curve's colour, dash, marker and thickness mean."""
@@ -169,6 +164,10 @@ class Page:
         if len({trial.look for trial in self.trials}) < len(self.trials):
             said += " Some share a look: point at one to see which it is."
         return said + (f" The thick line is trial {self.best.id}." if self.best else "")
+
+    def happened(self) -> list[str]:
+        """Return what happened, in sentences."""
+        return what_happened(self.experiment)
 
     def charts(self) -> Iterator[tuple[str, list[tuple[str, go.Figure]]]]:
         """Yield each metric that was reported, with its curves in training and evaluation and their titles."""

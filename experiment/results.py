@@ -7,8 +7,10 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
+import numpy as np
 from determined.experimental import Determined
 from rich.progress import track
 
@@ -16,7 +18,10 @@ from config.experiment import entrypoint_script, expand_trials, varying_hyperpar
 from config.validation import is_uuid
 from errors import UserError, reading
 from experiment.kinds import kind_of
-from storage.cluster_checkpoints import one_line_cluster_errors
+from metrics.evaluations import FILE as EVALUATIONS
+from metrics.evaluations import Evaluations, LogRatios, read_evaluations
+from storage.checkpoints import local_checkpoint_storage
+from storage.cluster_checkpoints import download_files, one_line_cluster_errors
 from storage.files import is_object, read_json_lines
 from trial.events import TrialEvent, events_by_step, is_metrics, read_events
 
@@ -80,6 +85,8 @@ class Experiment:
         self.results: dict[int, TrialResult] = {}
         self.events: dict[int, list[TrialEvent]] = {}
         self.damaged = 0  # lines of trials.jsonl
+        self.evaluations: dict[int, Evaluations] = {}  # by trial id, from the checkpoint that its result names
+        self.unreachable = ""  # why they could not be read
 
     def plan_trials(self) -> list[dict[str, Any]]:
         """Return the hyperparameters of every trial, started or not; in a random search, only of those that started."""
@@ -114,6 +121,22 @@ class Experiment:
         """Return a line for each trial that failed, with the reason if it is known."""
         failed = [result for _, result in sorted(self.results.items()) if result.get("error")]
         return [f"Trial {result['trial_id']} failed: {result['error']}" for result in failed]
+
+    def read_local_evaluations(self) -> None:
+        """Read what each trial of a local experiment keeps of its evaluations."""
+        for trial_id, result in self.results.items():
+            uuid = result["checkpoint_uuid"]
+            if uuid and (found := read_evaluations(local_checkpoint_storage() / uuid)):
+                self.evaluations[trial_id] = found
+
+    def log_ratios(self, result: TrialResult) -> LogRatios | None:
+        """Return the log-ratios of a trial's checkpoint on its held-out pairs; None if it keeps none."""
+        evaluations, step = self.evaluations.get(result["trial_id"]), self.step_of(result)
+        if evaluations is None or step not in evaluations.steps or not evaluations.rows:
+            return None
+        found = evaluations.steps[step]
+        whole = len(found.chosen) == len(found.rejected) == len(evaluations.rows)
+        return found if whole and np.isfinite(found.margins).all() else None
 
     def step_of(self, result: TrialResult) -> int | None:
         """Return the step at which a trial's checkpoint was saved; None if it is not known."""
@@ -209,6 +232,7 @@ def read_local(folder: Path) -> Experiment:
             experiment.events[trial_id] = events
             unfinished = summarize(trial_id, "UNFINISHED", hparams, events, experiment.searcher)
             experiment.results.setdefault(trial_id, unfinished)
+    experiment.read_local_evaluations()
     return experiment
 
 
@@ -221,13 +245,29 @@ def read_cluster(source: str) -> Experiment:
         found = Determined().get_experiment(int(number))
         experiment = Experiment(found.name or source, found.config or {})
         for trial in track(found.list_trials(), f"{source}: reading its trials"):
-            events = experiment.events[trial.id] = list(_cluster_events(trial))
+            checkpoints = trial.list_checkpoints()
+            events = experiment.events[trial.id] = list(_cluster_events(trial, checkpoints))
             state, hparams = trial.state.name if trial.state else "UNKNOWN", trial.hparams or {}
-            experiment.results[trial.id] = summarize(trial.id, state, hparams, events, experiment.searcher)
+            result = experiment.results[trial.id] = summarize(trial.id, state, hparams, events, experiment.searcher)
+            best = next((c for c in checkpoints if c.uuid == result["checkpoint_uuid"]), None)
+            if best and not experiment.unreachable:  # what cannot be reached once is not tried again for each trial
+                _read_cluster_evaluations(experiment, trial.id, best)
     return experiment
 
 
-def _cluster_events(trial: Any) -> Iterator[TrialEvent]:
+def _read_cluster_evaluations(experiment: Experiment, trial_id: int, checkpoint: Any) -> None:
+    """Read what a trial keeps of its evaluations: one small file of its checkpoint."""
+    with TemporaryDirectory() as folder:
+        try:
+            download_files(checkpoint, EVALUATIONS, Path(folder))
+        except UserError as error:
+            experiment.unreachable = str(error)
+        found = read_evaluations(Path(folder))
+        if found:
+            experiment.evaluations[trial_id] = found
+
+
+def _cluster_events(trial: Any, checkpoints: list[Any]) -> Iterator[TrialEvent]:
     """Yield what a trial reported to its master, and those of its checkpoints that the cluster still has."""
     for kind in ("training", "validation"):
         for reported in trial.iter_metrics(kind):
@@ -236,7 +276,7 @@ def _cluster_events(trial: Any) -> Iterator[TrialEvent]:
                 with suppress(TypeError, ValueError):  # NaN and Infinity come as text; any other text is not a metric
                     metrics[name] = float(value)
             yield {"kind": kind, "steps_completed": reported.steps_completed, "metrics": metrics}
-    for checkpoint in trial.list_checkpoints():
+    for checkpoint in checkpoints:
         steps = (checkpoint.metadata or {}).get("steps_completed")  # there if one of this project's trials saved it
         if checkpoint.state is not None and checkpoint.state.name == "COMPLETED" and steps is not None:
             yield {"kind": "checkpoint", "steps_completed": int(steps), "uuid": checkpoint.uuid}

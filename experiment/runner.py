@@ -25,6 +25,7 @@ from experiment.progress import progress_table
 from experiment.report_page import render
 from experiment.results import Experiment, TrialResult, flatten, read_local, read_local_config, read_results, summarize
 from experiment.trial_process import PROCESSES, run_script
+from experiment.verdicts import Verdict
 from pages.terminal import plural
 from storage.checkpoints import local_checkpoint, local_checkpoint_storage
 from storage.files import is_object, read_json, read_json_lines, write_atomically
@@ -263,13 +264,9 @@ class LocalExperiment(Experiment):
         varied = self.describe_values(self.trials[trial_id - 1])
         return f"trial {trial_id} of {len(self.trials)}" + (f" ({varied})" if varied else "")
 
-    def winner(self) -> str | None:
-        """Return `Best: trial 1 (tied with 3, 6; the first is taken), checkpoint ...`; None without a best trial."""
-        best = self.best()
-        if best is None:
-            return None
-        tie = f" (tied with {', '.join(map(str, self.ties()))}; the first is taken)" if self.ties() else ""
-        return f"Best: trial {best['trial_id']}{tie}, checkpoint {best['checkpoint_uuid']}"
+    def verdict(self) -> Verdict:
+        """Return how the trials compare, by what is in the folder and in their checkpoints."""
+        return Verdict(read_local(self.folder))
 
 
 def delete_superseded(events: list[TrialEvent], best: str | None) -> None:

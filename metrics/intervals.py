@@ -74,19 +74,18 @@ def differences_from(chosen: int, values: np.ndarray) -> list[Estimate]:
     if rows < 2:  # one row says nothing about the others
         return [Estimate(float(row.mean() - values[chosen].mean()), -math.inf, math.inf, rows) for row in values]
     means, resampled = _resample(values)
-    errors = np.ascontiguousarray((resampled - means).T)  # (candidates, RESAMPLES)
-    first, second = np.triu_indices(candidates, 1)
-    errors = errors[first] - errors[second]  # (pairs of candidates, RESAMPLES)
-    scale = errors.std(axis=1) * math.sqrt(rows / (rows - 1))  # a bootstrap's own is that of n instead of n - 1
-    known = scale > NO_ERROR
-    ratios = np.abs(errors[known]) / scale[known, None]
-    largest = float(np.quantile(ratios.max(axis=0), LEVEL + _drawing_error(1 - LEVEL))) if known.any() else 0
-    bound = _student_quantile(largest, rows - 1)
-    half = np.zeros((candidates, candidates))
-    half[first, second] = half[second, first] = bound * scale
+    errors = (resampled - means).T  # (candidates, RESAMPLES)
+    largest, half = np.zeros(RESAMPLES), np.zeros(candidates)
+    for candidate in range(candidates):  # one at a time: all pairs of a thousand would not fit into memory
+        of = errors - errors[candidate]
+        scale = of.std(axis=1) * math.sqrt(rows / (rows - 1))  # a bootstrap's own is that of n instead of n - 1
+        known = scale > NO_ERROR
+        largest = np.maximum(largest, np.max(np.abs(of[known]) / scale[known, None], axis=0, initial=0))
+        half = scale if candidate == chosen else half
+    half = half * student_quantile(float(np.quantile(largest, LEVEL + _drawing_error(1 - LEVEL))), rows - 1)
     return [
         _with_chance(Estimate(float(d.mean()), float(d.mean() - h), float(d.mean() + h), rows), d)
-        for d, h in zip(values - values[chosen], half[chosen], strict=True)
+        for d, h in zip(values - values[chosen], half, strict=True)
     ]
 
 
@@ -132,7 +131,7 @@ def _percentiles(rows: int) -> tuple[float, float]:
     if rows < 2:
         return 0, 100
     normal, degrees, tail = NormalDist(), rows - 1, (1 - LEVEL) / 2
-    t = _student_quantile(-normal.inv_cdf(tail - _drawing_error(tail)), degrees)
+    t = student_quantile(-normal.inv_cdf(tail - _drawing_error(tail)), degrees)
     outside = 100 * normal.cdf(-math.sqrt(rows / degrees) * t)
     return outside, 100 - outside
 
@@ -145,7 +144,7 @@ def _drawing_error(tail: float) -> float:
     return 2 * math.sqrt(tail * (1 - tail) / RESAMPLES)
 
 
-def _student_quantile(z: float, degrees: int) -> float:
+def student_quantile(z: float, degrees: int) -> float:
     """Return the quantile of Student's distribution with as much below it as there is below `z` of a normal one.
 
     By the expansion of Cornish and Fisher (Abramowitz and Stegun, 26.7.5): for 95% and 10 degrees exact to 1e-3.

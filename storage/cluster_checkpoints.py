@@ -1,7 +1,7 @@
 """Find and download checkpoints of a cluster from any machine: `exp:12`, `trial:34` and `ckpt:UUID`."""
 
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from urllib3.exceptions import HTTPError
 
 from config.validation import check_uuid
-from errors import TemporaryError, UserError, one_line
+from errors import TemporaryError, UserError, one_line, shorten
 from storage.checkpoints import cached_checkpoint, fetch_once, is_downloaded, model_folder
 from storage.shared_cache import is_made
 
@@ -111,18 +111,36 @@ def _download(checkpoint: client.Checkpoint, folder: Path, key: str) -> None:
     sizes = {name: int(size) for name, size in (checkpoint.resources or {}).items() if is_downloaded(name)}
     with _DownloadProgress(f"checkpoint {checkpoint.uuid}", folder, sum(sizes.values())):
         try:
-            if checkpoint.training is None:
-                raise LookupError("its experiment is not known")
-            # In a container a shared file system is mounted in a place of its own.
-            mounted = SHARED_FS_CONTAINER_PATH if det.get_cluster_info() else None
-            config = checkpoint.training.experiment_config["checkpoint_storage"]
-            storage.build(config, mounted).download(checkpoint.uuid, str(folder), selector=is_downloaded)
+            _download_from_storage(checkpoint, folder, is_downloaded)
         except Exception as from_storage:  # each kind of storage raises its own
             try:
                 _download_through_master(checkpoint, folder, set(sizes))
             except (api.errors.BadRequestException, OSError, tarfile.TarError, HTTPError) as error:
                 reasons = f"{one_line(error)} (and from its storage: {one_line(from_storage)})"
                 raise UserError(f"{key}: checkpoint {checkpoint.uuid} cannot be downloaded: {reasons}") from error
+
+
+def _download_from_storage(checkpoint: client.Checkpoint, folder: Path, select: Callable[[str], bool]) -> None:
+    """Download the files of a checkpoint that `select` takes. Raises what its kind of storage does."""
+    if checkpoint.training is None:
+        raise LookupError("its experiment is not known")
+    # In a container a shared file system is mounted in a place of its own.
+    mounted = SHARED_FS_CONTAINER_PATH if det.get_cluster_info() else None
+    config = checkpoint.training.experiment_config["checkpoint_storage"]
+    storage.build(config, mounted).download(checkpoint.uuid, str(folder), selector=select)
+
+
+def download_files(checkpoint: client.Checkpoint, name: str, folder: Path) -> None:
+    """Download the files of a checkpoint that are called `name`, if it has any, from its storage.
+
+    Not through the master, which would send the whole checkpoint. Raises `UserError` if the storage cannot be reached.
+    """
+    if all(Path(path).name != name for path in checkpoint.resources or {}):
+        return
+    try:
+        _download_from_storage(checkpoint, folder, lambda path: Path(path).name == name)
+    except Exception as error:  # each kind of storage raises its own
+        raise UserError(f"the checkpoint storage cannot be reached from here ({shorten(one_line(error))})") from error
 
 
 def _download_through_master(checkpoint: client.Checkpoint, folder: Path, missing: set[str]) -> None:

@@ -13,6 +13,7 @@ from cluster import Master, Trial
 from conftest import REPO
 from determined.cli import cli
 from determined.cli._declarative_argparse import add_args
+from made import noise, pairs_of
 from playwright.sync_api import expect
 from plotly.offline import get_plotlyjs
 
@@ -21,6 +22,7 @@ from config.experiment import expand_trials
 from experiment.charts import LINES, MAX_POINTS, range_around, series
 from experiment.report_page import render
 from experiment.results import Experiment, Searcher, read_cluster, read_local, summarize
+from experiment.verdicts import PAIR_METRICS
 from storage.checkpoints import local_checkpoint_storage
 from trial.events import append_event
 
@@ -212,7 +214,7 @@ class Heatmap:
     def shade(self, trial_id):
         """How strong a trial's cell is, in percent."""
         (place,) = [
-            (y, x) for y, row in enumerate(self.trace["customdata"]) for x, i in enumerate(row) if i == trial_id
+            (y, x) for y, row in enumerate(self.trace["customdata"]) for x, i in enumerate(row) if i == str(trial_id)
         ]
         return round(100 * self.trace["z"][place[0]][place[1]])
 
@@ -287,6 +289,7 @@ def test_the_winner(write):
     assert said == [
         "dpo_beta 0.1, learning_rate 1e-07",
         "Next is trial 5 (dpo_beta 0.01, learning_rate 1e-07) with 0.8125: 0.0625 behind.",
+        "Trials are compared without pairs: the checkpoints keep none. Small differences may be chance.",
         "Checkpoint, saved at step 40:",
     ]
 
@@ -535,6 +538,96 @@ def test_a_model_that_is_gone_is_not_offered(write):
     assert page.commands == [uuid_of(2, 40)]
 
 
+# With pairs.
+
+SHARED = 4 * noise(0)  # what makes a pair hard for every trial
+BY_LOSS = {"searcher": {"name": "grid", "metric": "eval_preference_loss"}}
+MEANS = (3, 4, 0.5, 2, 3.98, 1)  # of h, for the six trials
+
+
+def write_pairs(write, config, means, shared=SHARED):
+    """An experiment whose trials keep 200 pairs each; their h has these means."""
+    trials = [mean + shared + 0.3 * noise(i) for i, mean in enumerate(means, start=1)]
+    scores = [{name: float(of(h, 0.1).mean()) for name, of in PAIR_METRICS.items()} for h in trials]
+    shutil.rmtree(local_checkpoint_storage(), ignore_errors=True)  # an earlier experiment's have the same UUIDs
+    folder = write(config, scores)
+    for trial_id, h in enumerate(trials, start=1):
+        pairs_of(h, truncations=["train: <b> cut"]).write(
+            local_checkpoint_storage() / uuid_of(trial_id, 40) / "checkpoint-40"
+        )
+    return folder
+
+
+def test_the_page_says_which_trials_cannot_be_told_apart(write):
+    page = page_of(write_pairs(write, DPO | BY_LOSS, MEANS))
+    winner = page.section("winner")
+    assert (
+        next(winner.all("h2")).text
+        == "Trial 2 is best; trial 5 cannot be told apart from it; the others are worse (95%)"
+    )
+    figures = {name.text: value.text for name, value in zip(winner.all("dt"), winner.all("dd"), strict=True)}
+    assert re.fullmatch(r"0\.53\d\d 0\.50\d? to 0\.5\d+", figures["preference loss"])
+    assert re.fullmatch(r"0\.\d{4} 0\.\d\d to 0\.\d\d", figures["reward accuracy"])
+    said = [p.text for p in winner.all("p")]
+    assert said[1] == "Below a figure: its 95% interval, over 200 held-out pairs."
+    behind = r"0\.0\S+ behind \(\S+ to \S+, over the same 200 held-out pairs\)\."
+    assert re.fullmatch(r"Next is trial 5 \(.*\) with 0\.5\d+: " + behind, said[2])
+    assert "without pairs" not in page.root.text
+    for (heatmap,) in page.heatmaps.values():
+        assert (heatmap.outlined(3), heatmap.outlined(1)) == (["2"], ["5"])
+    assert "Outlined: the best; thinly, those that cannot be told apart from it." in page.section("grid").text
+    stands = {row["trial"]: row["against the best"].split(" 0.")[0].split(" \N{MINUS SIGN}")[0] for row in page.table}
+    assert stands == {"2": "best", "5": "cannot be told apart"} | dict.fromkeys("1346", "worse")
+    assert [row["rank"] for row in page.table] == ["1", "2", "3", "4", "5", "6"]
+    assert all(" to " in row["preference loss"] for row in page.table)
+    heatmap = page.heatmaps["Preference loss"][0]
+    assert "<br>cannot be told apart, " in heatmap.trace["hovertext"][0][1]
+    happened = [li.text for li in page.section("happened").all("li")]
+    assert "less likely than the reference" in happened[0]
+    assert happened[-1] == "train: <b> cut"
+
+
+def test_the_preference_loss_is_the_same_scale_for_every_beta(write):
+    page = page_of(write_pairs(write, DPO | BY_LOSS, MEANS))
+    legends = [p.text for p in page.section("grid").all("p", class_="ramp")]
+    assert ["each dpo_beta by itself" in legend for legend in legends] == [False, False, True]
+    assert {"Preference loss", "Reward accuracy", "Reward margin"} == page.maps.keys()
+    charts = {next(chart.all("h3")).text: chart.text for chart in page.section("curves").all("div", class_="chart")}
+    assert SCALED_BY_BETA not in charts["Preference loss"]
+    assert SCALED_BY_BETA in charts["Reward margin"]
+
+
+SEEDS = {"training_args": {"seed": {"type": "categorical", "vals": [1, 2, 3]}}}
+
+
+def test_seeds_are_averaged(write):
+    means = (4, 4.1, 3.9, 2, 2.1, 1.9)  # two betas, three seeds each
+    page = page_of(write_pairs(write, changed(DPO, SEEDS, **BY_LOSS), means))
+    (rows,) = page.maps["Preference loss"]
+    assert [row[0] for row in rows] == ["dpo_beta", "preference loss"]
+    assert all(re.fullmatch(r"0\.\d+ ± 0\.00\d+ n 3", cell) for cell in rows[1][1:])
+    (heatmap,) = page.heatmaps["Preference loss"]
+    assert heatmap.outlined(3) == ["1 2 3"]  # the trials of beta 0.1
+    assert "trials 4, 5, 6</b><br>dpo_beta 0.01<br>preference loss 0." in heatmap.trace["hovertext"][0][0]
+    assert "A cell is the mean over n seeds ± their standard deviation." in page.section("grid").text
+    said = [p.text for p in page.section("winner").all("p")]
+    assert any(re.match(r"The best setting is dpo_beta 0\.1: 0\.\d+ ± \S+ \(over 3 seeds", line) for line in said)
+    assert "The other setting is worse (95%, other seeds too)." in said
+
+
+def test_seeds_alone_are_no_grid_and_a_cell_waits_for_its_trials(write):
+    config = changed(DPO, SEEDS | {"dpo_beta": 0.1}, name="seeds", **BY_LOSS)
+    page = page_of(write_pairs(write, config, (4, 3, 2)))
+    assert page.section("grid") is None
+    assert any(p.text.startswith("The searcher's metric is 0.") for p in page.section("winner").all("p"))
+    page = page_of(
+        write_pairs(write, changed(DPO, SEEDS, name="begun", **BY_LOSS), (4, 3, 2, 1))
+    )  # the last two have not started
+    cells = page.maps["Preference loss"][0][1]
+    assert [cell[-3:] for cell in cells[1:]] == ["n 1", "n 3"]
+    assert " ± " not in cells[1]
+
+
 @pytest.fixture
 def master(tmp_path, monkeypatch):
     with Master(tmp_path) as master:
@@ -577,6 +670,44 @@ def test_an_experiment_of_the_cluster_has_the_page_of_a_local_one(master, write)
     parser = cli.make_parser()
     add_args(parser, cli.all_args_description)
     parser.parse_args(["checkpoint", "download", uuid_of(2, 40), "--output-dir", "assistant"])
+    assert not master.unknown
+
+
+def keep_on_cluster(master, storage):
+    """Say that the trials' checkpoints, in this storage, hold what they keep of their evaluations."""
+    master.experiments[1]["config"]["checkpoint_storage"] = {"type": "shared_fs", "host_path": str(storage)}
+    for trial in master.trials.values():
+        for saved in trial.of_kind("checkpoint"):
+            name = f"checkpoint-{saved['steps_completed']}"
+            saved["resources"] = {f"{name}/model.safetensors": "1", f"{name}/evaluations.json": "1"}
+
+
+def test_pairs_come_from_a_clusters_checkpoints(master, write, monkeypatch, tmp_path):
+    folder = write_pairs(write, DPO | BY_LOSS, MEANS)
+    on_cluster(master, folder)
+    keep_on_cluster(master, local_checkpoint_storage())
+    local = page_of(folder)
+    copied = []
+    monkeypatch.setattr("shutil.copy2", lambda source, to: copied.append(source.name) or shutil.copyfile(source, to))
+    cluster = Page(render(read_cluster("exp:1")))
+    assert set(copied) == {"evaluations.json"}  # nothing larger
+    for section in ("happened", "grid", "trials"):
+        assert cluster.section(section).text == local.section(section).text
+    assert next(cluster.section("winner").all("h2")).text.startswith("Trial 2 is best; trial 5 cannot be told apart")
+    assert not master.unknown
+
+
+def test_a_storage_out_of_reach_costs_the_pairs_but_not_the_report(master, write, tmp_path):
+    on_cluster(master, write_pairs(write, DPO | BY_LOSS, MEANS))
+    keep_on_cluster(master, tmp_path / "elsewhere")
+    experiment = read_cluster("exp:1")
+    assert experiment.evaluations == {}
+    winner = Page(render(experiment)).section("winner")
+    assert next(winner.all("h2")).text == "Trial 2 is best"
+    reason = (
+        "Trials are compared without pairs: the checkpoint storage cannot be reached from here (Did not find checkpoint"
+    )
+    assert any(p.text.startswith(reason) for p in winner.all("p"))
     assert not master.unknown
 
 

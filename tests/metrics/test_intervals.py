@@ -67,7 +67,7 @@ def test_an_estimate_of_a_weighted_mean_is_scipys(many):
 @pytest.mark.parametrize(("degrees", "within"), [(10, 1e-3), (19, 1e-4), (49, 1e-5), (189, 1e-6)])
 def test_quantiles_of_student_are_scipys(degrees, within):
     for share in (0.95, 0.975, 0.9825):
-        ours = intervals._student_quantile(NormalDist().inv_cdf(share), degrees)
+        ours = intervals.student_quantile(NormalDist().inv_cdf(share), degrees)
         assert ours == pytest.approx(stats.t.ppf(share, degrees), abs=within)
 
 

@@ -1,0 +1,254 @@
+"""What happened in an experiment, in short sentences: what a reader of the curves would look for, each with its figure.
+
+Only sentences that apply are there. Log-ratios, the log-prob of an answer minus the reference's, are in nats.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from statistics import fmean
+
+import numpy as np
+
+from experiment.kinds import SFT
+from experiment.results import Experiment, TrialResult
+from experiment.verdicts import TRL_BETA, interval, listed
+from metrics.evaluations import Evaluations, LogRatios
+from metrics.intervals import Estimate, estimate
+from pages.terminal import plural
+from trial.events import events_by_step
+
+UNMOVED = math.log(2)  # the preference loss of a model that is its reference
+STILL = 0.1  # nats of |h|: below it the odds between two answers changed by less than a tenth
+STILL_LOSS = 1e-3  # about ln 2, where there are no pairs: a mean h of 0.02 nats
+CLEARLY = 0.01  # of the preference loss: what a mean h of 0.2 nats changes, more than rounding or a batch does
+OVERFITTED = 0.1  # accuracy in training minus held out: one pair in ten is known by heart
+OVERFITTED_LOSS = 0.2  # held-out SFT loss above training's, as a share; data of two halves alike differ by less
+PREFERS = 0.05  # share of pairs beyond one half whose chosen answer is the longer: less would not teach length
+LOSSES = ("loss", "eval_loss", "eval_preference_loss")
+LIKE_LENGTH = 0.2  # of the longer answer: by no more do the answers of a pair of like length differ
+ENOUGH = 10  # pairs, for an accuracy that says anything
+LAST_PART = 0.5  # of a training shorter than an epoch: what its accuracy is averaged over
+
+
+def what_happened(experiment: Experiment) -> list[str]:
+    """Return the sentences on an experiment."""
+    best, said = experiment.best(), list[str]()
+    if best and experiment.kind is SFT:
+        said += [*held_out_loss(experiment, best), *loss_gap(experiment, best)]
+    elif best:
+        for sentences in (answers, distance, accuracy_gap):
+            said += sentences(experiment, best)
+    said += [*still(experiment), *diverged(experiment), *rose(experiment)]
+    if best and (evaluations := experiment.evaluations.get(best["trial_id"])):
+        said += [*lengths(experiment, best, evaluations), *evaluations.truncations]
+    return said
+
+
+def answers(experiment: Experiment, best: TrialResult) -> Iterator[str]:
+    """Say how the likelihood of chosen and rejected answers changed."""
+    ratios, evaluations = experiment.log_ratios(best), experiment.evaluations.get(best["trial_id"])
+    changes, rates = mean_log_ratios(best, ratios), ["", ""]
+    if changes is None or (ratios and np.abs(ratios.margins).mean() < STILL):
+        return
+    if ratios and evaluations:
+        tokens = sum(evaluations.chosen_tokens), sum(evaluations.rejected_tokens)
+        sums = ratios.chosen.sum(), ratios.rejected.sum()
+        rates = [f" ({abs(s / max(1, n)):.2g} a token)" for s, n in zip(sums, tokens, strict=True)]
+    chosen, rejected = (f"{abs(change):.3g} nats{rate}" for change, rate in zip(changes, rates, strict=True))
+    who, (up, down) = f"Trial {best['trial_id']}", changes
+    figures = f"chosen ones by {chosen}, rejected ones by {rejected}"
+    if up < 0 and down < 0:
+        normal = " In DPO that is normal: what counts is that rejected ones fell further." if down < up else ""
+        yield f"{who} made both kinds of answers less likely than the reference: {figures}.{normal}"
+    elif up >= 0 > down:
+        yield f"{who} made chosen answers more likely than the reference and rejected ones less: {figures}."
+    elif down >= 0 > up:
+        yield f"{who} learned the opposite, chosen answers became less likely and rejected ones more: {figures}."
+    else:
+        yield f"{who} made both kinds of answers more likely than the reference: {figures}."
+
+
+def mean_log_ratios(result: TrialResult, ratios: LogRatios | None) -> tuple[float, float] | None:
+    """Return the mean log-ratio of chosen and of rejected answers, from pairs or else from rewards; None without."""
+    if ratios:
+        return float(ratios.chosen.mean()), float(ratios.rejected.mean())
+    found = [result["best_metrics"].get(f"eval_rewards/{side}", math.nan) for side in ("chosen", "rejected")]
+    beta = result["hparams"].get("dpo_beta") or TRL_BETA
+    return (found[0] / beta, found[1] / beta) if all(map(math.isfinite, found)) else None
+
+
+def distance(experiment: Experiment, best: TrialResult) -> Iterator[str]:
+    """Say how far the best trial and the others moved from the reference."""
+    moved = {}
+    for trial_id, result in experiment.results.items():
+        if ratios := experiment.log_ratios(result):
+            moved[trial_id] = float(np.abs(np.concatenate(ratios)).mean())
+    own = moved.pop(best["trial_id"], None)
+    if own is None:
+        return
+    rest = ""
+    if moved:
+        low, high = min(moved, key=lambda i: moved[i]), max(moved, key=lambda i: moved[i])
+        rest = f"; trial {low} moved by {moved[low]:.3g}"
+        if low != high:
+            rest = f"; the others moved by {moved[low]:.3g} (trial {low}) to {moved[high]:.3g} (trial {high})"
+    away = "nats an answer from the reference, up or down (mean absolute log-ratio)"
+    yield f"Trial {best['trial_id']} moved {own:.3g} {away}{rest}."
+
+
+def accuracy_gap(experiment: Experiment, best: TrialResult) -> Iterator[str]:
+    """Say how accuracy in training compares with that on held-out pairs."""
+    known, metric = training_mean(experiment, best, "rewards/accuracies"), "eval_rewards/accuracies"
+    held_out = best["best_metrics"].get(metric, math.nan)
+    if known is None or not math.isfinite(held_out):
+        return
+    found = interval(experiment, best, metric)
+    figure = f"{held_out:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found else "")
+    large = known - held_out > OVERFITTED and (found is None or known > found.high)
+    means = f"{known - held_out:.2f} less, which is overfitting" if large else "no sign of overfitting"
+    yield f"In training its accuracy was {known:.2f} over the last epoch, on held-out pairs {figure}: {means}."
+
+
+def training_mean(experiment: Experiment, result: TrialResult, metric: str) -> float | None:
+    """Return the mean of a metric in training over the last epoch before the trial's checkpoint; None if not logged.
+
+    Of a training shorter than two epochs, it is over the last half: at its beginning nothing is learned yet.
+    """
+    end = experiment.step_of(result) or result["steps_completed"]
+    events = events_by_step(experiment.events.get(result["trial_id"], []), "training")
+    logged = {step: event["metrics"] for step, event in events.items() if step <= end and metric in event["metrics"]}
+    if not logged:
+        return None
+    last = max(logged)
+    epoch = last / epochs if (epochs := logged[last].get("epochs")) else math.inf
+    start = last - min(epoch, last * LAST_PART)
+    values = [metrics[metric] for step, metrics in logged.items() if step > start and math.isfinite(metrics[metric])]
+    return fmean(values) if values else None
+
+
+def still(experiment: Experiment) -> Iterator[str]:
+    """Name the trials that hardly moved from the reference."""
+    found: dict[int, str] = {}
+    for trial_id, result in sorted(experiment.results.items()):
+        loss = result["best_metrics"].get("eval_preference_loss", math.nan)
+        if result["state"] != "COMPLETED":
+            continue
+        if ratios := experiment.log_ratios(result):
+            moved = float(np.abs(ratios.margins).mean())
+            if moved < STILL:
+                found[trial_id] = f"{moved:.2g}"
+        elif abs(loss - UNMOVED) < STILL_LOSS:
+            found[trial_id] = f"less than {STILL}"
+    if found:
+        named = (experiment.results[i]["hparams"].get("training_args", {}).get("learning_rate") for i in found)
+        rates = sorted({rate for rate in named if isinstance(rate, float)})
+        which = f" ({listed([f'{rate:g}' for rate in rates])})" if rates else ""
+        yield (
+            f"{trials(found)} hardly moved: a chosen answer's lead changed by {listed(list(found.values()))} nats"
+            f" (below {STILL} the odds change by less than a tenth). The learning_rate{which} is too small, or the"
+            " training too short."
+        )
+
+
+def diverged(experiment: Experiment) -> Iterator[str]:
+    """Name the trials whose loss is not finite, or worse than that of a model that has not moved."""
+    for trial_id, result in sorted(experiment.results.items()):
+        steps = [
+            event["steps_completed"]
+            for event in experiment.events.get(trial_id, [])
+            if event["kind"] in ("training", "validation")
+            and not all(math.isfinite(event["metrics"].get(metric, 0)) for metric in LOSSES)
+        ]
+        loss = result["metrics"].get("eval_preference_loss", math.nan)
+        if steps:
+            at = f"its loss is not finite at step {min(steps)}"
+            yield f"Trial {trial_id} diverged: {at}. Try a smaller learning_rate."
+        elif loss > UNMOVED + CLEARLY:
+            unmoved = f"more than the {UNMOVED:.3f} of a model that did not move"
+            yield (
+                f"Trial {trial_id} ends at a preference loss of {loss:.3f}, {unmoved}: it diverged, or is sure of wrong"
+                " pairs. Try a smaller learning_rate."
+            )
+
+
+def rose(experiment: Experiment) -> Iterator[str]:
+    """Name the trials whose preference loss rose again at the end."""
+    found, ends = [], []
+    for trial_id, result in sorted(experiment.results.items()):
+        by_step = evaluations_of(experiment, result, "eval_preference_loss")
+        end = by_step[max(by_step)] if by_step else math.inf
+        if end <= UNMOVED + CLEARLY and (rise := end - min(by_step.values())) > CLEARLY:  # else it diverged
+            found.append(trial_id)
+            ends.append(rise)
+    if found:
+        by = f"{ends[0]:.2g}" if len(found) == 1 else f"up to {max(ends):.2g}"
+        yield f"{trials(found)} ended above the lowest preference loss, by {by}: trained longer than was good."
+
+
+def evaluations_of(experiment: Experiment, result: TrialResult, metric: str) -> dict[int, float]:
+    """Return a trial's finite values of a metric by the step of the evaluation, in order."""
+    events = events_by_step(experiment.events.get(result["trial_id"], []), "validation")
+    found = {step: event["metrics"].get(metric, math.nan) for step, event in events.items()}
+    return {step: value for step, value in found.items() if math.isfinite(value)}
+
+
+def lengths(experiment: Experiment, best: TrialResult, evaluations: Evaluations) -> Iterator[str]:
+    """Say whether chosen answers are the longer or the shorter ones, and how right the best trial is beside that."""
+    chosen, rejected = np.array(evaluations.chosen_tokens), np.array(evaluations.rejected_tokens)
+    differ = chosen != rejected
+    share = estimate(chosen[differ] > rejected[differ])
+    if share is None or abs(share.value - 0.5) < PREFERS or share.low <= 0.5 <= share.high:
+        return
+    longer, ratio = share.value > 0.5, chosen.mean() / rejected.mean()
+    share = share if longer else Estimate(1 - share.value, 1 - share.high, 1 - share.low, share.count)
+    yield (
+        f"The chosen answer is the {'longer' if longer else 'shorter'} one in {share.value:.0%} of {share.count} pairs"
+        f" ({share.low:.0%} to {share.high:.0%}), {ratio:.2f} times as long on average: the data prefers"
+        f" {'length' if longer else 'brevity'}."
+    )
+    loss = best["hparams"].get("dpo_loss") or "sigmoid"
+    if longer and "sigmoid_norm" not in loss:
+        yield "Against learning length, others divide by it: dpo_loss: sigmoid_norm with a dpo_beta near 5."
+    like = np.abs(chosen - rejected) <= LIKE_LENGTH * np.maximum(chosen, rejected)
+    ratios = experiment.log_ratios(best)
+    if ratios and like.sum() >= ENOUGH:
+        here, all_pairs = estimate(ratios.margins[like] > 0), (ratios.margins > 0).mean()
+        assert here is not None
+        holds = "holds" if here.low > 0.5 else "is not surely better than chance"
+        yield (
+            f"On the {plural(here.count, 'pair')} of like length (within {LIKE_LENGTH:.0%}) the best trial's accuracy"
+            f" {holds}: {here.value:.2f} ({here.low:.2f} to {here.high:.2f}), against {all_pairs:.2f} on all."
+        )
+
+
+def held_out_loss(experiment: Experiment, best: TrialResult) -> Iterator[str]:
+    """Say how the held-out loss of an SFT trial went."""
+    by_step = evaluations_of(experiment, best, "eval_loss")
+    if len(by_step) < 2:
+        return
+    first, *_, last = by_step
+    change = by_step[last] / by_step[first] - 1
+    change_text = f"{change:+.1%}".replace("-", "\N{MINUS SIGN}")
+    went = f"from {by_step[first]:.3f} at step {first} to {by_step[last]:.3f} at step {last}"
+    yield f"The held-out loss went {went}: {change_text}."
+    lowest = min(by_step, key=lambda step: by_step[step])
+    if lowest == last:
+        yield "It was lowest at the last evaluation: more steps may lower it further."
+    else:
+        yield f"It was lowest at step {lowest}, with {by_step[lowest]:.3f}: what came later did not help."
+
+
+def loss_gap(experiment: Experiment, best: TrialResult) -> Iterator[str]:
+    """Say how an SFT trial's loss in training compares with the held-out one."""
+    known, held_out = training_mean(experiment, best, "loss"), best["best_metrics"].get("eval_loss", math.nan)
+    if known is None or not math.isfinite(held_out):
+        return
+    large = held_out > known * (1 + OVERFITTED_LOSS)
+    means = "a gap this large is overfitting" if large else "no sign of overfitting"
+    yield f"In training the loss was {known:.3f} over the last epoch, on held-out rows {held_out:.3f}: {means}."
+
+
+def trials(ids: Iterable[int]) -> str:
+    """Return `Trial 4` or `Trials 4 and 7`."""
+    names = list(ids)
+    return f"Trial{'s' if names[1:] else ''} {listed(names)}"
