@@ -236,7 +236,7 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
     instructions = str(tiny / "instructions")
     for name, shares, message in [
         (instructions, [DatasetSubset("kitchn", ratio=1.0)], r"unknown subset 'kitchn' \(did you mean 'kitchen'\?\)"),
-        (instructions, WHOLE, "dataset_subsets must name a subset: it has kitchen, home, outdoors"),
+        (instructions, WHOLE, "dataset_subsets must name a subset: it has kitchen, home, outdoors, chats"),
         (
             instructions,
             [DatasetSubset("home", number_of_samples=999)],
