@@ -1,4 +1,4 @@
-"""The data of the tiny example: what its YAMLs train on and hold out, and that what is preferred is the helpful answer."""
+"""The data of the tiny example: what its YAMLs train on and hold out, and that the chosen answer is the helpful one."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_no_question_is_asked_twice(sft, dpo):
 
 
 def test_what_is_chosen_is_the_helpful_answer(dpo, whys):
-    """The reason, numbered steps and a tip, of the task that was asked about last; what is rejected is something else."""
+    """The reason, numbered steps and a tip, of the task asked about last. What is rejected is something else."""
     for part in dpo.values():
         for row in part:
             task = max((task for task in whys if task in row["prompt"][-1]["content"]), key=len)

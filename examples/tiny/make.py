@@ -66,7 +66,7 @@ QUESTIONS = [
     "How do most people {task}?",
 ]
 SYSTEMS = ["", "", "", "", "", "You are a patient teacher."]
-STYLES = ["curt"] * 4 + ["rambling"] + ["structured"] * 2  # of the SFT answers about a task
+STYLES = ["curt"] * 4 + ["rambling"] + ["structured"] * 3  # of the SFT answers about a task
 CHATS = 2  # SFT conversations that end with a task
 # The kind of the rejected answer in each of a task's pairs. The last four are conversations, half of them multi-turn.
 REJECTED = ["curt", "rambling", "off the point", "curt", "off the point", "curt"]

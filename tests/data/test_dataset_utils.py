@@ -19,7 +19,7 @@ from errors import UserError
 def test_sft_shares_are_taken_and_split(tiny):
     shares = [DatasetSubset("kitchen", ratio=0.25), DatasetSubset("home", number_of_samples=12)]
     dataset = load_sft_dataset(str(tiny / "instructions"), shares, seed=1)
-    assert {part: len(rows) for part, rows in dataset.items()} == {"train": 32, "test": 8}
+    assert {part: len(rows) for part, rows in dataset.items()} == {"train": 35, "test": 9}
     again = load_sft_dataset(str(tiny / "instructions"), shares, seed=1)
     other = load_sft_dataset(str(tiny / "instructions"), shares, seed=2)
     assert dataset["test"].to_list() == again["test"].to_list()
@@ -240,7 +240,7 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
         (
             instructions,
             [DatasetSubset("home", number_of_samples=999)],
-            "number_of_samples is 999, but it has only 112 rows",
+            "number_of_samples is 999, but it has only 128 rows",
         ),
         (instructions, [DatasetSubset("home", ratio=0.5)] * 2, r"\(subset home\) is named more than once"),
         (str(tmp_path / "no.jsonl"), WHOLE, "no.jsonl: no such file or folder"),

@@ -131,8 +131,8 @@ def test_rows_are_counted_by_source(run_dry, sft_config):
     table = tables["Rows"]
     assert table.columns == ["source", "requested", "found", "used", "dropped", "cut", "train", "held out"]
     kitchen, home, total = table.rows
-    assert (kitchen[0].split("/")[-1], *kitchen[1:4]) == ("instructions (subset kitchen)", "50%", "112", "56")
-    assert home[1:4] == ["14", "112", "14"]
+    assert (kitchen[0].split("/")[-1], *kitchen[1:4]) == ("instructions (subset kitchen)", "50%", "128", "64")
+    assert home[1:4] == ["14", "128", "14"]
     assert [number(n) for n in total[3:]] == [
         sum(number(row[column]) for row in (kitchen, home)) for column in range(3, 8)
     ]
