@@ -6,15 +6,16 @@ It writes to FOLDER (default: local_runs/tiny)
 
     base/            a Gemma of 1.4 million parameters with its own tokenizer, trained on plain text: it continues
                      stories and articles, and it has never seen a chat
-    instructions/    an SFT data set with Cosmopedia's columns (prompt, text) and the subsets kitchen, home and
-                     outdoors. The quality of its answers is mixed, as in scraped data: helpful, curt or rambling
+    instructions/    an SFT data set: subsets kitchen, home and outdoors with Cosmopedia's columns (prompt, text), and
+                     chats with ultrachat_200k's (messages), conversations of two questions. The quality of the answers
+                     is mixed, as in scraped data: helpful, curt or rambling
     questions/       preference pairs with the columns of orca_dpo_pairs (system, question, chosen, rejected)
     conversations/   preference pairs with the columns of dpo-mix-7k (chosen, rejected): whole conversations, some of
                      them multi-turn
 
 All of it is generated from `how_to.yaml`, which describes 48 everyday tasks. Each wording of a question about a task is
-used once, so held-out rows ask about known tasks in new words. The chosen answer of a pair is always the structured,
-helpful one.
+used once in all of these data sets, so held-out rows ask about known tasks in new words. The chosen answer of a pair is
+always the structured, helpful one.
 """
 
 import json
@@ -51,10 +52,26 @@ QUESTIONS = [
     "I would like to {task}. Can you help me?",
     "My friend asked me how to {task}. What should I say?",
     "Is there an easy way to {task}?",
+    "How should I {task}?",
+    "What are the steps to {task}?",
+    "Do you know how to {task}?",
+    "Could you teach me how to {task}?",
+    "I need to {task} today. How is it done?",
+    "Help me to {task}, please.",
+    "What must I know to {task}?",
+    "My sister wants to {task}. How does she do it?",
+    "Tell me the right way to {task}.",
+    "I forgot how to {task}. What comes first?",
+    "What is a good way to {task}?",
+    "How do most people {task}?",
 ]
 SYSTEMS = ["", "", "", "", "", "You are a patient teacher."]
-# The kind of the rejected answer in each of a task's five pairs.
-REJECTED = ["curt", "rambling", "off the point", "curt", "off the point"]
+STYLES = ["curt"] * 4 + ["rambling"] + ["structured"] * 3  # of the SFT answers about a task
+CHATS = 2  # SFT conversations that end with a task
+# The kind of the rejected answer in each of a task's pairs. The last four are conversations, half of them multi-turn.
+REJECTED = ["curt", "rambling", "off the point", "curt", "off the point", "curt"]
+REJECTED += ["curt", "off the point", "curt", "off the point"]
+CONVERSATIONS = 4
 NAMES = ["Anna", "Tom", "Maria", "Ben", "Lucy", "Sam"]
 ARTICLES = [
     "To {task}, you need only a little time. {why} {steps} {tip}",
@@ -84,12 +101,12 @@ def rambling_answer(entry: dict[str, Any]) -> str:
 
 
 def write_texts(tasks: list[dict[str, Any]], rng: random.Random) -> list[str]:
-    """Return the pre-training texts: articles and short stories about every task."""
+    """Return the pre-training texts: four articles and twelve short stories about every task."""
     texts = []
     for entry in tasks:
         words = {**entry, "steps": " ".join(entry["steps"])}
         texts += [article.format(**words) for article in ARTICLES]
-        for number, question in enumerate(QUESTIONS):
+        for number, question in enumerate(rng.sample(QUESTIONS, 12)):
             a, b = rng.sample(NAMES, 2)
             texts.append(STORIES[number % 3].format(question=question.format(**entry), a=a, b=b, **words))
     rng.shuffle(texts)
@@ -98,35 +115,42 @@ def write_texts(tasks: list[dict[str, Any]], rng: random.Random) -> list[str]:
 
 def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each JSON Lines file. The keys are the files' names without the suffix."""
-    files: dict[str, list] = {f"instructions/{subset}": [] for subset in ("kitchen", "home", "outdoors")}
+    files: dict[str, list] = {f"instructions/{subset}": [] for subset in ("kitchen", "home", "outdoors", "chats")}
     files |= {"questions/train": [], "conversations/train": []}
-    for entry in tasks:
+    wordings = {entry["task"]: iter(rng.sample(QUESTIONS, len(QUESTIONS))) for entry in tasks}
+    circle = rng.sample(tasks, len(tasks))  # a conversation asks about two that are close, so each is asked as often
+
+    def ask(entry: dict[str, Any]) -> str:
+        return next(wordings[entry["task"]]).format(**entry)
+
+    def answer(entry: dict[str, Any], style: str) -> str:
         other = rng.choice([task for task in tasks if task is not entry])
-        answers = {
+        return {
             "curt": entry["curt"],
             "rambling": rambling_answer(entry),
             "off the point": structured_answer(other),
             "structured": structured_answer(entry),
-        }
-        styles = ["curt"] * 4 + ["rambling"] + ["structured"] * 2
-        questions = [question.format(**entry) for question in rng.sample(QUESTIONS, len(QUESTIONS))]
-        for style, question in zip(styles, questions, strict=False):
-            files[f"instructions/{entry['subset']}"].append({"prompt": question, "text": answers[style]})
-        for number, question in enumerate(questions[len(styles) :]):
-            chosen, rejected = answers["structured"], answers[REJECTED[number]]
-            if number < 3:
-                row = {"system": rng.choice(SYSTEMS), "question": question, "chosen": chosen, "rejected": rejected}
-                files["questions/train"].append(row)
-                continue
-            turns = [{"role": "user", "content": question}]
-            if number == 4:  # an earlier exchange with a helpful answer makes this one multi-turn
-                earlier = rng.choice(tasks)
-                turns[:0] = [
-                    {"role": "user", "content": QUESTIONS[0].format(**earlier)},
-                    {"role": "assistant", "content": structured_answer(earlier)},
-                ]
-            sides = {"chosen": chosen, "rejected": rejected}
-            row = {side: [*turns, {"role": "assistant", "content": answer}] for side, answer in sides.items()}
+        }[style]
+
+    def exchange(entry: dict[str, Any], style: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": ask(entry)}, {"role": "assistant", "content": answer(entry, style)}]
+
+    for number, entry in enumerate(circle):
+        for style in STYLES:
+            files[f"instructions/{entry['subset']}"].append({"prompt": ask(entry), "text": answer(entry, style)})
+        for distance in range(1, CHATS + 1):
+            chat = [(circle[number - distance], rng.choice(STYLES)), (entry, rng.choice(STYLES))]
+            messages = [turn for part in chat for turn in exchange(*part)]
+            files["instructions/chats"].append({"messages": messages})
+        for style in REJECTED[:-CONVERSATIONS]:
+            sides = {"chosen": answer(entry, "structured"), "rejected": answer(entry, style)}
+            files["questions/train"].append({"system": rng.choice(SYSTEMS), "question": ask(entry), **sides})
+        for place, style in enumerate(REJECTED[-CONVERSATIONS:]):
+            # An earlier exchange with a helpful answer makes the last ones multi-turn.
+            turns = exchange(circle[number - place + 1], "structured") if place > 1 else []
+            turns.append({"role": "user", "content": ask(entry)})
+            sides = {"chosen": answer(entry, "structured"), "rejected": answer(entry, style)}
+            row = {side: [*turns, {"role": "assistant", "content": text}] for side, text in sides.items()}
             files["conversations/train"].append(row)
     for rows in files.values():
         rng.shuffle(rows)
@@ -229,7 +253,8 @@ def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     subsets = "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl\n" for name in by_subset
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl\n"
+        for name in (*by_subset, "chats")
     )
     (folder / "instructions" / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n", encoding="utf-8")
 

@@ -22,7 +22,7 @@ def count_rows(sources):
 def test_sft_shares_are_taken_and_split(tiny):
     shares = [DatasetSubset("kitchen", ratio=0.25), DatasetSubset("home", number_of_samples=12)]
     dataset = load_sft_dataset(str(tiny / "instructions"), shares, seed=1)
-    assert sum(map(len, dataset.values())) == 40
+    assert sum(map(len, dataset.values())) == 44
     again = load_sft_dataset(str(tiny / "instructions"), shares, seed=1)
     other = load_sft_dataset(str(tiny / "instructions"), shares, seed=2)
     assert dataset["test"].to_list() == again["test"].to_list()
@@ -210,11 +210,11 @@ def test_missing_subset_file_and_share(tiny, tmp_path):
     instructions = str(tiny / "instructions")
     for name, shares, message in [
         (instructions, [DatasetSubset("kitchn", ratio=1.0)], r"unknown subset 'kitchn' \(did you mean 'kitchen'\?\)"),
-        (instructions, WHOLE, "dataset_subsets must name a subset: it has kitchen, home, outdoors"),
+        (instructions, WHOLE, "dataset_subsets must name a subset: it has kitchen, home, outdoors, chats"),
         (
             instructions,
             [DatasetSubset("home", number_of_samples=999)],
-            "number_of_samples is 999, but it has only 112 rows",
+            "number_of_samples is 999, but it has only 128 rows",
         ),
         (instructions, [DatasetSubset("home", ratio=0.5)] * 2, r"\(subset home\) is named more than once"),
         (str(tmp_path / "no.jsonl"), WHOLE, "no.jsonl: no such file or folder"),

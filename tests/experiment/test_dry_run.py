@@ -131,13 +131,13 @@ def test_rows_are_counted_by_source(run_dry, sft_config):
     table = tables["Rows"]
     assert table.columns == ["source", "requested", "found", "repeated", "used", "dropped", "cut", "train", "held out"]
     kitchen, home, total = table.rows
-    assert (kitchen[0].split("/")[-1], *kitchen[1:5]) == ("instructions (subset kitchen)", "50%", "112", "0", "56")
-    assert home[1:5] == ["14", "112", "0", "14"]
+    assert (kitchen[0].split("/")[-1], *kitchen[1:5]) == ("instructions (subset kitchen)", "50%", "128", "0", "64")
+    assert home[1:5] == ["14", "128", "0", "14"]
     assert [number(n) for n in total[3:]] == [
         sum(number(row[column]) for row in (kitchen, home)) for column in range(3, 9)
     ]
     assert number(total[4]) == number(total[5]) + number(total[7]) + number(total[8])
-    assert table.note == "70 rows have 70 prompts."
+    assert table.note == "78 rows have 78 prompts."
     lost = tables["Truncated rows"]
     (row,) = lost.rows
     assert row[0] == f"cut: {Truncation.SEQUENCE_END.meaning}"
