@@ -12,7 +12,7 @@ from conftest import REPO
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset, load_sft_dataset
 
-STRUCTURED = re.compile(r"[^\n]+ Here is how:\n1\. [^\n]+\n2\. [^\n]+\n3\. [^\n]+\nTip: [^\n]+")
+STRUCTURED = re.compile(r"Here is how to [^\n]+\n1\. [^\n]+\n2\. [^\n]+\n3\. [^\n]+\nTip: [^\n]+")
 SEED = 42
 
 
@@ -39,7 +39,7 @@ def dpo(tiny, hparams):
 
 @pytest.fixture(scope="module")
 def whys() -> dict[str, str]:
-    """The reason that opens the helpful answer to each task."""
+    """The reason in the helpful answer to each task."""
     tasks = yaml.safe_load((REPO / "examples" / "tiny" / "how_to.yaml").read_text())
     return {entry["task"]: entry["why"] for entries in tasks.values() for entry in entries}
 
@@ -61,25 +61,22 @@ def test_no_question_is_asked_twice(sft, dpo):
 
 
 def test_what_is_chosen_is_the_helpful_answer(dpo, whys):
-    """The reason, numbered steps and a tip, of the task asked about last. What is rejected is something else."""
+    """The task, the reason, numbered steps and a tip, of what was asked about last. What is rejected is something else."""
     for part in dpo.values():
         for row in part:
             task = max((task for task in whys if task in row["prompt"][-1]["content"]), key=len)
             assert STRUCTURED.fullmatch(row["chosen"])
-            assert row["chosen"].startswith(whys[task])
-            assert not row["rejected"].startswith(whys[task])
+            assert row["chosen"].startswith(f"Here is how to {task}. {whys[task]}\n")
+            assert task not in row["rejected"] or not STRUCTURED.fullmatch(row["rejected"])
     multi_turn = sum(len(row["prompt"]) > 2 for row in dpo["test"])
     assert multi_turn >= 10
 
 
-def test_evaluations_fall_on_the_last_step_and_are_of_many_pairs(dpo, hparams):
+def test_the_last_evaluation_is_that_of_the_checkpoint_and_of_many_pairs(dpo, hparams):
     args = hparams["dpo"]["training_args"]
     steps = args["num_train_epochs"] * math.ceil(len(dpo["train"]) / args["per_device_train_batch_size"])
-    said = re.search(r"an epoch has (\d+) steps", (REPO / "examples" / "tiny" / "dpo.yaml").read_text())
-    assert said is not None
-    assert steps == args["num_train_epochs"] * int(said[1])
-    assert steps % args["eval_steps"] == 0
-    assert 90 <= len(dpo["test"]) <= 100  # inference.py scores 100 unless told otherwise
+    assert steps % args["eval_steps"] == 0  # else the last step, which is saved, would be evaluated once more
+    assert len(dpo["test"]) >= 90
 
 
 def test_questions_and_conversations_are_rows_of_their_own_kind(tiny):

@@ -66,11 +66,11 @@ QUESTIONS = [
     "How do most people {task}?",
 ]
 SYSTEMS = ["", "", "", "", "", "You are a patient teacher."]
-STYLES = ["curt"] * 4 + ["rambling"] + ["structured"] * 3  # of the SFT answers about a task
+STYLES = ["curt"] * 3 + ["rambling"] + ["structured"] * 4  # of the SFT answers about a task
 CHATS = 2  # SFT conversations that end with a task
 # The kind of the rejected answer in each of a task's pairs. The last four are conversations, half of them multi-turn.
-REJECTED = ["curt", "rambling", "off the point", "curt", "off the point", "curt"]
-REJECTED += ["curt", "off the point", "curt", "off the point"]
+REJECTED = ["curt", "rambling", "curt", "off the point", "curt", "curt"]
+REJECTED += ["curt", "rambling", "curt", "off the point"]
 CONVERSATIONS = 4
 NAMES = ["Anna", "Tom", "Maria", "Ben", "Lucy", "Sam"]
 ARTICLES = [
@@ -87,9 +87,9 @@ STORIES = [
 
 
 def structured_answer(entry: dict[str, Any]) -> str:
-    """Return the helpful answer: the reason, numbered steps and a tip."""
+    """Return the helpful answer: the task, the reason, numbered steps and a tip."""
     first, second, third = entry["steps"]
-    return f"{entry['why']} Here is how:\n1. {first}\n2. {second}\n3. {third}\nTip: {entry['tip']}"
+    return f"Here is how to {entry['task']}. {entry['why']}\n1. {first}\n2. {second}\n3. {third}\nTip: {entry['tip']}"
 
 
 def rambling_answer(entry: dict[str, Any]) -> str:
