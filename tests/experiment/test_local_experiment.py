@@ -368,7 +368,13 @@ def test_three_trials_at_once(call, write_config, dpo_config, tmp_path):
     assert told.count("reference log-probs reused") == 2
     assert [trial["hparams"]["dpo_beta"] for trial in trials_in(tmp_path / "out")] == [0.1, 0.05, 0.01]
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in out
-    assert "3 of 3" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "3 of 3" in page
+    # Each trial has kept its pairs, by which the terminal and the page compare them.
+    (best,) = re.findall(r"^Best: trial (\d), checkpoint \S+$", out, re.MULTILINE)
+    (headline,) = re.findall(rf"^(Trial {best} is best[;,].* \(95%\))\.$", out, re.MULTILINE)
+    assert f"<h2>{headline}</h2>" in page
+    assert "without pairs" not in out + page
 
 
 def test_what_is_watched_while_trials_run(write_config, dpo_config, tmp_path, monkeypatch):
