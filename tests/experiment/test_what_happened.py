@@ -146,7 +146,7 @@ LONGER, LIKE = np.array([30] * 140 + [20] * 60), np.array([20] * 130 + [28] * 10
 def test_chosen_answers_that_are_longer():
     right = np.where(np.arange(200) < 137, 4.0, -4.0)
     found = what_happened(one(h=right, tokens=(LONGER, LIKE)))
-    assert "The chosen answer is the longer one in 70% of 200 pairs (64% to 76%), 1.15 times as long" in found[2]
+    assert "The chosen answer is the longer one in 70% of 200 pairs (63% to 77%), 1.15 times as long" in found[2]
     assert found[2].endswith("the data prefers length.")
     assert found[3] == "Against learning length, others divide by it: dpo_loss: sigmoid_norm with a dpo_beta near 5."
     assert "On the 10 pairs of like length (within 20%) the best trial's accuracy is not surely better" in found[4]
@@ -164,7 +164,7 @@ def test_length_is_only_told_where_the_data_prefers_it():
     half = np.where(np.arange(200) % 2, 30, 20)
     assert said(one(tokens=(half, 50 - half)), "the data prefers") == []
     (line,) = said(one(tokens=(LIKE, LONGER)), "the data prefers")
-    assert "is the shorter one in 70% of 200 pairs (64% to 76%), 0.87 times" in line
+    assert "is the shorter one in 70% of 200 pairs (63% to 77%), 0.87 times" in line
     assert said(one(tokens=(LIKE, LONGER)), "sigmoid_norm") == []
     config = {"hyperparameters": {"dpo_beta": 5.0, "dpo_loss": ["sigmoid_norm"], "training_args": {}}}
     assert said(one(tokens=(LONGER, LIKE), config=config), "sigmoid_norm") == []
