@@ -19,9 +19,10 @@ from rich.table import Table
 
 from chat_format import Message
 from comparison.generation import Answer
-from comparison.preference_metrics import LIKE_LENGTH, NGRAM
+from comparison.preference_metrics import NGRAM
 from comparison.verdicts import Verdicts
 from errors import os_errors_of
+from metrics.evaluations import LIKE_LENGTH
 from metrics.intervals import Estimate
 from pages.render import render_page
 from pages.terminal import visible

@@ -16,13 +16,13 @@ from chat_format import answer_spans
 from comparison.generation import Answer, batch_by_length
 from data.truncation import Truncation
 from dataset_utils import tokenize_dpo_dataset
+from metrics.evaluations import of_like_length
 from metrics.intervals import Estimate, estimate
 
 # With padding. A GPU would gain nothing from more (computed for Gemma-2B on an H100, not measured): launching a forward
 # pass takes 25 ms, computing it for 8192 tokens 0.1 s in bf16 and 0.7 s in float32, with 2 GB beside the weights.
 BATCH_TOKENS = 8192
 NGRAM = 3
-LIKE_LENGTH = 0.75  # answers are of like length if the shorter one has this share of the longer one's characters
 
 
 class PairScore(NamedTuple):
@@ -96,11 +96,6 @@ def agrees(scores: list[PairScore], by_token: bool) -> np.ndarray:
     return chosen / chosen_tokens > rejected / rejected_tokens if by_token else chosen > rejected
 
 
-def like_lengths(characters: np.ndarray) -> np.ndarray:
-    """Return of each pair whether its answers, of so many `characters` (pairs, 2), are of like length."""
-    return characters.min(axis=1) >= LIKE_LENGTH * characters.max(axis=1)
-
-
 def reward_margins(scores: list[PairScore], reference: list[PairScore], beta: float) -> np.ndarray:
     """Return of each pair the reward of its chosen answer minus that of the rejected one.
 
@@ -132,7 +127,7 @@ def preference_metrics(
     by_token, chosen_is_longer = agrees(scores, by_token=True), characters[:, 0] > characters[:, 1]
     return {
         "preference_accuracy_by_token": estimate(by_token),
-        "preference_accuracy_like_length": estimate(by_token[like_lengths(characters)]),
+        "preference_accuracy_like_length": estimate(by_token[of_like_length(characters)]),
         "preference_accuracy": estimate(agrees(scores, by_token=False)),
         "prefers_longer": estimate((by_token == chosen_is_longer)[characters[:, 0] != characters[:, 1]]),
         "reward_accuracy": estimate(margins > 0),

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from comparison.preference_metrics import PairScore, agrees, like_lengths, prompted_alike, reward_margins
+from comparison.preference_metrics import PairScore, agrees, prompted_alike, reward_margins
+from metrics.evaluations import of_like_length
 from metrics.intervals import Estimate, estimate, paired_difference
 from pages.terminal import plural
 
@@ -49,7 +50,7 @@ def judge(scores: dict[str, list[PairScore]], reference: str, characters: np.nda
     chosen, rejected = characters.T
     longer = estimate((chosen > rejected)[chosen != rejected])
     if longer:
-        alike = like_lengths(characters)
+        alike = of_like_length(characters)
         right = {name: agrees(scores[name], by_token=True)[alike] for name in names}
         lines.append(length_verdict(longer, right))
     return Verdicts(lines, differences, longer)

@@ -12,7 +12,7 @@ import numpy as np
 from experiment.kinds import SFT
 from experiment.results import Experiment, TrialResult
 from experiment.verdicts import TRL_BETA, interval, listed
-from metrics.evaluations import Evaluations, LogRatios
+from metrics.evaluations import LIKE_LENGTH, Evaluations, LogRatios, of_like_length
 from metrics.intervals import Estimate, estimate
 from pages.terminal import plural
 from trial.events import events_by_step
@@ -25,7 +25,6 @@ OVERFITTED = 0.1  # accuracy in training minus held out: one pair in ten is know
 OVERFITTED_LOSS = 0.2  # held-out SFT loss above training's, as a share; data of two halves alike differ by less
 PREFERS = 0.05  # share of pairs beyond one half whose chosen answer is the longer: less would not teach length
 LOSSES = ("loss", "eval_loss", "eval_preference_loss")
-LIKE_LENGTH = 0.2  # of the longer answer: by no more do the answers of a pair of like length differ
 ENOUGH = 10  # pairs, for an accuracy that says anything
 LAST_PART = 0.5  # of a training shorter than an epoch: what its accuracy is averaged over
 
@@ -209,15 +208,15 @@ def lengths(experiment: Experiment, best: TrialResult, evaluations: Evaluations)
     loss = best["hparams"].get("dpo_loss") or "sigmoid"
     if longer and "sigmoid_norm" not in loss:
         yield "Against learning length, others divide by it: dpo_loss: sigmoid_norm with a dpo_beta near 5."
-    like = np.abs(chosen - rejected) <= LIKE_LENGTH * np.maximum(chosen, rejected)
+    like = of_like_length(np.stack([chosen, rejected], axis=1))
     ratios = experiment.log_ratios(best)
     if ratios and like.sum() >= ENOUGH:
         here, all_pairs = estimate(ratios.margins[like] > 0), (ratios.margins > 0).mean()
         assert here is not None
         holds = "holds" if here.low > 0.5 else "is not surely better than chance"
         yield (
-            f"On the {plural(here.count, 'pair')} of like length (within {LIKE_LENGTH:.0%}) the best trial's accuracy"
-            f" {holds}: {here.value:.2f} ({here.low:.2f} to {here.high:.2f}), against {all_pairs:.2f} on all."
+            f"On the {plural(here.count, 'pair')} of like length (within {1 - LIKE_LENGTH:.0%}) the best trial's"
+            f" accuracy {holds}: {here.value:.2f} ({here.low:.2f} to {here.high:.2f}), against {all_pairs:.2f} on all."
         )
 
 

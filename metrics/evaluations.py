@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 FILE = "evaluations.json"  # beside the weights
 COMMON_BETA = 0.1  # of `preference_losses`, whatever a trial's own is
+LIKE_LENGTH = 0.75  # two answers are of like length if the shorter one has at least this share of the longer one's
 
 
 class LogRatios(NamedTuple):
@@ -76,6 +77,11 @@ def preference_losses(margins: np.ndarray) -> np.ndarray:
     that has not moved from its reference.
     """
     return np.logaddexp(0, -COMMON_BETA * np.asarray(margins, dtype=float))
+
+
+def of_like_length(lengths: np.ndarray) -> np.ndarray:
+    """Return of each pair whether its answers, of these `lengths` (pairs, 2) in any unit, are of like length."""
+    return lengths.min(axis=1) >= LIKE_LENGTH * lengths.max(axis=1)
 
 
 def read_evaluations(folder: Path) -> Evaluations | None:

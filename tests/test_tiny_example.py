@@ -61,7 +61,7 @@ def test_no_question_is_asked_twice(sft, dpo):
 
 
 def test_what_is_chosen_is_the_helpful_answer(dpo, whys):
-    """The task, the reason, numbered steps and a tip, of what was asked about last. What is rejected is something else."""
+    """The task that was asked about last, the reason, numbered steps and a tip. What is rejected is something else."""
     for part in dpo.values():
         for row in part:
             task = max((task for task in whys if task in row["prompt"][-1]["content"]), key=len)
