@@ -81,7 +81,7 @@ class ExactEvaluation:
         parts = [part for part in parts if part.weight]
         total = sum(part.weight for part in parts)
         names = parts[0].metrics if parts else ["loss"]
-        sums = {name: math.fsum(part.weight * part.metrics[name] for part in parts) for name in names}
+        sums = {name: sum(part.weight * part.metrics[name] for part in parts) for name in names}
         return {name: value / total if total else math.nan for name, value in sums.items()}
 
     def _take_part(self, weight: int, loss: torch.Tensor, pair: int = NO_PAIR) -> None:
@@ -176,6 +176,8 @@ class OnePass:
 
 def append(rows: Dataset, count: int, **changes: Any) -> Dataset:
     """Return `rows` and `count` times the first of them with some columns changed."""
+    if not count:
+        return rows
     columns = {name: [value] * count for name, value in (rows[0] | changes).items()}
     return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
 
