@@ -60,7 +60,8 @@ def load_dpo_dataset(
     """Load `train` and `test` pairs: `prompt` (list of messages), `chosen` and `rejected` (texts of the answers), and
     the `source` and `row` they are from.
 
-    They are drawn and held out as by `load_sft_dataset`. All rows of `evaluation` are in `test` as well.
+    They are drawn and held out as by `load_sft_dataset`. The rows of `evaluation` are in `test` as well. (`train` is read
+    though some only want `test`: evaluation data that shares prompts with it is told.)
     """
     return _load(sources, seed, False, on_source, formats.preference_row, formats.PREFERENCE_COLUMNS, evaluation)
 
@@ -85,7 +86,8 @@ def _load(
     for source in evaluation:
         with about("evaluation data"):
             loaded = load_source(source)
-            rows = convert_rows(loaded, np.arange(len(loaded.rows)), convert, columns)
+            indices = np.random.default_rng(seed).permutation(len(loaded.rows))[: loaded.sample_size()]
+            rows = convert_rows(loaded, indices, convert, columns)
         parts.append(SourceRows(source, len(loaded.rows), rows, eval_ratio=None))
     return split_by_prompt(parts, seed, on_source)
 

@@ -101,13 +101,14 @@ class ComparisonOptions(Sampling):
     '{name: ..., eval_split: ..., columns: ...}'; repeatable (default: dpo.yaml's argilla/dpo-mix-7k and
     jondurbin/truthy-dpo-v0.1)"""
     eval_dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
-    """preference data set that no model was trained on: all of its rows are held out; repeatable"""
+    """preference data set that no model was trained on: all of its rows are held out, or as many as its mapping says;
+    repeatable"""
     number_of_samples: int | None = Field(None, ge=1)
     """how many questions to ask (default: 10)"""
     data_seed: Seed | None = None
     """training_args.data_seed of the DPO run, if it set one: it decides which rows are held out"""
     prompt: Texts = []
-    """your own question instead; repeatable. Pairs are then scored only if you name a --dataset"""
+    """your own question instead; repeatable. Pairs are then scored only if you name a --dataset or --eval-dataset"""
     prompts: Source | None = None
     """a file of your own questions: .txt with one a line, or a data set; 'blog' takes the four questions that the
     published post shows, from Intel/orca_dpo_pairs on the hub"""
@@ -174,7 +175,9 @@ class ComparisonOptions(Sampling):
         if own and self.number_of_samples:
             raise UserError(f"{key('number_of_samples')} has no effect on your own questions: all are asked")
         if own and self.number_of_pairs and not self.data_sets:
-            raise UserError(f"{key('number_of_pairs')} needs a {key('dataset')} beside your own questions")
+            raise UserError(
+                f"{key('number_of_pairs')} needs a {key('dataset')} or {key('eval_dataset')} beside your own questions"
+            )
         for path in map(Path, self.output_file):
             if path.suffix not in OUTPUT_SUFFIXES:
                 raise UserError(

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from chat_format import Message
 from comparison.options import DEFAULT_DATASETS, ComparisonOptions
-from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource
+from config.hyperparameters import DEFAULT_SPLIT_SEED, DataSource, check_evaluation_keys
 from config.validation import validate
 from dataset_utils import load_dpo_dataset, load_prompts
-from errors import UserError
+from errors import UserError, about
 from storage.files import refuse_special_files
 
 # Where the questions that the published post shows are from; and, in its order, what each of them asks, with words that
@@ -51,6 +51,9 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
     named = options.dataset or ([] if options.eval_dataset else DEFAULT_DATASETS)
     sources = [_source(given, options.key("dataset")) for given in named]
     evaluation = [_source(given, options.key("eval_dataset")) for given in options.eval_dataset]
+    for source in evaluation:
+        with about(options.key("eval_dataset")):
+            check_evaluation_keys(source, is_evaluation=True)
     seed = DEFAULT_SPLIT_SEED if options.data_seed is None else options.data_seed
     held_out = load_dpo_dataset(sources, seed, evaluation=evaluation)["test"]
     held_out = held_out.shuffle(seed=seed)  # so that the first rows are of all sources

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
 from config.validation import FORBID_UNKNOWN, Beta, Count, NotEmpty, PartialShare, Share, check_uuid, validate
-from errors import UserError
+from errors import UserError, about
 
 if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SPLIT_SEED = 42
 DEFAULT_EVAL_RATIO = 0.2
+EVALUATION_KEYS = ("eval_ratio", "eval_split", "eval_dataset")  # of a source of rows; one of them says what is held out
 
 
 @dataclass(config=FORBID_UNKNOWN)
@@ -43,27 +44,37 @@ class DataSource:
     number_of_samples: Count | None = None  # rows
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
     eval_ratio: PartialShare | None = None  # share of the prompts to hold out; None: 0.2, none with evaluation data
-    eval_split: NotEmpty | None = None  # evaluation data, not trained on: this split of the data set or of eval_dataset
-    eval_dataset: NotEmpty | None = None  # evaluation data from a data set of its own
+    eval_split: NotEmpty | None = None  # evaluation data, not trained on: this split of the data set
+    eval_dataset: "NotEmpty | DataSource | None" = None  # evaluation data from a data set of its own
 
     def __post_init__(self) -> None:
         if self.ratio is not None and self.number_of_samples is not None:
             raise UserError(f"{self.name}: give ratio or number_of_samples, not both")
-        for key in ("eval_split", "eval_dataset"):
-            if self.eval_ratio is not None and getattr(self, key) is not None:
-                raise UserError(f"{self.name}: give eval_ratio or {key}, not both: with {key}, all rows are trained on")
+        with about(self.name):
+            check_evaluation_keys(self)
 
     @property
     def evaluation(self) -> "DataSource | None":
         """The evaluation data that the source names, as a source of its own; None if its own rows are held out."""
-        if self.eval_split is None and self.eval_dataset is None:
-            return None
-        subset = self.subset if self.eval_dataset is None else None
-        return DataSource(self.eval_dataset or self.name, subset, self.eval_split, columns=self.columns)
+        if self.eval_split is not None:
+            return DataSource(self.name, self.subset, self.eval_split, columns=self.columns)
+        return DataSource(self.eval_dataset) if isinstance(self.eval_dataset, str) else self.eval_dataset
 
     def __str__(self) -> str:
         parts = [f"{key} {value}" for key, value in (("subset", self.subset), ("split", self.split)) if value]
         return f"{self.name} ({', '.join(parts)})" if parts else self.name
+
+
+def check_evaluation_keys(of: Any, *, is_evaluation: bool = False) -> None:
+    """Raise `UserError` if more than one of EVALUATION_KEYS is given `of` rows, or one of evaluation data itself."""
+    given = [key for key in EVALUATION_KEYS if getattr(of, key) is not None]
+    if is_evaluation and given:
+        raise UserError(f"{given[0]} has no effect on evaluation data, which is held out as a whole")
+    if len(given) > 1:
+        raise UserError(f"give {given[0]} or {given[1]}, not both")
+    if isinstance(of.eval_dataset, DataSource):
+        with about("eval_dataset"):
+            check_evaluation_keys(of.eval_dataset, is_evaluation=True)
 
 
 @dataclass(config=FORBID_UNKNOWN)
@@ -140,7 +151,7 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     split: NotEmpty | None = None  # of the data set; None: train, or the only one
     eval_ratio: PartialShare | None = None  # as in DataSource, and so are the next two
     eval_split: NotEmpty | None = None
-    eval_dataset: NotEmpty | None = None
+    eval_dataset: NotEmpty | DataSource | None = None
     columns: dict[str, str] = field(default_factory=dict)  # the name that is read: the data set's name for it
     streaming: bool = False  # take number_of_samples of each subset without downloading the rest
     max_seq_length: PositiveInt | None = None  # tokens of a row, prompt and answer; None: TRL's default, 1024
@@ -154,6 +165,7 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
         if self.streaming and any(share.number_of_samples is None for share in self.dataset_subsets):
             example = "[{number_of_samples: 1000}]; a ratio needs all rows downloaded (streaming: false)"
             raise UserError(f".streaming: true needs a number_of_samples for each of dataset_subsets, as in {example}")
+        check_evaluation_keys(self)
         from config.training_args import build_sft_config  # torch and TRL: only once everything else is right
 
         self.args = build_sft_config(self.training_args, {"max_length": ("max_seq_length", self.max_seq_length)})
@@ -164,7 +176,7 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     @property
     def sources(self) -> list[DataSource]:
         """The data set's subsets, each as a source of rows."""
-        common = {key: getattr(self, key) for key in ("split", "columns", "eval_ratio", "eval_split", "eval_dataset")}
+        common = {key: getattr(self, key) for key in ("split", "columns", *EVALUATION_KEYS)}
         return [DataSource(self.dataset, **vars(share), **common) for share in self.dataset_subsets]
 
     @property

@@ -174,7 +174,7 @@ def refuse_overlaps(sources: list[DataSource], evaluation: Collection[DataSource
     evaluated = list({str(source): source for source in named}.values())
     read = [(source, _what_is_read(source)) for source in (*sources, *evaluated) if len(sources) + len(evaluated) > 1]
     for (one, of_one), (other, of_other) in itertools.combinations(read, 2):
-        slices = "[" in f"{one.split}{other.split}" and one.split != other.split
+        slices = one.split != other.split and all("[" in str(source.split) for source in (one, other))
         if of_one & of_other and not (other in evaluated and slices):
             again = "" if str(one) == str(other) else f": data set {other} has rows of it, too"
             held_out = other in evaluated and one not in evaluated

@@ -1,10 +1,13 @@
 """Decide which rows are held out, by their prompts: rows with the same prompt are never on both sides.
 
-A prompt's side is drawn by a hash of the prompt and the seed. So it depends on nothing else: not on the other rows, nor
-on the share of a source that is used, nor on the order; and a prompt that SFT trains on, DPO does not hold out either.
+A prompt's side is drawn by a hash of the prompt, up to its first answer, and the seed. So it depends on nothing else:
+not on the other rows, nor on the share of a source that is used, nor on the order. With the same seed and `eval_ratio`,
+a prompt that SFT trains on is not held out by DPO either. (Except where a side would be empty, or where sources share a
+prompt and have different ratios or evaluation data of their own.)
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -52,8 +55,13 @@ def row_prompt(row: dict[str, Any]) -> list[Message]:
 
 
 def prompt_key(prompt: list[Message]) -> bytes:
-    """Return a key that prompts share if their turns differ in white space and case alone."""
-    return _digest([[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in prompt])
+    """Return a key that prompts share if they begin alike, up to the first answer; white space and case aside.
+
+    What comes later does not make another key: SFT learns each answer of a conversation, and so a prompt that another
+    row ends with is trained on in every longer conversation that begins with it.
+    """
+    opening = itertools.takewhile(lambda turn: turn["role"] != "assistant", prompt)
+    return _digest([[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in opening])
 
 
 def split_by_prompt(
@@ -85,6 +93,7 @@ def split_by_prompt(
     draws = {key: _draw(seed, key) for key, is_own in zip(keys, own, strict=True) if not is_own}
     ratios = [part.eval_ratio or 0 for part in parts]
     drawn = {key for key, number in zip(keys, part_of, strict=True) if draws.get(key, 1) < ratios[number]}
+    drawn -= {key for key, number in zip(keys, part_of, strict=True) if parts[number].eval_ratio == 0}
     by_draw = sorted(draws, key=draws.__getitem__)
     if not own.any():
         if len(draws) == 1:

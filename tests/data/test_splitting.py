@@ -7,7 +7,13 @@ from datasets import DatasetDict
 from rows import load_dpo_dataset, load_sft_dataset, pairs, says, write
 
 import dataset_utils
-from config.hyperparameters import DatasetSubset, DataSource, DPOHyperparameters, parse_hyperparameters
+from config.hyperparameters import (
+    DatasetSubset,
+    DataSource,
+    DPOHyperparameters,
+    SFTHyperparameters,
+    parse_hyperparameters,
+)
 from data.splitting import SourceCounts, prompt_key
 from errors import UserError
 
@@ -39,25 +45,25 @@ def test_rows_with_the_same_prompt_are_on_one_side(tmp_path):
             assert 0.1 < len(dataset["test"]) / sum(sizes(dataset)) < 0.45
 
 
-def test_sft_rows_with_the_same_conversation_before_the_answer_are_on_one_side(tmp_path):
+def test_conversations_that_begin_with_the_same_question_are_on_one_side(tmp_path):
+    """SFT learns every answer: a prompt that a row ends with is trained on in each conversation that begins with it."""
+
     def turns(*texts):
-        roles = ("user", "assistant")
-        return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]}
+        return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
 
-    rows = [turns(f"q{n}", "a", "And " + "then?" * (n % 2), f"answer {m}") for n in range(40) for m in range(2)]
+    rows = [turns(f"q{n}", "a", *["And " + "then?" * (m % 2), f"b{m}"][: 2 * m]) for n in range(40) for m in range(3)]
     dataset = load_sft_dataset(write(tmp_path / "d.jsonl", rows), [DatasetSubset(ratio=1.0)], seed=1)
-    before = {part: {str(row["messages"][:-1]) for row in dataset[part]} for part in dataset}
-    assert sum(sizes(dataset)) == 80
-    assert not before["train"] & before["test"]
-    assert sizes(dataset) == (2 * len(before["train"]), 2 * len(before["test"]))
+    asked = {part: {row["messages"][0]["content"] for row in dataset[part]} for part in dataset}
+    assert sum(sizes(dataset)) == 120
+    assert not asked["train"] & asked["test"]
 
 
-def test_a_system_turn_and_earlier_turns_make_another_prompt():
+def test_a_system_turn_makes_another_prompt_and_later_turns_do_not():
     asked = {"role": "user", "content": "Why?"}
-    same = [[asked], [{**asked, "content": " WHY?\n"}]]
-    other = [[says("Why?")], [{"role": "system", "content": "Be brief."}, asked], [asked, says("x"), asked]]
+    same = [[asked], [{**asked, "content": " WHY?\n"}], [asked, says("x"), {"role": "user", "content": "So?"}]]
+    other = [[{"role": "system", "content": "Be brief."}, asked], [{**asked, "content": "Why not?"}]]
     assert len({prompt_key(prompt) for prompt in same}) == 1
-    assert len({prompt_key(prompt) for prompt in same + other}) == 4
+    assert len({prompt_key(prompt) for prompt in same + other}) == 3
 
 
 def test_what_is_held_out_depends_on_nothing_but_prompt_seed_and_ratio(tmp_path):
@@ -110,6 +116,13 @@ def test_evaluation_data_is_held_out_whole_and_nothing_is_taken_off_the_training
     more = write(tmp_path / "more.jsonl", pairs(6, "z"))
     both = [DataSource(str(folder), number_of_samples=5, eval_dataset=own), DataSource(more, eval_dataset=own)]
     assert sizes(load_dpo_dataset(both, 1)) == (11, 9)  # read once
+    limited = DataSource(own, number_of_samples=4, columns={"chosen": "rejected", "rejected": "chosen"})
+    pair = load_dpo_dataset([DataSource(train, eval_dataset=limited)], 1)["test"][0]
+    assert (pair["chosen"], pair["rejected"]) == ("bad", "good")
+    assert sizes(load_dpo_dataset([DataSource(train, eval_dataset=limited)], 1)) == (20, 4)
+    some = write(tmp_path / "some.jsonl", pairs(20)[::2] + pairs(20, "w"))  # half of it shares prompts with `train`
+    others = load_dpo_dataset([DataSource(train, eval_dataset=own), DataSource(some)], 1)
+    assert {row["row"] for row in others["train"] if row["source"] == train} == {*range(1, 21)}
     sliced = DataSource(train, split="train[:80%]", eval_split="train[80%:]")
     assert sizes(load_dpo_dataset([sliced], 1)) == (16, 4)
     extra = dataset_utils.load_dpo_dataset([], 1, evaluation=[DataSource(own)])
@@ -146,6 +159,7 @@ def test_mistakes_in_evaluation_data_are_one_line(tmp_path):
         (DataSource(path, eval_dataset="no.jsonl"), "data set no.jsonl: no such file or folder"),
         (DataSource(path, eval_split="train"), "is trained on and evaluation data as well"),
         (DataSource(path, eval_dataset=path), "is trained on and evaluation data as well"),
+        (DataSource(path, eval_split="train[:50%]"), "is trained on and evaluation data as well"),
         (
             DataSource(path, eval_dataset=other),
             "evaluation data: .*bad.jsonl line 4: column 'chosen' is null or missing",
@@ -164,9 +178,18 @@ def test_mistakes_in_evaluation_data_are_one_line(tmp_path):
         ({"eval_ratio": 1.0}, "eval_ratio 1.0 is not less than 1"),
         ({"eval_ratio": 0.5, "eval_split": "test"}, "give eval_ratio or eval_split, not both"),
         ({"eval_ratio": 0.5, "eval_dataset": "x"}, "give eval_ratio or eval_dataset, not both"),
+        ({"eval_split": "test", "eval_dataset": "x"}, "give eval_split or eval_dataset, not both"),
         ({"eval_split": ""}, "eval_split"),
+        (
+            {"eval_dataset": {"name": "x", "eval_split": "y"}},
+            "eval_dataset: eval_split has no effect on evaluation data",
+        ),
+        ({"eval_dataset": {"name": "x", "nmae": "y"}}, "nmae"),
     ],
 )
 def test_contradictions_are_one_line(keys, message):
-    with pytest.raises(UserError, match=message):
-        parse_hyperparameters(DPOHyperparameters, {"model_name": "m", "datasets": [{"name": "d", **keys}]})
+    sft, dpo = {"dataset": "d", **keys}, {"datasets": [{"name": "d", **keys}]}
+    for cls, values in ((SFTHyperparameters, sft), (DPOHyperparameters, dpo)):
+        with pytest.raises(UserError, match=message) as raised:
+            parse_hyperparameters(cls, {"model_name": "m", **values})
+        assert "\n" not in str(raised.value)
