@@ -60,8 +60,8 @@ def load_dpo_dataset(
     """Load `train` and `test` pairs: `prompt` (list of messages), `chosen` and `rejected` (texts of the answers), and
     the `source` and `row` they are from.
 
-    They are drawn and held out as by `load_sft_dataset`. The rows of `evaluation` are in `test` as well. (`train` is read
-    though some only want `test`: evaluation data that shares prompts with it is told.)
+    They are drawn and held out as by `load_sft_dataset`. The rows of `evaluation` are in `test` as well. (`train` is
+    read though some only want `test`: evaluation data that shares prompts with it is told.)
     """
     return _load(sources, seed, False, on_source, formats.preference_row, formats.PREFERENCE_COLUMNS, evaluation)
 

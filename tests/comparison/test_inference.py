@@ -515,7 +515,7 @@ def test_pairs_beside_questions_of_ones_own_need_a_data_set(call, tiny):
     status, _, err = call(inference.main, "--model", f"a={tiny / 'base'}", "--prompt", "x", "--number-of-pairs", 3)
     assert (status, err) == (
         2,
-        "error: --number-of-pairs needs a --dataset beside your own questions\n",
+        "error: --number-of-pairs needs a --dataset or --eval-dataset beside your own questions\n",
     )
 
 
