@@ -20,6 +20,7 @@ import determined as det
 import numpy as np
 from datasets import Dataset, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
 from config.hyperparameters import DataSource
 from data.formats import MissingColumnError
@@ -218,7 +219,13 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
         if len(formats) > 1:
             several = f"it holds files of several formats ({', '.join(formats.values())})"
             raise UserError(f"{name}: {several}, but only one format would be read; make a folder for each")
-    if path.exists() and hasattr(load_dataset_builder(**arguments).config, "converters"):
+    config = load_dataset_builder(**arguments).config if path.exists() else None
+    if path.is_dir() and config:
+        # datasets 5.2 finds a folder whose README lists its files in its cache by the README, whatever became of the
+        # files. This keeps each state of them apart, by their names and times. It can go once datasets does.
+        state = Hasher.hash(config.data_files)
+        arguments["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, f"{path.resolve().name}-{state}"))
+    if hasattr(config, "converters"):
         # pandas would read the text of a CSV's cells as numbers, and None or NA as missing.
         arguments |= {"converters": dict.fromkeys(range(MOST_CSV_COLUMNS), _read_cell), "keep_default_na": False}
     return arguments

@@ -146,6 +146,22 @@ def test_folders_and_files_of_every_format(tmp_path):
         load_dpo_dataset([str(tmp_path)], seed=1)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_were_changed_are_read_anew(tmp_path, listed, streaming):
+    """A folder with a README too, which `datasets` would find in its cache, with the rows that it had."""
+    if listed:
+        write(tmp_path / "README.md", [])
+        files = "- config_name: default\n  data_files:\n  - {split: train, path: train.jsonl}\n"
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    for number, text in enumerate(("one", "two", "two")):
+        write(tmp_path / "train.jsonl", [{"prompt": f"{n}", "text": text} for n in range(9)])
+        os.utime(tmp_path / "train.jsonl", (number, number))
+        source = DataSource(str(tmp_path), number_of_samples=5)
+        rows = dataset_utils.load_sft_dataset([source], 1, streaming)["train"]
+        assert {row["messages"][1]["content"] for row in rows} == {text}
+
+
 def test_a_folder_that_is_no_data_set_is_not_searched(tmp_path, monkeypatch):
     monkeypatch.setattr("data.sources.MOST_OTHER_FILES", 3)
     for number in range(5):
