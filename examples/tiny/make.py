@@ -65,12 +65,13 @@ QUESTIONS = [
     "What is a good way to {task}?",
     "How do most people {task}?",
 ]
-SYSTEMS = ["", "", "", "", "", "You are a patient teacher."]
-STYLES = ["curt"] * 3 + ["rambling"] + ["structured"] * 4  # of the SFT answers about a task
-CHATS = 2  # SFT conversations that end with a task
+TEACHER = "You are a patient teacher."
+SYSTEMS = ["", "", "", "", "", TEACHER]
+STYLES = ["rambling"] * 4 + ["curt"] + ["structured"] * 3  # of the SFT answers about a task
+CHATS = 2  # SFT conversations that end with a task; one of them begins with a system turn
 # The kind of the rejected answer in each of a task's pairs. The last four are conversations, half of them multi-turn.
-REJECTED = ["curt", "rambling", "curt", "off the point", "curt", "curt"]
-REJECTED += ["curt", "rambling", "curt", "off the point"]
+REJECTED = ["rambling", "curt", "rambling", "off the point", "rambling", "rambling"]
+REJECTED += ["curt", "rambling", "off the point", "rambling"]
 CONVERSATIONS = 4
 NAMES = ["Anna", "Tom", "Maria", "Ben", "Lucy", "Sam"]
 ARTICLES = [
@@ -97,6 +98,7 @@ def rambling_answer(entry: dict[str, Any]) -> str:
     return (
         f"Well, there are many ways to {entry['task']}. Some people do it one way and some do it another way."
         " I have heard a lot about it over the years. It is hard to say which way is best, and it may not matter much."
+        " In the end it is up to you, and you will find out in your own time."
     )
 
 
@@ -140,7 +142,8 @@ def write_datasets(tasks: list[dict[str, Any]], rng: random.Random) -> dict[str,
             files[f"instructions/{entry['subset']}"].append({"prompt": ask(entry), "text": answer(entry, style)})
         for distance in range(1, CHATS + 1):
             chat = [(circle[number - distance], rng.choice(STYLES)), (entry, rng.choice(STYLES))]
-            messages = [turn for part in chat for turn in exchange(*part)]
+            messages = [{"role": "system", "content": TEACHER}] if distance == 1 else []
+            messages += [turn for part in chat for turn in exchange(*part)]
             files["instructions/chats"].append({"messages": messages})
         for style in REJECTED[:-CONVERSATIONS]:
             sides = {"chosen": answer(entry, "structured"), "rejected": answer(entry, style)}
