@@ -1,7 +1,6 @@
 """The data of the tiny example: what its YAMLs train on and hold out, and that the chosen answer is the helpful one."""
 
 import json
-import math
 import re
 from collections import Counter
 
@@ -72,10 +71,7 @@ def test_what_is_chosen_is_the_helpful_answer(dpo, whys):
     assert multi_turn >= 10
 
 
-def test_the_last_evaluation_is_that_of_the_checkpoint_and_of_many_pairs(dpo, hparams):
-    args = hparams["dpo"]["training_args"]
-    steps = args["num_train_epochs"] * math.ceil(len(dpo["train"]) / args["per_device_train_batch_size"])
-    assert steps % args["eval_steps"] == 0  # else the last step, which is saved, would be evaluated once more
+def test_enough_pairs_are_held_out_for_a_verdict(dpo):
     assert len(dpo["test"]) >= 90
 
 
