@@ -120,6 +120,8 @@ class Heatmaps:
 
     def mean(self, metric: str, scores: list[float]) -> str:
         """Return a mean over seeds with the standard deviation; of a single seed, its value."""
-        if len(scores) < 2:
-            return self.page.format(metric, next(iter(scores), None))
-        return format_mean(scores)
+        return (
+            format_mean(scores, lambda value: self.page.format(metric, value))
+            if scores
+            else self.page.format(metric, None)
+        )

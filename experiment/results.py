@@ -112,11 +112,6 @@ class Experiment:
         """Return the best completed trial, the first of equals."""
         return next(iter(self.rank_trials()), None)
 
-    def ties(self) -> list[int]:
-        """Return the ids of the other trials that are as good as the best one."""
-        ranked, metric = self.rank_trials(), self.searcher.metric
-        return [r["trial_id"] for r in ranked[1:] if r["best_metrics"][metric] == ranked[0]["best_metrics"][metric]]
-
     def failures(self) -> list[str]:
         """Return a line for each trial that failed, with the reason if it is known."""
         failed = [result for _, result in sorted(self.results.items()) if result.get("error")]

@@ -43,8 +43,10 @@ def settings_of(experiment: Experiment) -> list[Setting]:
     return [Setting(*group) for group in groups.items()]
 
 
-def format_mean(scores: list[float]) -> str:
-    """Return the mean of two or more values with their standard deviation, to its first digit or two: `0.87 ± 0.02`."""
+def format_mean(scores: list[float], show: Callable[[float], str]) -> str:
+    """Return a mean with the standard deviation, to its first digit or two: `0.87 ± 0.02`; `show` writes one value."""
+    if len(scores) < 2:
+        return show(scores[0])
     scatter = stdev(scores)
     decimals = 3
     if scatter:
@@ -106,9 +108,8 @@ def settings_verdict(experiment: Experiment, ranking: Ranking, show: Callable[[f
     if not ranked:
         return []
     scores = ranked[0].scores(experiment.searcher.metric)
-    others, several = len(ranked) - 1, len(scores) > 1
-    mean = format_mean(scores) if several else show(scores[0])
-    over = f"over {plural(len(scores), 'seed')}" + (", mean ± standard deviation" if several else "")
+    others, mean = len(ranked) - 1, format_mean(scores, show)
+    over = f"over {plural(len(scores), 'seed')}" + (", mean ± standard deviation" if scores[1:] else "")
     if not others:
         return [f"The searcher's metric is {mean} ({over})."]
     said = f"The best setting is {describe(experiment, ranked[0])}: {mean} ({over})."

@@ -105,7 +105,8 @@ class Verdict:
         self.uncompared = [r["trial_id"] for r in self.ranked[1:] if r["trial_id"] not in self.behind]
         self.worse = [trial_id for trial_id, gap in self.behind.items() if gap.low > 0]
         self.better = [trial_id for trial_id, gap in self.behind.items() if gap.high < 0]
-        self.ties = experiment.ties()
+        scores = {result["trial_id"]: result["best_metrics"][metric] for result in self.ranked}
+        self.ties = [trial_id for trial_id in list(scores)[1:] if scores[trial_id] == next(iter(scores.values()))]
         apart = {*self.worse, *self.better}
         self.alike = sorted(i for i in self.behind if i not in apart) if self.behind else self.ties
 

@@ -27,6 +27,12 @@ PREFERS = 0.05  # share of pairs beyond one half whose chosen answer is the long
 LOSSES = ("loss", "eval_loss", "eval_preference_loss")
 ENOUGH = 10  # pairs, for an accuracy that says anything
 LAST_PART = 0.5  # of a training shorter than two epochs: what is averaged; at its beginning nothing is learned yet
+LEARNED = {  # by whether chosen answers, and whether rejected ones, became more likely
+    (False, False): "made both kinds of answers less likely than the reference",
+    (True, False): "made chosen answers more likely than the reference and rejected ones less",
+    (False, True): "learned the opposite, chosen answers became less likely and rejected ones more",
+    (True, True): "made both kinds of answers more likely than the reference",
+}
 
 
 def what_happened(experiment: Experiment) -> list[str]:
@@ -54,17 +60,11 @@ def answers(experiment: Experiment, best: TrialResult) -> Iterator[str]:
         sums = ratios.chosen.sum(), ratios.rejected.sum()
         rates = [f" ({abs(s / max(1, n)):.2g} a token)" for s, n in zip(sums, tokens, strict=True)]
     chosen, rejected = (f"{abs(change):.3g} nats{rate}" for change, rate in zip(changes, rates, strict=True))
-    who, (up, down) = f"Trial {best['trial_id']}", changes
-    figures = f"chosen ones by {chosen}, rejected ones by {rejected}"
-    if up < 0 and down < 0:
-        normal = " In DPO that is normal: what counts is that rejected ones fell further." if down < up else ""
-        yield f"{who} made both kinds of answers less likely than the reference: {figures}.{normal}"
-    elif up >= 0 > down:
-        yield f"{who} made chosen answers more likely than the reference and rejected ones less: {figures}."
-    elif down >= 0 > up:
-        yield f"{who} learned the opposite, chosen answers became less likely and rejected ones more: {figures}."
-    else:
-        yield f"{who} made both kinds of answers more likely than the reference: {figures}."
+    normal = " In DPO that is normal: what counts is that rejected ones fell further."
+    yield (
+        f"Trial {best['trial_id']} {LEARNED[changes[0] >= 0, changes[1] >= 0]}: chosen ones by {chosen},"
+        f" rejected ones by {rejected}.{normal if changes[1] < changes[0] < 0 else ''}"
+    )
 
 
 def mean_log_ratios(result: TrialResult, ratios: LogRatios | None) -> tuple[float, float] | None:

@@ -248,13 +248,13 @@ def test_settings_that_are_alike_are_rarely_called_worse():
     """Their seeds scatter: the pairs alone would often tell their models apart."""
     rng = np.random.default_rng(0)
     alarms = naive = 0
-    for _ in range(60):
+    for _ in range(40):
         trials = [pairs_of(1 + end + rng.normal(size=60)) for end in rng.normal(size=6)]
         experiment = made(trials, axis={"dpo_beta": [0.1, 0.05, 0.01], "training_args.seed": [1, 2]})
         alarms += len(rank_settings(experiment)[1]) < 2
         naive += bool(Verdict(experiment).worse)
-    assert alarms <= 6  # 3 are expected
-    assert naive >= 40
+    assert alarms <= 4  # 2 are expected
+    assert naive >= 25
 
 
 def test_some_settings_alike():
@@ -287,4 +287,4 @@ def test_one_setting_or_one_seed_has_nothing_to_compare():
     ],
 )
 def test_a_mean_has_the_digits_that_its_spread_leaves(scores, text):
-    assert format_mean(scores) == text
+    assert format_mean(scores, str) == text
