@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from experiment.charts import Cell, TrialView, plot_heatmap
 from experiment.results import short_name
-from experiment.settings import SEED, format_mean, rank_settings, settings_of
+from experiment.settings import SEED, format_mean
 
 if TYPE_CHECKING:
     from experiment.report_page import Page
@@ -26,7 +26,7 @@ class Heatmaps:
     """What the page shows of its grid. `metrics` are those with a heatmap: none if the trials are no grid."""
 
     def __init__(self, page: "Page", metrics: list[str]) -> None:
-        self.page, experiment = page, page.experiment
+        self.page, (ranked, alike) = page, page.settings
         self.axes = {name: values for name, values in page.axes.items() if name != SEED}
         is_grid = bool(self.axes) and math.prod(map(len, page.axes.values())) == len(page.planned)
         self.seeds = SEED in page.axes
@@ -35,7 +35,6 @@ class Heatmaps:
         for trial in sorted(page.trials, key=lambda trial: trial.id):
             named = zip(page.axes, trial.values, strict=True)
             self.views[tuple(value for name, value in named if name != SEED)].append(trial)
-        ranked, alike = rank_settings(experiment, settings_of(experiment, experiment.rank_trials()))
         self.marks = {setting.values: "tied" for setting in alike or []}
         self.marks |= {setting.values: "best" for setting in ranked[:1]}
         self.metrics = [metric for metric in metrics if self.shades(metric)[0]] if is_grid else []
@@ -121,6 +120,8 @@ class Heatmaps:
 
     def mean(self, metric: str, scores: list[float]) -> str:
         """Return a mean over seeds with the standard deviation; of a single seed, its value."""
-        if len(scores) < 2:
-            return self.page.format(metric, next(iter(scores), None))
-        return format_mean(scores)
+        return (
+            format_mean(scores, lambda value: self.page.format(metric, value))
+            if scores
+            else self.page.format(metric, None)
+        )

@@ -8,8 +8,8 @@ from pathlib import Path
 from errors import UserError
 from experiment.kinds import DPO, SFT
 from experiment.results import Experiment, TrialResult
-from experiment.settings import settings_verdict
-from experiment.verdicts import Verdict
+from experiment.settings import rank_settings, settings_verdict
+from experiment.verdicts import Verdict, args_of, beta_of
 from storage.checkpoints import local_checkpoint
 from storage.files import is_object, read_json_lines
 
@@ -21,7 +21,7 @@ def winner(verdict: Verdict) -> Iterator[str]:
     if len(verdict.ranked) > 1:
         yield f"{verdict.headline(so_far=False)}."
         yield from (*verdict.tied(), *verdict.remarks())
-        yield from settings_verdict(verdict.experiment, "{:.4g}".format)
+        yield from settings_verdict(verdict.experiment, rank_settings(verdict.experiment), "{:.4g}".format)
     yield f"Best: trial {verdict.best['trial_id']}, checkpoint {verdict.best['checkpoint_uuid']}"
 
 
@@ -37,11 +37,10 @@ def compare_command(experiment: Experiment) -> str | None:
     words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
     if sft:  # DPO's own rewards are measured against it
         words += ["--reference", "sft"]
-    if hparams.get("dpo_beta") is not None:  # and scaled by beta
-        words += ["--beta", str(hparams["dpo_beta"])]
+    words += ["--beta", str(beta_of(hparams))]  # and scaled by beta
     for source in hparams["datasets"]:
         words += ["--dataset", source if isinstance(source, str) else json.dumps(source)]
-    data_seed = hparams.get("training_args", {}).get("data_seed")
+    data_seed = args_of(hparams).get("data_seed")
     if data_seed is not None:  # it decides which rows were held out
         words += ["--data-seed", str(data_seed)]
     return "python " + shlex.join(["inference.py", *words, "--output_file", "comparison.html"])

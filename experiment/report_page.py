@@ -15,10 +15,9 @@ from experiment.charts import TrialView, choose_look, is_finite, plot_curves
 from experiment.heatmaps import Heatmaps
 from experiment.next_steps import next_steps
 from experiment.results import Experiment, TrialResult, flatten, short_name
-from experiment.settings import settings_verdict
-from experiment.verdicts import Verdict, interval
+from experiment.settings import rank_settings, settings_verdict
+from experiment.verdicts import Verdict, format_interval, interval
 from experiment.what_happened import what_happened
-from metrics.intervals import Estimate
 from pages.render import render_page
 from pages.terminal import plural
 
@@ -28,15 +27,6 @@ ENDED = {"COMPLETED": "completed", "ERROR": "failed", "CANCELED": "canceled"}
 REWARDS = ("eval_preference_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 SCALED = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected")
 MISSING = "\N{EN DASH}"
-
-
-def format_interval(found: Estimate) -> str:
-    """Return `0.82 to 0.94`, with as many decimals as give its width two digits."""
-    if found.low == found.high:
-        return f"all {plural(found.count, 'pair')} alike"
-    width = found.high - found.low
-    decimals = max(0, 1 - math.floor(math.log10(width))) if math.isfinite(width) else 2
-    return f"{found.low:.{decimals}f} to {found.high:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def render(experiment: Experiment) -> str:
@@ -55,7 +45,7 @@ class Page:
         self.expected = max(len(self.planned), experiment.config["searcher"].get("max_trials") or 0)
         self.count = plural(self.expected, "trial")
         self.beta = next((name for name in self.axes if short_name(name) in ("dpo_beta", "beta")), "")
-        self.verdict = Verdict(experiment)
+        self.verdict, self.settings = Verdict(experiment), rank_settings(experiment)
         ranked = self.verdict.ranked
         self.results = [*ranked, *(r for _, r in sorted(experiment.results.items()) if r not in ranked)]
         shown = dict.fromkeys([self.searcher.metric, *REWARDS, "eval_loss"])
@@ -135,13 +125,13 @@ class Page:
         said = self.verdict.tied()
         for behind in [result for result in self.verdict.ranked[1:] if result["trial_id"] not in self.verdict.ties][:1]:
             gap = self.verdict.behind.get(behind["trial_id"])
-            size = abs(best["best_metrics"][metric] - behind["best_metrics"][metric])
+            size = gap.value if gap else abs(best["best_metrics"][metric] - behind["best_metrics"][metric])
             which = f"trial {behind['trial_id']} ({self.experiment.describe_values(behind['hparams'])})"
             over = f" ({format_interval(gap)}, over the same {plural(gap.count, 'held-out pair')})" if gap else ""
             said.append(f"Next is {which} with {self.format(metric, behind)}: {size:.3g} behind{over}.")
         yield from filter(None, [" ".join(said)])
         yield from self.verdict.remarks()
-        yield from settings_verdict(self.experiment, lambda value: self.format(metric, value))
+        yield from settings_verdict(self.experiment, self.settings, lambda value: self.format(metric, value))
 
     def against_best(self, result: TrialResult) -> tuple[str, str]:
         """Return how a trial stands against the best one, and the interval of the difference; nothing without pairs."""

@@ -85,7 +85,7 @@ class Experiment:
         self.results: dict[int, TrialResult] = {}
         self.events: dict[int, list[TrialEvent]] = {}
         self.damaged = 0  # lines of trials.jsonl
-        self.evaluations: dict[int, Evaluations] = {}  # by trial id, from the checkpoint that its result names
+        self.evaluations: dict[int, Evaluations] = {}  # by trial id
         self.unreachable = ""  # why they could not be read
 
     def plan_trials(self) -> list[dict[str, Any]]:
@@ -112,31 +112,27 @@ class Experiment:
         """Return the best completed trial, the first of equals."""
         return next(iter(self.rank_trials()), None)
 
-    def ties(self) -> list[int]:
-        """Return the ids of the other trials that are as good as the best one."""
-        ranked, metric = self.rank_trials(), self.searcher.metric
-        return [r["trial_id"] for r in ranked[1:] if r["best_metrics"][metric] == ranked[0]["best_metrics"][metric]]
-
     def failures(self) -> list[str]:
         """Return a line for each trial that failed, with the reason if it is known."""
         failed = [result for _, result in sorted(self.results.items()) if result.get("error")]
         return [f"Trial {result['trial_id']} failed: {result['error']}" for result in failed]
 
-    def read_local_evaluations(self) -> None:
-        """Read what each trial of a local experiment keeps of its evaluations."""
-        for trial_id, result in self.results.items():
-            uuid = result["checkpoint_uuid"]
-            if uuid and (found := read_evaluations(local_checkpoint_storage() / uuid)):
-                self.evaluations[trial_id] = found
+    def keep_evaluations(self, trial_id: int, read: Callable[[str], Evaluations | None]) -> None:
+        """Remember what a trial's checkpoints keep of its evaluations, as `read` finds it by the UUID of one.
+
+        The latest has all of them. The best lacks its own where the trial was preempted in it, and made up for it
+        later; it is read only if the latest is gone.
+        """
+        saved = events_by_step(self.events.get(trial_id, []), "checkpoint").values()
+        uuids = [*[event["uuid"] for event in saved][-1:], self.results[trial_id]["checkpoint_uuid"]]
+        if found := next(filter(None, map(read, filter(None, dict.fromkeys(uuids)))), None):
+            self.evaluations[trial_id] = found
 
     def log_ratios(self, result: TrialResult) -> LogRatios | None:
         """Return the log-ratios of a trial's checkpoint on its held-out pairs; None if it keeps none."""
         evaluations, step = self.evaluations.get(result["trial_id"]), self.step_of(result)
-        if evaluations is None or step not in evaluations.steps or not evaluations.rows:
-            return None
-        found = evaluations.steps[step]
-        whole = len(found.chosen) == len(found.rejected) == len(evaluations.rows)
-        return found if whole and np.isfinite(found.margins).all() else None
+        found = evaluations.steps.get(step) if evaluations and evaluations.rows and step else None
+        return found if found and np.isfinite(found.margins).all() else None
 
     def step_of(self, result: TrialResult) -> int | None:
         """Return the step at which a trial's checkpoint was saved; None if it is not known."""
@@ -232,7 +228,8 @@ def read_local(folder: Path) -> Experiment:
             experiment.events[trial_id] = events
             unfinished = summarize(trial_id, "UNFINISHED", hparams, events, experiment.searcher)
             experiment.results.setdefault(trial_id, unfinished)
-    experiment.read_local_evaluations()
+    for trial_id in experiment.results:
+        experiment.keep_evaluations(trial_id, lambda uuid: read_evaluations(local_checkpoint_storage() / uuid))
     return experiment
 
 
@@ -248,23 +245,21 @@ def read_cluster(source: str) -> Experiment:
             checkpoints = trial.list_checkpoints()
             events = experiment.events[trial.id] = list(_cluster_events(trial, checkpoints))
             state, hparams = trial.state.name if trial.state else "UNKNOWN", trial.hparams or {}
-            result = experiment.results[trial.id] = summarize(trial.id, state, hparams, events, experiment.searcher)
-            best = next((c for c in checkpoints if c.uuid == result["checkpoint_uuid"]), None)
-            if best and not experiment.unreachable:  # what cannot be reached once is not tried again for each trial
-                _read_cluster_evaluations(experiment, trial.id, best)
+            experiment.results[trial.id] = summarize(trial.id, state, hparams, events, experiment.searcher)
+            saved = {checkpoint.uuid: checkpoint for checkpoint in checkpoints}
+            experiment.keep_evaluations(trial.id, functools.partial(_download_evaluations, experiment, saved))
     return experiment
 
 
-def _read_cluster_evaluations(experiment: Experiment, trial_id: int, checkpoint: Any) -> None:
-    """Read what a trial keeps of its evaluations: one small file of its checkpoint."""
+def _download_evaluations(experiment: Experiment, saved: dict[str, Any], uuid: str) -> Evaluations | None:
+    """Return what a checkpoint keeps of its trial's evaluations: one small file of it."""
     with TemporaryDirectory() as folder:
         try:
-            download_files(checkpoint, EVALUATIONS, Path(folder))
+            if not experiment.unreachable:  # what cannot be reached once is not tried again for each trial
+                download_files(saved[uuid], EVALUATIONS, Path(folder))
         except UserError as error:
             experiment.unreachable = str(error)
-        found = read_evaluations(Path(folder))
-        if found:
-            experiment.evaluations[trial_id] = found
+        return read_evaluations(Path(folder))
 
 
 def _cluster_events(trial: Any, checkpoints: list[Any]) -> Iterator[TrialEvent]:

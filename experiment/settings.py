@@ -29,19 +29,24 @@ class Setting(NamedTuple):
         return [value for value in found if math.isfinite(value)]
 
 
-def settings_of(experiment: Experiment, results: list[TrialResult]) -> list[Setting]:
-    """Return the settings of `results`, in their order; none if no seed varies."""
+Ranking = tuple[list[Setting], list[Setting] | None]
+
+
+def settings_of(experiment: Experiment) -> list[Setting]:
+    """Return the settings of the trials that can be ranked; none if no seed varies."""
     if SEED not in experiment.varying:
         return []
     groups: dict[tuple[str, ...], list[TrialResult]] = defaultdict(list)
-    for result in results:
+    for result in experiment.rank_trials():
         values = zip(experiment.varying, experiment.values(result["hparams"]), strict=True)
         groups[tuple(value for name, value in values if name != SEED)].append(result)
     return [Setting(*group) for group in groups.items()]
 
 
-def format_mean(scores: list[float]) -> str:
-    """Return the mean of two or more values with their standard deviation, to its first digit or two: `0.87 ± 0.02`."""
+def format_mean(scores: list[float], show: Callable[[float], str]) -> str:
+    """Return a mean with the standard deviation, to its first digit or two: `0.87 ± 0.02`; `show` writes one value."""
+    if len(scores) < 2:
+        return show(scores[0])
     scatter = stdev(scores)
     decimals = 3
     if scatter:
@@ -56,9 +61,9 @@ def compare_settings(experiment: Experiment, settings: list[Setting]) -> list[Es
     Two things are left to chance: the pairs, and the seeds. The intervals of `differences_from` over the per-pair means
     of a setting's seeds are for other pairs, but for these very models. For other seeds, a difference of two means over
     seeds has the standard error s sqrt(1/n + 1/m), where s² is the settings' pooled variance over seeds and Student's
-    quantile has as many degrees of freedom as that; it is corrected for all pairs of settings (Sidak). The two half
-    widths are added as squares (Zou and Donner, Construction of confidence limits about effect measures, 2008). None if
-    no setting has two seeds, or trials keep no pairs.
+    quantile has as many degrees of freedom as that; it is corrected for all pairs of settings (Sidak). On each side the
+    distances of the two limits are added as squares (Zou and Donner, Construction of confidence limits about effect
+    measures, 2008). None if no setting has two seeds, or trials keep no pairs.
     """
     metric = experiment.searcher.metric
     results = [result for setting in settings for result in setting.results]
@@ -76,35 +81,35 @@ def compare_settings(experiment: Experiment, settings: list[Setting]) -> list[Es
     seeds = student_quantile(z, degrees) * math.sqrt(squares / degrees)
     found = []
     for count, pairs in zip(counts, differences_from(0, np.stack([part.mean(axis=0) for part in parts])), strict=True):
-        half = math.hypot((pairs.high - pairs.low) / 2, seeds * math.sqrt(1 / count + 1 / counts[0]))
-        found.append(Estimate(-pairs.value, -pairs.value - half, -pairs.value + half, pairs.count))
+        other_seeds = seeds * math.sqrt(1 / count + 1 / counts[0])
+        above, below = (math.hypot(end - pairs.value, other_seeds) for end in (pairs.high, pairs.low))
+        found.append(Estimate(-pairs.value, -pairs.value - above, -pairs.value + below, pairs.count))
     return found
 
 
-def rank_settings(experiment: Experiment, settings: list[Setting]) -> tuple[list[Setting], list[Setting] | None]:
+def rank_settings(experiment: Experiment) -> Ranking:
     """Return the settings by their mean of the searcher's metric, and those that cannot be told apart from the best.
 
     The second is None if they cannot be compared.
     """
     metric, sign = experiment.searcher.metric, 1 if experiment.searcher.smaller_is_better else -1
-    ranked = sorted(settings, key=lambda setting: sign * fmean(setting.scores(metric)))
+    ranked = sorted(settings_of(experiment), key=lambda setting: sign * fmean(setting.scores(metric)))
     gaps = compare_settings(experiment, ranked)
     alike = None if gaps is None else [s for s, gap in zip(ranked[1:], gaps[1:], strict=True) if gap.low <= 0]
     return ranked, alike
 
 
-def settings_verdict(experiment: Experiment, show: Callable[[float], str]) -> list[str]:
+def settings_verdict(experiment: Experiment, ranking: Ranking, show: Callable[[float], str]) -> list[str]:
     """Say which setting is best by its mean over seeds, and how many cannot be told apart from it.
 
-    `show` writes a value of the searcher's metric. No sentence if no seed varies.
+    `ranking` is of `rank_settings`; `show` writes a value of the searcher's metric. No sentence if no seed varies.
     """
-    ranked, alike = rank_settings(experiment, settings_of(experiment, experiment.rank_trials()))
+    ranked, alike = ranking
     if not ranked:
         return []
     scores = ranked[0].scores(experiment.searcher.metric)
-    others, several = len(ranked) - 1, len(scores) > 1
-    mean = format_mean(scores) if several else show(scores[0])
-    over = f"over {plural(len(scores), 'seed')}" + (", mean ± standard deviation" if several else "")
+    others, mean = len(ranked) - 1, format_mean(scores, show)
+    over = f"over {plural(len(scores), 'seed')}" + (", mean ± standard deviation" if scores[1:] else "")
     if not others:
         return [f"The searcher's metric is {mean} ({over})."]
     said = f"The best setting is {describe(experiment, ranked[0])}: {mean} ({over})."

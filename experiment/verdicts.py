@@ -1,23 +1,42 @@
 """Which trial is best, and which cannot be told apart from it: by the same held-out pairs, with 95% intervals."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
-from experiment.results import Experiment, TrialResult
+from experiment.results import Experiment, TrialResult, short_name
 from metrics.evaluations import preference_losses
 from metrics.intervals import Estimate, differences_from, estimate
 from pages.terminal import plural
 
-TRL_BETA = 0.1  # of an experiment without dpo_beta
 # The metrics that are a mean over pairs: each pair's value from its h, the difference of its log-ratios, and beta.
 PAIR_METRICS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "eval_preference_loss": lambda h, beta: preference_losses(h),
     "eval_rewards/accuracies": lambda h, beta: (h > 0).astype(float),
     "eval_rewards/margins": lambda h, beta: beta * h,
 }
+# The hyperparameters that decide which reference log-ratios are against, and how they weight an answer's tokens.
+MEASURES = {"model_ckpt", "model_name", "ld_alpha"}
 MOST_NAMED = 6  # trials in a sentence; of more it says how many they are
+
+
+def args_of(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Return a trial's `training_args`."""
+    return hparams.get("training_args") or {}
+
+
+def beta_of(hparams: dict[str, Any]) -> float:
+    """Return a DPO trial's beta, under either of its names, or else TRL's default."""
+    return hparams.get("dpo_beta") or args_of(hparams).get("beta") or 0.1
+
+
+def loss_of(hparams: dict[str, Any]) -> list[str]:
+    """Return the names of a DPO trial's losses, under either of their names, or else TRL's default."""
+    found = hparams.get("dpo_loss") or args_of(hparams).get("loss_type") or "sigmoid"
+    return [found] if isinstance(found, str) else found
 
 
 def pair_values(experiment: Experiment, result: TrialResult, metric: str) -> np.ndarray | None:
@@ -25,7 +44,16 @@ def pair_values(experiment: Experiment, result: TrialResult, metric: str) -> np.
     log_ratios = experiment.log_ratios(result)
     if log_ratios is None or metric not in PAIR_METRICS:
         return None
-    return PAIR_METRICS[metric](log_ratios.margins, result["hparams"].get("dpo_beta") or TRL_BETA)
+    return PAIR_METRICS[metric](log_ratios.margins, beta_of(result["hparams"]))
+
+
+def format_interval(found: Estimate) -> str:
+    """Return `0.82 to 0.94`, with as many decimals as give its width two digits."""
+    if found.low == found.high:
+        return f"all {plural(found.count, 'pair')} alike"
+    width = found.high - found.low
+    decimals = max(0, 1 - math.floor(math.log10(width))) if math.isfinite(width) else 2
+    return f"{found.low:.{decimals}f} to {found.high:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def interval(experiment: Experiment, result: TrialResult, metric: str) -> Estimate | None:
@@ -56,7 +84,7 @@ class Verdict:
     `behind` says how much worse each of the others is, by trial id, with simultaneous 95% intervals (see
     `differences_from`): positive for a worse one. It is empty without pairs; then `alike` are only the exact ties.
     `alike` cannot be told apart from the best; `worse` are worse; `better` are better on the pairs that all hold out,
-    though not on the best trial's own; `uncompared` keep no pairs. `pairs` is how many the `compared` share.
+    though not on the best trial's own; `uncompared` are not, for the reason `why`. `pairs` is how many all share.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -64,18 +92,21 @@ class Verdict:
         self.ranked = experiment.rank_trials()
         self.best = next(iter(self.ranked), None)
         self.behind: dict[int, Estimate] = {}
-        self.pairs, self.compared = 0, False
+        self.pairs, self.why = 0, experiment.unreachable or "the checkpoints keep none"
         with_pairs = [r for r in self.ranked if pair_values(experiment, r, metric) is not None]
         if self.best in with_pairs and len(with_pairs) > 1:
-            values, self.compared = values_of_common_pairs(experiment, with_pairs), True
+            values = values_of_common_pairs(experiment, with_pairs)
             self.pairs = values.shape[1]
             if self.pairs:
                 differences = zip(with_pairs[1:], differences_from(0, values)[1:], strict=True)
                 self.behind = {r["trial_id"]: Estimate(-d.value, -d.high, -d.low, d.count) for r, d in differences}
+            else:
+                self.why = "there is none that all of them hold out"
         self.uncompared = [r["trial_id"] for r in self.ranked[1:] if r["trial_id"] not in self.behind]
         self.worse = [trial_id for trial_id, gap in self.behind.items() if gap.low > 0]
         self.better = [trial_id for trial_id, gap in self.behind.items() if gap.high < 0]
-        self.ties = experiment.ties()
+        scores = {result["trial_id"]: result["best_metrics"][metric] for result in self.ranked}
+        self.ties = [trial_id for trial_id in list(scores)[1:] if scores[trial_id] == next(iter(scores.values()))]
         apart = {*self.worse, *self.better}
         self.alike = sorted(i for i in self.behind if i not in apart) if self.behind else self.ties
 
@@ -91,50 +122,46 @@ class Verdict:
 
     def tied(self) -> list[str]:
         """Return a sentence on exact ties, if there are any."""
-        noun, verb = ("Trials", "are") if self.ties[1:] else ("Trial", "is")
-        return [f"{noun} {listed(self.ties)} {verb} as good; the first is taken."] if self.ties else []
+        return [f"{trials(self.ties, verb=True).capitalize()} as good; the first is taken."] if self.ties else []
 
     def remarks(self) -> list[str]:
         """Return what a reader should know of the comparison: what could not be compared, and why."""
-        said = []
+        metric, said = self.experiment.searcher.metric, list[str]()
         if self.better:
-            noun, verb = ("trials", "are") if self.better[1:] else ("trial", "is")
-            which = plural(self.pairs, "pair")
-            said.append(f"On the {which} that all trials hold out, {noun} {listed(self.better)} {verb} better than it.")
-        return said + [line for line in [self.doubt()] if line]
-
-    def doubt(self) -> str:
-        """Say why trials were compared without pairs; nothing if all were compared by them, or there are no others."""
-        experiment, metric = self.experiment, self.experiment.searcher.metric
-        if not self.uncompared:
-            return ""
-        if metric not in PAIR_METRICS:
+            better = f"{trials(self.better, verb=True)} better than it"
+            said.append(f"On the {plural(self.pairs, 'pair')} that all trials hold out, {better}.")
+        if self.uncompared and metric not in PAIR_METRICS:
             why = "not a mean over pairs that a trial keeps, so it has no interval"
-            return f"{metric} is {why}: small differences may be chance."
-        why = experiment.unreachable or "the checkpoints keep none"
-        if self.behind:
-            return f"Not compared over the same pairs: {listed(self.uncompared)} ({why})."
-        if self.compared and not self.pairs:
-            why = "there is none that all of them hold out"
-        return f"Trials are compared without pairs: {why}. Small differences may be chance."
+            said.append(f"{metric} is {why}: small differences may be chance.")
+        elif self.uncompared and self.behind:
+            said.append(f"Not compared over the same pairs: {listed(self.uncompared)} ({self.why}).")
+        elif self.uncompared:
+            said.append(f"Trials are compared without pairs: {self.why}. Small differences may be chance.")
+        measures = MEASURES & set(map(short_name, self.experiment.varying))
+        measures |= {"sync_ref_model" for r in self.ranked if args_of(r["hparams"]).get("sync_ref_model")}
+        if measures and self.ranked[1:] and metric in PAIR_METRICS:
+            how = listed(sorted(measures))
+            said.append(f"Trials measure log-ratios differently ({how}): metrics made of them do not compare.")
+        return said
 
 
 def compare_in_words(alike: Sequence[int], worse: Sequence[int], all_compared: bool) -> str:
     """Return the end of the sentence `Trial 1 is best`: what the trials `alike` and `worse` are against it."""
 
-    def name(trials: Sequence[int]) -> str:
-        many = f"{len(trials)} others" if len(trials) > MOST_NAMED else listed(trials)
-        return many if trials[1:] else f"trial {trials[0]}"
+    def name(ids: Sequence[int]) -> str:
+        return f"{len(ids)} others" if len(ids) > MOST_NAMED else trials(ids).removeprefix("trials ")
 
-    if not alike:
-        which = "the others" if worse[1:] and all_compared else name(worse)
-        return f"; {which} {'are' if worse[1:] else 'is'} worse (95%)"
     if not worse:
         which = "none of the others can" if alike[1:] and all_compared else f"{name(alike)} cannot"
         return f", but {which} be told apart from it (95%)"
-    which = "the others" if worse[1:] and all_compared else name(worse)
-    rest = f"{which} {'are' if worse[1:] else 'is'} worse"
-    return f"; {name(alike)} cannot be told apart from it; {rest} (95%)"
+    which = f"{'the others' if all_compared else name(worse)} are" if worse[1:] else trials(worse, verb=True)
+    return (f"; {name(alike)} cannot be told apart from it" if alike else "") + f"; {which} worse (95%)"
+
+
+def trials(ids: Sequence[int], verb: bool = False) -> str:
+    """Return `trial 4` or `trials 4 and 7`, with a verb `trial 4 is` or `trials 4 and 7 are`."""
+    noun, be = ("trials", " are") if ids[1:] else ("trial", " is")
+    return f"{noun} {listed(ids)}{be if verb else ''}"
 
 
 def listed(items: Sequence[object]) -> str:

@@ -4,16 +4,16 @@ Only sentences that apply are there. Log-ratios, the log-prob of an answer minus
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from statistics import fmean
 
 import numpy as np
 
 from experiment.kinds import SFT
 from experiment.results import Experiment, TrialResult
-from experiment.verdicts import TRL_BETA, interval, listed
+from experiment.verdicts import args_of, beta_of, format_interval, interval, listed, loss_of, pair_values, trials
 from metrics.evaluations import LIKE_LENGTH, Evaluations, LogRatios, of_like_length
-from metrics.intervals import Estimate, estimate
+from metrics.intervals import estimate, paired_difference
 from pages.terminal import plural
 from trial.events import events_by_step
 
@@ -26,7 +26,13 @@ OVERFITTED_LOSS = 0.2  # held-out SFT loss above training's, as a share; data of
 PREFERS = 0.05  # share of pairs beyond one half whose chosen answer is the longer: less would not teach length
 LOSSES = ("loss", "eval_loss", "eval_preference_loss")
 ENOUGH = 10  # pairs, for an accuracy that says anything
-LAST_PART = 0.5  # of a training shorter than an epoch: what its accuracy is averaged over
+LAST_PART = 0.5  # of a training shorter than two epochs: what is averaged; at its beginning nothing is learned yet
+LEARNED = {  # by whether chosen answers, and whether rejected ones, became more likely
+    (False, False): "made both kinds of answers less likely than the reference",
+    (True, False): "made chosen answers more likely than the reference and rejected ones less",
+    (False, True): "learned the opposite, chosen answers became less likely and rejected ones more",
+    (True, True): "made both kinds of answers more likely than the reference",
+}
 
 
 def what_happened(experiment: Experiment) -> list[str]:
@@ -54,17 +60,11 @@ def answers(experiment: Experiment, best: TrialResult) -> Iterator[str]:
         sums = ratios.chosen.sum(), ratios.rejected.sum()
         rates = [f" ({abs(s / max(1, n)):.2g} a token)" for s, n in zip(sums, tokens, strict=True)]
     chosen, rejected = (f"{abs(change):.3g} nats{rate}" for change, rate in zip(changes, rates, strict=True))
-    who, (up, down) = f"Trial {best['trial_id']}", changes
-    figures = f"chosen ones by {chosen}, rejected ones by {rejected}"
-    if up < 0 and down < 0:
-        normal = " In DPO that is normal: what counts is that rejected ones fell further." if down < up else ""
-        yield f"{who} made both kinds of answers less likely than the reference: {figures}.{normal}"
-    elif up >= 0 > down:
-        yield f"{who} made chosen answers more likely than the reference and rejected ones less: {figures}."
-    elif down >= 0 > up:
-        yield f"{who} learned the opposite, chosen answers became less likely and rejected ones more: {figures}."
-    else:
-        yield f"{who} made both kinds of answers more likely than the reference: {figures}."
+    normal = " In DPO that is normal: what counts is that rejected ones fell further."
+    yield (
+        f"Trial {best['trial_id']} {LEARNED[changes[0] >= 0, changes[1] >= 0]}: chosen ones by {chosen},"
+        f" rejected ones by {rejected}.{normal if changes[1] < changes[0] < 0 else ''}"
+    )
 
 
 def mean_log_ratios(result: TrialResult, ratios: LogRatios | None) -> tuple[float, float] | None:
@@ -72,7 +72,7 @@ def mean_log_ratios(result: TrialResult, ratios: LogRatios | None) -> tuple[floa
     if ratios:
         return float(ratios.chosen.mean()), float(ratios.rejected.mean())
     found = [result["best_metrics"].get(f"eval_rewards/{side}", math.nan) for side in ("chosen", "rejected")]
-    beta = result["hparams"].get("dpo_beta") or TRL_BETA
+    beta = beta_of(result["hparams"])
     return (found[0] / beta, found[1] / beta) if all(map(math.isfinite, found)) else None
 
 
@@ -97,32 +97,32 @@ def distance(experiment: Experiment, best: TrialResult) -> Iterator[str]:
 
 def accuracy_gap(experiment: Experiment, best: TrialResult) -> Iterator[str]:
     """Say how accuracy in training compares with that on held-out pairs."""
-    known, metric = training_mean(experiment, best, "rewards/accuracies"), "eval_rewards/accuracies"
+    (known, over), metric = training_mean(experiment, best, "rewards/accuracies"), "eval_rewards/accuracies"
     held_out = best["best_metrics"].get(metric, math.nan)
-    if known is None or not math.isfinite(held_out):
+    if not math.isfinite(known - held_out):
         return
-    found = interval(experiment, best, metric)
-    figure = f"{held_out:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found else "")
-    large = known - held_out > OVERFITTED and (found is None or known > found.high)
-    means = f"{known - held_out:.2f} less, which is overfitting" if large else "no sign of overfitting"
-    yield f"In training its accuracy was {known:.2f} over the last epoch, on held-out pairs {figure}: {means}."
+    found, values = interval(experiment, best, metric), pair_values(experiment, best, metric)
+    gap = None if values is None else paired_difference(values, np.full(len(values), known))
+    figure = f"{held_out:.2f}" + (f" ({format_interval(found)})" if found else "")
+    means = "no sign of overfitting"
+    if known - held_out > OVERFITTED:
+        means = f"{known - held_out:.2f} less, which {'may be chance' if gap and gap.high >= 0 else 'is overfitting'}"
+    yield f"In training its accuracy was {known:.2f} over {over}, on held-out pairs {figure}: {means}."
 
 
-def training_mean(experiment: Experiment, result: TrialResult, metric: str) -> float | None:
-    """Return the mean of a metric in training over the last epoch before the trial's checkpoint; None if not logged.
-
-    Of a training shorter than two epochs, it is over the last half: at its beginning nothing is learned yet.
-    """
+def training_mean(experiment: Experiment, result: TrialResult, metric: str) -> tuple[float, str]:
+    """Return the mean of a metric in training up to the trial's checkpoint, and what it is over; NaN if not logged."""
     end = experiment.step_of(result) or result["steps_completed"]
     events = events_by_step(experiment.events.get(result["trial_id"], []), "training")
     logged = {step: event["metrics"] for step, event in events.items() if step <= end and metric in event["metrics"]}
     if not logged:
-        return None
+        return math.nan, ""
     last = max(logged)
     epoch = last / epochs if (epochs := logged[last].get("epochs")) else math.inf
-    start = last - min(epoch, last * LAST_PART)
-    values = [metrics[metric] for step, metrics in logged.items() if step > start and math.isfinite(metrics[metric])]
-    return fmean(values) if values else None
+    half = last * LAST_PART
+    size, over = (epoch, "the last epoch") if epoch <= half else (half, "the last half of its steps")
+    values = [of[metric] for step, of in logged.items() if step > last - size and math.isfinite(of[metric])]
+    return (fmean(values) if values else math.nan), over
 
 
 def still(experiment: Experiment) -> Iterator[str]:
@@ -139,13 +139,13 @@ def still(experiment: Experiment) -> Iterator[str]:
         elif abs(loss - UNMOVED) < STILL_LOSS:
             found[trial_id] = f"less than {STILL}"
     if found:
-        named = (experiment.results[i]["hparams"].get("training_args", {}).get("learning_rate") for i in found)
+        named = (args_of(experiment.results[i]["hparams"]).get("learning_rate") for i in found)
         rates = sorted({rate for rate in named if isinstance(rate, float)})
         which = f" ({listed([f'{rate:g}' for rate in rates])})" if rates else ""
         yield (
-            f"{trials(found)} hardly moved: a chosen answer's lead changed by {listed(list(found.values()))} nats"
-            f" (below {STILL} the odds change by less than a tenth). The learning_rate{which} is too small, or the"
-            " training too short."
+            f"{trials([*found]).capitalize()} hardly moved: a chosen answer's lead changed by"
+            f" {listed([*found.values()])} nats (below {STILL} the odds change by less than a tenth)."
+            f" The learning_rate{which} is too small, or the training too short."
         )
 
 
@@ -181,7 +181,8 @@ def rose(experiment: Experiment) -> Iterator[str]:
             ends.append(rise)
     if found:
         by = f"{ends[0]:.2g}" if len(found) == 1 else f"up to {max(ends):.2g}"
-        yield f"{trials(found)} ended above the lowest preference loss, by {by}: trained longer than was good."
+        who = trials(found).capitalize()
+        yield f"{who} ended above the lowest preference loss, by {by}: trained longer than was good."
 
 
 def evaluations_of(experiment: Experiment, result: TrialResult, metric: str) -> dict[int, float]:
@@ -194,19 +195,21 @@ def evaluations_of(experiment: Experiment, result: TrialResult, metric: str) -> 
 def lengths(experiment: Experiment, best: TrialResult, evaluations: Evaluations) -> Iterator[str]:
     """Say whether chosen answers are the longer or the shorter ones, and how right the best trial is beside that."""
     chosen, rejected = np.array(evaluations.chosen_tokens), np.array(evaluations.rejected_tokens)
-    differ = chosen != rejected
-    share = estimate(chosen[differ] > rejected[differ])
-    if share is None or abs(share.value - 0.5) < PREFERS or share.low <= 0.5 <= share.high:
+    is_longer = (chosen > rejected)[chosen != rejected]
+    beyond = paired_difference(is_longer, np.full(len(is_longer), 0.5))
+    if beyond is None or abs(beyond.value) < PREFERS or beyond.low <= 0 <= beyond.high:
         return
-    longer, ratio = share.value > 0.5, chosen.mean() / rejected.mean()
-    share = share if longer else Estimate(1 - share.value, 1 - share.high, 1 - share.low, share.count)
+    longer = beyond.value > 0
+    share = estimate(is_longer == longer)
+    assert share is not None
+    often = f"{share.value:.0%} of {share.count} pairs ({share.low:.0%} to {share.high:.0%})"
     yield (
-        f"The chosen answer is the {'longer' if longer else 'shorter'} one in {share.value:.0%} of {share.count} pairs"
-        f" ({share.low:.0%} to {share.high:.0%}), {ratio:.2f} times as long on average: the data prefers"
+        f"The chosen answer is the {'longer' if longer else 'shorter'} one in"
+        f" {often if share.low < share.high else f'all {share.count} pairs'},"
+        f" {chosen.mean() / rejected.mean():.2f} times as long on average: the data prefers"
         f" {'length' if longer else 'brevity'}."
     )
-    loss = best["hparams"].get("dpo_loss") or "sigmoid"
-    if longer and "sigmoid_norm" not in loss:
+    if longer and "sigmoid_norm" not in loss_of(best["hparams"]):
         yield "Against learning length, others divide by it: dpo_loss: sigmoid_norm with a dpo_beta near 5."
     like = of_like_length(np.stack([chosen, rejected], axis=1))
     ratios = experiment.log_ratios(best)
@@ -215,8 +218,8 @@ def lengths(experiment: Experiment, best: TrialResult, evaluations: Evaluations)
         assert here is not None
         holds = "holds" if here.low > 0.5 else "is not surely better than chance"
         yield (
-            f"On the {plural(here.count, 'pair')} of like length (within {1 - LIKE_LENGTH:.0%}) the best trial's"
-            f" accuracy {holds}: {here.value:.2f} ({here.low:.2f} to {here.high:.2f}), against {all_pairs:.2f} on all."
+            f"On the {plural(here.count, 'pair')} of like length (in tokens, within {1 - LIKE_LENGTH:.0%}) the best"
+            f" trial's accuracy {holds}: {here.value:.2f} ({format_interval(here)}), against {all_pairs:.2f} on all."
         )
 
 
@@ -239,15 +242,9 @@ def held_out_loss(experiment: Experiment, best: TrialResult) -> Iterator[str]:
 
 def loss_gap(experiment: Experiment, best: TrialResult) -> Iterator[str]:
     """Say how an SFT trial's loss in training compares with the held-out one."""
-    known, held_out = training_mean(experiment, best, "loss"), best["best_metrics"].get("eval_loss", math.nan)
-    if known is None or not math.isfinite(held_out):
+    (known, over), held_out = training_mean(experiment, best, "loss"), best["best_metrics"].get("eval_loss", math.nan)
+    if not math.isfinite(known - held_out):
         return
     large = held_out > known * (1 + OVERFITTED_LOSS)
     means = "a gap this large is overfitting" if large else "no sign of overfitting"
-    yield f"In training the loss was {known:.3f} over the last epoch, on held-out rows {held_out:.3f}: {means}."
-
-
-def trials(ids: Iterable[int]) -> str:
-    """Return `Trial 4` or `Trials 4 and 7`."""
-    names = list(ids)
-    return f"Trial{'s' if names[1:] else ''} {listed(names)}"
+    yield f"In training the loss was {known:.3f} over {over}, on held-out rows {held_out:.3f}: {means}."

@@ -28,7 +28,8 @@ LIKE_LENGTH = 0.75  # two answers are of like length if the shorter one has at l
 class LogRatios(NamedTuple):
     """How a model's log-probs of each pair's answers differ from the reference's: (pairs,) float64 each, in nats.
 
-    It is log p(answer | prompt) - log p_ref(answer | prompt), each summed over the answer's tokens.
+    It is log p(answer | prompt) - log p_ref(answer | prompt), each summed over the answer's tokens. (With TRL's
+    `ld_alpha`, a token beyond the length of the shorter answer counts only that much of it.)
     """
 
     chosen: np.ndarray

@@ -7,7 +7,7 @@ import numpy as np
 
 from config.experiment import expand_trials
 from experiment.results import Experiment, summarize
-from experiment.verdicts import PAIR_METRICS
+from experiment.verdicts import PAIR_METRICS, beta_of
 from metrics.evaluations import Evaluations, LogRatios
 
 ACCURACY, LOSS = "eval_rewards/accuracies", "eval_preference_loss"
@@ -55,7 +55,7 @@ def made(evaluations, metric=LOSS, axis="training_args.learning_rate", values=No
         if kept:
             (ratios,) = kept.steps.values()
             for name, of in PAIR_METRICS.items():
-                found.setdefault(name, float(of(ratios.margins, hparams.get("dpo_beta", 0.1)).mean()))
+                found.setdefault(name, float(of(ratios.margins, beta_of(hparams)).mean()))
             experiment.evaluations[trial_id] = kept
         events = [
             {"kind": "training", "steps_completed": 10 * i, "metrics": {"epochs": i / 2, **of}}

@@ -697,6 +697,28 @@ def test_pairs_come_from_a_clusters_checkpoints(master, write, monkeypatch, tmp_
     assert not master.unknown
 
 
+def test_a_trial_that_was_preempted_in_its_best_evaluation_keeps_its_pairs_in_the_latest_checkpoint(master, write):
+    folder = write_pairs(write, DPO | BY_LOSS, MEANS)
+    for trial_id, result in read_local(folder).results.items():
+        best, latest = (local_checkpoint_storage() / uuid_of(trial_id, n) / f"checkpoint-{n}" for n in (40, 60))
+        latest.mkdir(parents=True)
+        (best / "evaluations.json").rename(latest / "evaluations.json")
+        pairs_of(SHARED, step=20).write(best)
+        events = folder / "trials" / str(trial_id) / "events.jsonl"
+        worse = {name: 1.5 * value for name, value in result["metrics"].items()}
+        append_event(events, kind="validation", steps_completed=60, metrics=worse)
+        append_event(events, kind="checkpoint", steps_completed=60, uuid=uuid_of(trial_id, 60))
+    on_cluster(master, folder)
+    keep_on_cluster(master, local_checkpoint_storage())
+    for experiment in (read_local(folder), read_cluster("exp:1")):
+        winner = Page(render(experiment)).section("winner")
+        assert next(winner.all("h2")).text.startswith("Trial 2 is best; trial 5 cannot be told apart")
+        assert next(winner.all("pre")).text == uuid_of(2, 40)
+    shutil.rmtree(local_checkpoint_storage() / uuid_of(2, 60))
+    assert read_local(folder).evaluations[2].steps.keys() == {20}  # the best one has what there was when it was saved
+    assert not master.unknown
+
+
 def test_a_storage_out_of_reach_costs_the_pairs_but_not_the_report(master, write, tmp_path):
     on_cluster(master, write_pairs(write, DPO | BY_LOSS, MEANS))
     keep_on_cluster(master, tmp_path / "elsewhere")

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from made import ACCURACY, LOSS, made, noise, pairs_of
+from made import ACCURACY, CONFIG, LOSS, made, noise, pairs_of
 
-from experiment.next_steps import winner
+from experiment.next_steps import compare_command, winner
+from experiment.report_page import Page
 from experiment.settings import compare_settings, format_mean, rank_settings, settings_of, settings_verdict
-from experiment.verdicts import Verdict, interval
+from experiment.verdicts import Verdict, interval, loss_of
 from metrics.evaluations import preference_losses
 from metrics.intervals import paired_difference
 
@@ -124,7 +125,8 @@ def test_without_pairs_nothing_is_claimed():
     chance = "Small differences may be chance."
     assert verdict.remarks() == [f"Trials are compared without pairs: the checkpoints keep none. {chance}"]
     verdict.experiment.unreachable = "the checkpoint storage cannot be reached from here (no)"
-    assert verdict.remarks() == [f"Trials are compared without pairs: {verdict.experiment.unreachable}. {chance}"]
+    said = f"Trials are compared without pairs: {verdict.experiment.unreachable}. {chance}"
+    assert Verdict(verdict.experiment).remarks() == [said]
 
 
 def test_some_trials_without_pairs_are_named():
@@ -150,6 +152,49 @@ def test_another_metric_has_no_interval_and_that_is_said():
     assert Verdict(made([pairs_of(GOOD)], metric="eval_loss", metrics=metrics)).remarks() == []
 
 
+def hyperparameters(**training_args):
+    return {"hyperparameters": {**CONFIG["hyperparameters"], "dpo_beta": None, "training_args": training_args}}
+
+
+@pytest.mark.parametrize(
+    ("change", "axis", "how"),
+    [
+        ({}, {"model_ckpt": ["a", "b"]}, "model_ckpt"),
+        ({}, {"model_name": ["a", "b"], "training_args.ld_alpha": [0.5]}, "model_name"),
+        ({}, {"model_name": ["a"], "training_args.ld_alpha": [0.5, 1.0]}, "ld_alpha"),
+        (hyperparameters(sync_ref_model=True), {"training_args.seed": [1, 2]}, "sync_ref_model"),
+        (hyperparameters(sync_ref_model=True), {"model_ckpt": ["a", "b"]}, "model_ckpt and sync_ref_model"),
+    ],
+)
+def test_log_ratios_that_are_measured_differently_do_not_compare(change, axis, how):
+    said = f"Trials measure log-ratios differently ({how}): metrics made of them do not compare."
+    assert Verdict(made([pairs_of(GOOD), pairs_of(BAD)], axis=axis, **change)).remarks() == [said]
+    metrics = {i: {"eval_loss": 0.5} for i in (1, 2)}
+    other = made([pairs_of(GOOD), pairs_of(BAD)], axis=axis, metric="eval_loss", metrics=metrics, **change)
+    assert said not in Verdict(other).remarks()
+
+
+def test_beta_and_loss_have_two_names_each():
+    experiment = made([pairs_of(GOOD)], metric="eval_rewards/margins", **hyperparameters(beta=0.5))
+    found = interval(experiment, experiment.results[1], "eval_rewards/margins")
+    assert (found.value, found.count) == (pytest.approx(0.5 * GOOD.mean()), 200)
+    assert " --beta 0.5 " in compare_command(experiment)
+    assert " --beta 0.1 " in compare_command(made([pairs_of(GOOD)], **hyperparameters()))
+    assert loss_of({"dpo_loss": "ipo", "training_args": None}) == ["ipo"]
+    assert loss_of({"dpo_loss": ["sft", "ipo"]}) == ["sft", "ipo"]
+    assert loss_of({"training_args": {"loss_type": "ipo"}}) == ["ipo"]
+    assert loss_of({}) == ["sigmoid"]
+
+
+def test_the_next_trial_is_behind_by_what_its_interval_is_of():
+    """The best trial's own pairs are harder than those that both hold out."""
+    rows = [f"pairs row {i}" for i in range(200)]
+    best = pairs_of([8.0] * 100 + [4.0] * 100, rows=rows)
+    experiment = made([best, pairs_of(np.full(100, 5.0), rows=rows[:100])], metric="eval_rewards/margins")
+    (said, *_) = Page(experiment).sureness()
+    assert "with 0.5000: 0.3 behind (all 100 pairs alike, over the same 100 held-out pairs)." in said
+
+
 def test_the_terminal_says_it_too():
     lines = list(winner(Verdict(made([pairs_of(GOOD), pairs_of(BAD)]))))
     assert lines[0] == "Trial 1 is best; trial 2 is worse (95%)."
@@ -170,7 +215,7 @@ def seeds(means, scatter, count=3):
 
 
 def said_of(experiment):
-    return settings_verdict(experiment, "{:.4g}".format)
+    return settings_verdict(experiment, rank_settings(experiment), "{:.4g}".format)
 
 
 def test_settings_are_compared_by_their_mean_over_seeds():
@@ -183,14 +228,38 @@ def test_settings_are_compared_by_their_mean_over_seeds():
 def test_seeds_that_scatter_leave_settings_alike_that_their_models_alone_would_tell_apart():
     experiment = seeds([4, 3], scatter=3)
     assert said_of(experiment)[1] == "The other setting cannot be told apart from it (95%, other seeds too)."
-    gaps = compare_settings(experiment, settings_of(experiment, experiment.rank_trials()))
+    gaps = compare_settings(experiment, settings_of(experiment))
     assert gaps[1].low < 0 < gaps[1].high
     assert said_of(seeds([4, 3], scatter=0.01))[1] == "The other setting is worse (95%, other seeds too)."
 
 
+@pytest.mark.parametrize("pairs", [3, 5])
+def test_pairs_too_few_for_trials_are_too_few_for_settings(pairs):
+    """All differ alike, and the seeds hardly scatter; but so few pairs may be chance."""
+    trials = [pairs_of(np.full(pairs, mean) + 0.01 * np.arange(pairs)) for mean in (4, 4.01, 2, 2.01)]
+    experiment = made(trials, axis={"dpo_beta": [0.1, 0.05], "training_args.seed": [1, 2]})
+    assert Verdict(experiment).worse == []
+    gaps = compare_settings(experiment, settings_of(experiment))
+    assert gaps[1].low <= 0 < gaps[1].value < gaps[1].high
+    assert said_of(experiment)[1] == "The other setting cannot be told apart from it (95%, other seeds too)."
+
+
+def test_settings_that_are_alike_are_rarely_called_worse():
+    """Their seeds scatter: the pairs alone would often tell their models apart."""
+    rng = np.random.default_rng(0)
+    alarms = naive = 0
+    for _ in range(40):
+        trials = [pairs_of(1 + end + rng.normal(size=60)) for end in rng.normal(size=6)]
+        experiment = made(trials, axis={"dpo_beta": [0.1, 0.05, 0.01], "training_args.seed": [1, 2]})
+        alarms += len(rank_settings(experiment)[1]) < 2
+        naive += bool(Verdict(experiment).worse)
+    assert alarms <= 4  # 2 are expected
+    assert naive >= 25
+
+
 def test_some_settings_alike():
     experiment = seeds([4, 3.95, 0], scatter=0.05)
-    ranked, alike = rank_settings(experiment, settings_of(experiment, experiment.rank_trials()))
+    ranked, alike = rank_settings(experiment)
     assert [setting.values for setting in ranked] == [("0.1",), ("0.05",), ("0.025",)]
     assert [setting.values for setting in alike] == [("0.05",)]
     expected = "(dpo_beta 0.05) cannot be told apart from it; the other is worse (95%, other seeds too)."
@@ -218,4 +287,4 @@ def test_one_setting_or_one_seed_has_nothing_to_compare():
     ],
 )
 def test_a_mean_has_the_digits_that_its_spread_leaves(scores, text):
-    assert format_mean(scores) == text
+    assert format_mean(scores, str) == text

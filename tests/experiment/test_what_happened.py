@@ -86,6 +86,10 @@ def test_how_far_trials_moved():
     ("training", "line"),
     [
         ([0.5, 0.6, 1.0, 0.98], "0.99 over the last epoch, on held-out pairs 0.75 (0.69 to 0.81): 0.24 less, which is"),
+        (
+            [0.5, 1.0],
+            "1.00 over the last half of its steps, on held-out pairs 0.75 (0.69 to 0.81): 0.25 less, which is",
+        ),
         ([0.5, 0.99, 0.8, 0.8], "0.80 over the last epoch, on held-out pairs 0.75 (0.69 to 0.81): no sign of"),
     ],
 )
@@ -98,10 +102,19 @@ def test_accuracy_in_training_and_held_out(training, line):
     assert said(one(h=right), "In training") == []
 
 
-def test_few_pairs_do_not_prove_overfitting():
-    right = np.where(np.arange(8) < 6, 5.0, -1.0)
-    (found,) = said(one(h=right, trained=[{"rewards/accuracies": 0.9}]), "In training")
-    assert "no sign" in found
+@pytest.mark.parametrize(
+    ("right", "pairs", "means"),
+    [
+        (6, 8, "0.15 less, which may be chance."),
+        (0, 3, "0.90 less, which may be chance."),  # all three are wrong, which gives an interval no width
+        (0, 30, "0.90 less, which is overfitting."),
+        (2, 2, "no sign of overfitting."),
+    ],
+)
+def test_few_pairs_do_not_prove_overfitting(right, pairs, means):
+    h = np.where(np.arange(pairs) < right, 5.0, -1.0)
+    (found,) = said(one(h=h, trained=[{"rewards/accuracies": 0.9}]), "In training")
+    assert found.endswith(means)
 
 
 def test_trials_that_hardly_moved():
@@ -149,8 +162,20 @@ def test_chosen_answers_that_are_longer():
     assert "The chosen answer is the longer one in 70% of 200 pairs (63% to 77%), 1.15 times as long" in found[2]
     assert found[2].endswith("the data prefers length.")
     assert found[3] == "Against learning length, others divide by it: dpo_loss: sigmoid_norm with a dpo_beta near 5."
-    assert "On the 10 pairs of like length (within 25%) the best trial's accuracy is not surely better" in found[4]
+    assert (
+        "On the 10 pairs of like length (in tokens, within 25%) the best trial's accuracy is not surely better"
+        in found[4]
+    )
     assert found[4].endswith(", against 0.69 on all.")
+
+
+@pytest.mark.parametrize(("pairs", "lines"), [(3, 0), (5, 0), (6, 1)])
+def test_a_few_pairs_whose_longer_answers_are_chosen_show_nothing(pairs, lines):
+    h = np.arange(1.0, pairs + 1)
+    start = f"The chosen answer is the longer one in all {pairs} pairs, 1.50 times as long on average: the data prefers"
+    assert [line[: len(start)] for line in said(one(h=h, tokens=(30, 20)), "the data prefers")] == [start] * lines
+    (line,) = said(one(h=np.ones(8), tokens=(20, 30)), "the data prefers")
+    assert line.startswith("The chosen answer is the shorter one in all 8 pairs, 0.67 times")
 
 
 def test_accuracy_that_holds_on_pairs_of_like_length():
@@ -166,8 +191,9 @@ def test_length_is_only_told_where_the_data_prefers_it():
     (line,) = said(one(tokens=(LIKE, LONGER)), "the data prefers")
     assert "is the shorter one in 70% of 200 pairs (63% to 77%), 0.87 times" in line
     assert said(one(tokens=(LIKE, LONGER)), "sigmoid_norm") == []
-    config = {"hyperparameters": {"dpo_beta": 5.0, "dpo_loss": ["sigmoid_norm"], "training_args": {}}}
-    assert said(one(tokens=(LONGER, LIKE), config=config), "sigmoid_norm") == []
+    for config in ({"dpo_loss": ["sigmoid_norm"]}, {"training_args": {"loss_type": "sigmoid_norm"}}):
+        config = {"hyperparameters": {"training_args": {}} | config}
+        assert said(one(tokens=(LONGER, LIKE), config=config), "sigmoid_norm") == []
 
 
 def test_what_limits_cut():
@@ -209,6 +235,8 @@ def test_the_loss_of_sft_in_training_and_held_out(loss, means):
     trained = [{"loss": 3.0}, {"loss": 2.5}, {"loss": loss}, {"loss": loss}]
     expected = f"In training the loss was {loss:.3f} over the last epoch, on held-out rows 2.000: {means}."
     assert what_happened(sft([2.0], trained=trained)) == [expected]
+    (found,) = what_happened(sft([2.0], trained=trained[1:]))
+    assert f"{loss:.3f} over the last half of its steps, " in found
 
 
 def test_what_limits_cut_of_sft_and_nothing_of_dpo():

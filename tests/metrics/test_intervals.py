@@ -64,6 +64,13 @@ def test_an_estimate_of_a_weighted_mean_is_scipys(many):
     assert estimate(values, weights)[1:3] == pytest.approx(scipys((values, weights), ratio, 50), abs=1e-3)
 
 
+@pytest.mark.parametrize("degrees", [1, 2])
+def test_quantiles_of_student_with_hardly_any_rows_are_exact(degrees):
+    for share in (0.05, 0.5, 0.975, 0.9825, 0.99929):  # the last: one of 36 comparisons at 95% together
+        ours = intervals.student_quantile(NormalDist().inv_cdf(share), degrees)
+        assert ours == pytest.approx(stats.t.ppf(share, degrees), rel=1e-9, abs=1e-9)
+
+
 @pytest.mark.parametrize(("degrees", "within"), [(10, 1e-3), (19, 1e-4), (49, 1e-5), (189, 1e-6)])
 def test_quantiles_of_student_are_scipys(degrees, within):
     for share in (0.95, 0.975, 0.9825):
