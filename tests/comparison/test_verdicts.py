@@ -96,13 +96,10 @@ def test_length_is_told_beside_it():
     assert said(models)[-1] == f"{longer} No two answers are of like length."
     characters = np.array([(20, 40)] * 30 + [(40, 31)] * 50 + [(40, 40)] * 20)  # of like length: the last 70
     line = judge(models, "sft", characters).lines[-1]
-    assert line.startswith(
-        "Counted in characters, people chose the longer answer in 62% of 80 pairs (5"
-    )  # 20 are as long
-    assert line.endswith(
-        "%), more often than by chance. Of 70 pairs of like length, what they chose is preferred by dpo in 57%, by sft in 36%."
-    )
+    assert line.startswith("Counted in characters, people chose the longer answer in 62% of 80 pairs (5")
+    liked = "what they chose is preferred by dpo in 57%, by sft in 36%."
+    assert line.endswith(f"%), more often than by chance. Of 70 pairs of like length, {liked}")  # 20 are as long
     assert "longer" not in " ".join(said(models, characters=(40, 40)))
-    few = judge({"dpo": scores(70)[:3]}, "sft", np.array([(40, 20)] * 3)).lines[-1]
+    few = judge({"dpo": scores(70)[:3]}, "dpo", np.array([(40, 20)] * 3)).lines[-1]
     assert "longer answer in 100% of 3 pairs, no more often than by chance." in few
     assert judge({"dpo": []}, "dpo", np.zeros((0, 2))) == ([], [], None)
