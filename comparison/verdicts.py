@@ -31,14 +31,14 @@ class Verdicts(NamedTuple):
 
 
 def judge(scores: dict[str, list[PairScore]], reference: str, characters: np.ndarray) -> Verdicts:
-    """Compare models by their scores of the same pairs; later models, which were trained later, are named first.
+    """Compare models by their scores of the same pairs; the better one by token is named first, or the later of equals.
 
     `characters`, of shape (pairs, 2), are the lengths of the chosen and the rejected answers: the same for all models.
     """
     if not len(characters):
         return Verdicts([], [], None)
-    names = list(reversed(scores))
-    accuracies = {name: float(agrees(scores[name], by_token=True).mean()) for name in names}
+    accuracies = {name: float(agrees(scores[name], by_token=True).mean()) for name in scores}
+    names = sorted(reversed(scores), key=lambda name: -accuracies[name])
     lines, differences = [], []
     for position, name in enumerate(names):
         for other in names[position + 1 :]:
@@ -48,12 +48,12 @@ def judge(scores: dict[str, list[PairScore]], reference: str, characters: np.nda
         if name != reference and prompted_alike(scores[name], scores[reference]):
             lines.append(reward_verdict(name, reference, reward_margins(scores[name], scores[reference], beta=1)))
     chosen, rejected = characters.T
-    longer = estimate((chosen > rejected)[chosen != rejected])
-    if longer:
+    longer = (chosen > rejected)[chosen != rejected]
+    if len(longer):
         alike = of_like_length(characters)
         right = {name: agrees(scores[name], by_token=True)[alike] for name in names}
         lines.append(length_verdict(longer, right))
-    return Verdicts(lines, differences, longer)
+    return Verdicts(lines, differences, estimate(longer))
 
 
 def _difference(name: str, other: str, scores: dict[str, list[PairScore]]) -> Difference:
@@ -94,25 +94,33 @@ def reward_verdict(name: str, reference: str, margins: np.ndarray) -> str:
     """
     if not margins.any():
         return f"{name} gives all answers the probability that {reference} gives them: training has changed nothing."
-    right = margins > 0
-    found, above = estimate(right), paired_difference(right, np.full(len(right), 0.5))
-    assert found is not None  # there are pairs
-    assert above is not None
-    value, low, high = _percent(*found[:3])
-    chance = ("more" if above.value > 0 else "less") if _decides(above) else "no more"
-    what = f"{name}'s rewards against {reference} are higher for what people chose in {value}%"
-    return f"{what} of {plural(found.count, 'pair')} ({low} to {high}%), {chance} often than by chance."
+    what = f"{name}'s rewards against {reference} are higher for what people chose"
+    return f"{what} {_against_chance(margins > 0)}."
 
 
-def length_verdict(longer: Estimate, right: dict[str, np.ndarray]) -> str:
-    """Return in words how often people chose the longer answer, and how often models are `right` at like length."""
-    value, low, high = _percent(*longer[:3])
-    text = f"People chose the longer answer in {value}% of {plural(longer.count, 'pair')} ({low} to {high}%)."
+def length_verdict(longer: np.ndarray, right: dict[str, np.ndarray]) -> str:
+    """Return in words whether people chose the longer answer, and how often models are `right` at like length.
+
+    `longer`, (pairs,), is of the pairs whose answers differ in length.
+    """
+    text = f"Counted in characters, people chose the longer answer {_against_chance(longer)}."
     count = len(next(iter(right.values())))
     if not count:
         return f"{text} No two answers are of like length."
     shares = ", ".join(f"by {name} in {_percent(float(pairs.mean()))[0]}%" for name, pairs in right.items())
     return f"{text} Of {plural(count, 'pair')} of like length, what they chose is preferred {shares}."
+
+
+def _against_chance(found: np.ndarray) -> str:
+    """Return in how many pairs something was `found`, (pairs,), and whether that is more often than by chance."""
+    share, above = estimate(found), paired_difference(found, np.full(len(found), 0.5))
+    assert share is not None  # there are pairs
+    assert above is not None
+    value, low, high = _percent(*share[:3])
+    pairs = plural(share.count, "pair")
+    text = f"in {value}% of {pairs} ({low} to {high}%)" if share.low < share.high else f"in {value}% of {pairs}"
+    chance = ("more" if above.value > 0 else "less") if _decides(above) else "no more"
+    return f"{text}, {chance} often than by chance"
 
 
 def _decides(difference: Estimate) -> bool:

@@ -15,14 +15,18 @@ has all its digits. Each evaluation has a line of the file:
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PlainValidator, TypeAdapter, ValidationError
 
 FILE = "evaluations.json"  # beside the weights
 COMMON_BETA = 0.1  # of `preference_losses`, whatever a trial's own is
 LIKE_LENGTH = 0.75  # two answers are of like length if the shorter one has at least this share of the longer one's
+
+
+# Of a file that is not damaged: numbers.
+Numbers = Annotated[np.ndarray, PlainValidator(lambda read: np.array(TypeAdapter(list[float]).validate_python(read)))]
 
 
 class LogRatios(NamedTuple):
@@ -32,8 +36,8 @@ class LogRatios(NamedTuple):
     `ld_alpha`, a token beyond the length of the shorter answer counts only that much of it.)
     """
 
-    chosen: np.ndarray
-    rejected: np.ndarray
+    chosen: Numbers
+    rejected: Numbers
 
     @property
     def margins(self) -> np.ndarray:
@@ -45,7 +49,7 @@ class LogRatios(NamedTuple):
 class Evaluations:
     """What a trial's evaluations found so far, and on what. Only a DPO trial has pairs."""
 
-    truncations: list[str] = field(default_factory=list)  # a line for each thing that a limit cuts or drops
+    truncations: list[str]  # a line for each thing that a limit cuts or drops
     rows: list[str] = field(default_factory=list)  # of each held-out pair in order: "SOURCE row N"
     chosen_tokens: list[int] = field(default_factory=list)  # lengths of its answers, as they are trained on
     rejected_tokens: list[int] = field(default_factory=list)
@@ -92,30 +96,10 @@ def read_evaluations(folder: Path) -> Evaluations | None:
     """
     files = [*folder.glob(FILE), *sorted(folder.glob(f"checkpoint-*/{FILE}"))]
     try:
-        stored = TypeAdapter(_Stored).validate_json(files[0].read_bytes()) if files else None
+        found = TypeAdapter(Evaluations).validate_json(files[0].read_bytes()) if files else None
     except (OSError, ValidationError):
         return None
-    if stored is None:
-        return None
-    steps = {step: LogRatios(*map(np.array, pair)) for step, pair in sorted(stored.steps.items())}
-    evaluations = Evaluations(**vars(stored) | {"steps": steps})
-    return evaluations if evaluations.is_whole() else None
-
-
-class _Pair(NamedTuple):
-    chosen: list[float]
-    rejected: list[float]
-
-
-@dataclass
-class _Stored:
-    """The fields of `Evaluations` as the file has them."""
-
-    truncations: list[str]
-    rows: list[str]
-    chosen_tokens: list[int]
-    rejected_tokens: list[int]
-    steps: dict[int, _Pair]
+    return found if found and found.is_whole() else None
 
 
 def _dump(ratios: LogRatios) -> str:

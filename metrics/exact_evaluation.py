@@ -25,6 +25,7 @@ from metrics.evaluations import Evaluations, LogRatios, preference_losses
 
 PAIR = "pair"  # a column of held-out pairs and a tensor of their batches: a pair's place among them
 NO_PAIR = -1
+NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # of the tensors of TRL's batches
 
 
 class Part(NamedTuple):
@@ -110,7 +111,7 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
 
     The models see a batch once. TRL's `_compute_loss` then gets one pair of it at a time, with what the models have
     returned of it, so that whatever it computes is a pair's own, even a loss that compares the pairs of a batch in
-    training (`aot`). Log-probs are summed in float64.
+    training (`aot`). Log-probs are summed in float64 (`_run`).
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -127,25 +128,40 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
         return append(rows.add_column(PAIR, np.arange(len(rows))), count, **{PAIR: NO_PAIR})
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute a batch's loss and metrics pair by pair. Returns the loss of the batch, which nothing looks at."""
+        """Compute a batch's loss and metrics pair by pair. Returns the mean loss of its pairs, which nothing uses."""
         inputs = self._prepare_inputs(inputs)
-        pairs = inputs.pop(PAIR).tolist()
+        pairs, losses = inputs.pop(PAIR).tolist(), []
         reference: Any = self.ref_model
-        models = [OnePass(each) for each in (model, reference) if each is not None]
         with torch.no_grad(), self.compute_loss_context_manager(), ungathered(self.accelerator):
+            computed = self._run(model, inputs)
+            of_reference = {} if self.precompute_ref_logps else self._run(reference, inputs)
             try:
-                self.ref_model = None if reference is None else cast(Any, models[1])
-                batch_loss = self.compute_loss(models[0], inputs)
-                self._metrics["eval"].clear()
                 for position, pair in enumerate(pairs):
                     if pair != NO_PAIR:
-                        for each in models:
-                            each.position = position
-                        loss = self.compute_loss(models[0], select_pair(inputs, position, len(pairs)))
-                        self._take_part(1, loss, pair)
+                        of_pair, self.ref_model = (
+                            cast(Any, stand_in(select_pair(outputs, position, len(pairs))))
+                            for outputs in (computed, of_reference)
+                        )
+                        losses.append(self.compute_loss(of_pair, select_pair(inputs, position, len(pairs))))
+                        self._take_part(1, losses[-1], pair)
             finally:
                 self.ref_model = reference
-        return batch_loss, None, None
+        return torch.tensor(losses, device=self.args.device).mean(), None, None
+
+    def _run(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a model's outputs for a batch, as `_compute_loss` calls it; in float64 if device and loss take it.
+
+        Of alpha_divergence TRL (1.16) looks up the largest exponent by dtype, and has none for float64 (KeyError). This
+        can go once it has.
+        """
+        arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        outputs = model(**arguments, labels=labels, fused_lm_head=True)
+        widen = self.args.device.type != "mps" and self.f_divergence_type != "alpha_divergence"
+        return {
+            name: value.double() if widen and torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in outputs.items()
+        }
 
     def _summarize(self, parts: list[Part]) -> dict[str, float]:
         parts = sorted(parts, key=lambda part: part.pair)
@@ -153,25 +169,6 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
         ratios = LogRatios(*(np.array(of_side, dtype=float) / self.beta for of_side in rewards))
         self.evaluations.steps[self.state.global_step] = ratios
         return super()._summarize(parts) | {"preference_loss": float(preference_losses(ratios.margins).mean())}
-
-
-class OnePass:
-    """Stand in for a model of DPO: compute a batch at the first call, and return one pair of its outputs from then on.
-
-    `position` is the pair's in the batch; None at the first call.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.outputs, self.pairs = model, dict[str, Any](), 0
-        self.position: int | None = None
-
-    def __call__(self, **kwargs: Any) -> SimpleNamespace:
-        """Return the model's outputs, in float64 where the device has it."""
-        if self.position is not None:
-            return SimpleNamespace(**select_pair(self.outputs, self.position, self.pairs))
-        self.pairs = len(kwargs["input_ids"]) // 2
-        self.outputs = {name: _widened(value) for name, value in self.model(**kwargs).items()}
-        return SimpleNamespace(**self.outputs)
 
 
 def append(rows: Dataset, count: int, **changes: Any) -> Dataset:
@@ -199,6 +196,11 @@ def collate_numbered(collate: Callable[[list], dict[str, Any]], rows: list) -> d
     return batch | {PAIR: torch.tensor([row[PAIR] for row in rows])} if PAIR in rows[0] else batch
 
 
+def stand_in(outputs: dict[str, Any]) -> Callable[..., SimpleNamespace]:
+    """Return what answers as a model that has these `outputs`."""
+    return lambda **inputs: SimpleNamespace(**outputs)
+
+
 @contextmanager
 def ungathered(accelerator: Any) -> Iterator[None]:
     """Have each rank keep to its own rows, where TRL would gather those of all ranks."""
@@ -210,8 +212,3 @@ def ungathered(accelerator: Any) -> Iterator[None]:
     finally:
         for name in names:
             delattr(accelerator, name)
-
-
-def _widened(value: Any) -> Any:
-    floats = isinstance(value, torch.Tensor) and value.is_floating_point() and value.device.type != "mps"
-    return value.double() if floats else value

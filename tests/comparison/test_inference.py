@@ -87,7 +87,7 @@ def test_files_hold_the_held_out_questions_and_the_preferred_answers(compare, he
     assert everything["verdicts"][0].startswith("two prefers what people chose in ")
     assert everything["verdicts"][0].endswith("no difference.")  # the same model twice
     assert everything["verdicts"][1].startswith("two gives all answers the probability that [one] gives them")
-    assert everything["verdicts"][2].startswith("People chose the longer answer in ")
+    assert everything["verdicts"][2].startswith("Counted in characters, people chose the longer answer in ")
     assert [" ".join(line[2:].replace("\\", "").split()) for line in verdicts] == everything["verdicts"]
     assert " ".join(out.split()).startswith(f"--number-of-samples 999: only {len(held_out)} rows are held out")
     assert everything["verdicts"][0] in " ".join(out.split()).split(" 1. ")[0]  # before the first question

@@ -40,7 +40,7 @@ def test_the_better_model_is_named_with_the_difference_and_its_interval():
     )
     worse = said({"sft": scores(70), "dpo": scores(55)})[0]
     assert worse == (
-        f"dpo prefers what people chose in 55% of 100 pairs, sft in 70%: -15 points (-{high} to -{low}), sft is better."
+        f"sft prefers what people chose in 70% of 100 pairs, dpo in 55%: +15 points ({low} to {high}), sft is better."
     )
 
 
@@ -92,11 +92,14 @@ def test_rewards_are_judged_where_two_models_are_prompted_alike():
 
 def test_length_is_told_beside_it():
     models = {"sft": scores(55), "dpo": scores(70)}
-    longer = "People chose the longer answer in 100% of 100 pairs (100 to 100%)."
+    longer = "Counted in characters, people chose the longer answer in 100% of 100 pairs, more often than by chance."
     assert said(models)[-1] == f"{longer} No two answers are of like length."
     characters = np.array([(20, 40)] * 30 + [(40, 31)] * 50 + [(40, 40)] * 20)  # of like length: the last 70
     line = judge(models, "sft", characters).lines[-1]
-    assert line.startswith("People chose the longer answer in 62% of 80 pairs (5")  # 20 are of the same length
-    assert line.endswith(". Of 70 pairs of like length, what they chose is preferred by dpo in 57%, by sft in 36%.")
+    assert line.startswith("Counted in characters, people chose the longer answer in 62% of 80 pairs (5")
+    liked = "what they chose is preferred by dpo in 57%, by sft in 36%."
+    assert line.endswith(f"%), more often than by chance. Of 70 pairs of like length, {liked}")  # 20 are as long
     assert "longer" not in " ".join(said(models, characters=(40, 40)))
+    few = judge({"dpo": scores(70)[:3]}, "dpo", np.array([(40, 20)] * 3)).lines[-1]
+    assert "longer answer in 100% of 3 pairs, no more often than by chance." in few
     assert judge({"dpo": []}, "dpo", np.zeros((0, 2))) == ([], [], None)

@@ -30,7 +30,7 @@ def test_bootstrap_intervals_are_close_to_the_normal_ones():
 
 @pytest.fixture
 def many(monkeypatch):
-    """As many resamples as it takes for two independent draws of them to agree to 1e-3, over rows of accuracies."""
+    """As many resamples as it takes for two independent draws of them to agree to a fortieth of a standard error."""
     monkeypatch.setattr(intervals, "RESAMPLES", 200_000)
     intervals._draw.cache_clear()
     yield
@@ -48,7 +48,7 @@ def scipys(samples: tuple[np.ndarray, ...], statistic, rows: int) -> tuple[float
 def test_a_paired_difference_is_scipys(many):
     rng = np.random.default_rng(3)
     common = rng.normal(size=60)
-    better, worse = (0.05 * (common + skill + rng.normal(size=60) / 2) for skill in (1, 0))
+    better, worse = (1.0 * (common + skill + rng.normal(size=60) / 2 > 0) for skill in (1, 0))
     found = paired_difference(better, worse)
     assert found.low > 0
     difference = lambda a, b, axis: a.mean(axis) - b.mean(axis)  # noqa: E731
@@ -59,9 +59,9 @@ def test_a_paired_difference_is_scipys(many):
 def test_an_estimate_of_a_weighted_mean_is_scipys(many):
     rng = np.random.default_rng(4)
     weights = rng.integers(1, 9, size=50)
-    values = weights * rng.normal(0.5, 0.05, size=50)
+    values = weights * rng.integers(0, 2, size=50)
     ratio = lambda a, b, axis: a.sum(axis) / b.sum(axis)  # noqa: E731
-    assert estimate(values, weights)[1:3] == pytest.approx(scipys((values, weights), ratio, 50), abs=1e-3)
+    assert estimate(values, weights)[1:3] == pytest.approx(scipys((values, weights), ratio, 50), abs=2e-3)
 
 
 @pytest.mark.parametrize("degrees", [1, 2])
