@@ -114,7 +114,7 @@ def test_what_det_uploads(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
     uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
-    rooms = ("config", "storage", "trial", "speed", "data", "experiment", "comparison", "pages")
+    rooms = ("config", "storage", "metrics", "trial", "speed", "data", "experiment", "comparison", "pages")
     needed = {name for name in copied if ("/" not in name and name.endswith(".py")) or name.startswith(rooms)}
     assert needed | {"startup-hook.sh", "requirements.txt"} <= uploaded
     assert not uploaded & set(generated)
