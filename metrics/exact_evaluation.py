@@ -146,7 +146,7 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
                         self._take_part(1, losses[-1], pair)
             finally:
                 self.ref_model = reference
-        return torch.tensor(losses, device=self.args.device).mean(), None, None
+        return torch.tensor(losses, dtype=torch.float32, device=self.args.device).mean(), None, None
 
     def _run(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a model's outputs for a batch, as `_compute_loss` calls it; in float64 if device and loss take it.
