@@ -97,12 +97,12 @@ class ComparisonOptions(Sampling):
     """questions or pairs at a time; in float32 it changes no greedy answer (default: 8, with CUDA 64)"""
 
     dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
-    """preference data set whose held-out rows give the questions and the pairs, written as in dpo.yaml: a name or
-    '{name: ..., eval_split: ..., columns: ...}'; repeatable (default: dpo.yaml's argilla/dpo-mix-7k and
+    """preference data set whose held-out rows give the questions and the pairs, written exactly as in the YAML of the
+    run: a name or '{name: ..., eval_ratio: ..., columns: ...}'; repeatable (default: dpo.yaml's argilla/dpo-mix-7k and
     jondurbin/truthy-dpo-v0.1)"""
     eval_dataset: Annotated[list[Source], BeforeValidator(_as_list)] = []
-    """preference data set that no model was trained on: all of its rows are held out, or as many as its mapping says;
-    repeatable"""
+    """preference data set that no model was trained on: all of its rows are used, or N of '{name: ...,
+    number_of_samples: N}'; repeatable"""
     number_of_samples: int | None = Field(None, ge=1)
     """how many questions to ask (default: 10)"""
     data_seed: Seed | None = None

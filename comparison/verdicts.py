@@ -93,7 +93,7 @@ def reward_verdict(name: str, reference: str, margins: np.ndarray) -> str:
     chat template, then a reward compares the log-probs of other tokens, and shows nothing.
     """
     if not margins.any():
-        return f"{name} gives all answers the probability that {reference} gives them: training has changed nothing."
+        return f"{name} gives all answers the probability that {reference} gives them: they are alike."
     what = f"{name}'s rewards against {reference} are higher for what people chose"
     return f"{what} {_against_chance(margins > 0)}."
 
@@ -119,8 +119,8 @@ def _against_chance(found: np.ndarray) -> str:
     value, low, high = _percent(*share[:3])
     pairs = plural(share.count, "pair")
     text = f"in {value}% of {pairs} ({low} to {high}%)" if share.low < share.high else f"in {value}% of {pairs}"
-    chance = ("more" if above.value > 0 else "less") if _decides(above) else "no more"
-    return f"{text}, {chance} often than by chance"
+    more = "more" if above.value > 0 else "less"
+    return f"{text}, {more} often than by chance" if _decides(above) else f"{text}, which may be chance"
 
 
 def _decides(difference: Estimate) -> bool:

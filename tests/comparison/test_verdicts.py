@@ -84,9 +84,9 @@ def test_rewards_are_judged_where_two_models_are_prompted_alike():
     (line,) = rewards(80)  # and none of the base model, whose prompts have another length
     assert line.startswith("dpo's rewards against sft are higher for what people chose in 80% of 100 pairs (7")
     assert line.endswith("%), more often than by chance.")
-    assert rewards(55)[0].endswith("%), no more often than by chance.")
+    assert rewards(55)[0].endswith("%), which may be chance.")
     assert rewards(20)[0].endswith("%), less often than by chance.")
-    same = "dpo gives all answers the probability that sft gives them: training has changed nothing."
+    same = "dpo gives all answers the probability that sft gives them: they are alike."
     assert said({"sft": scores(60), "dpo": scores(60)})[1] == same
 
 
@@ -101,5 +101,5 @@ def test_length_is_told_beside_it():
     assert line.endswith(f"%), more often than by chance. Of 70 pairs of like length, {liked}")  # 20 are as long
     assert "longer" not in " ".join(said(models, characters=(40, 40)))
     few = judge({"dpo": scores(70)[:3]}, "dpo", np.array([(40, 20)] * 3)).lines[-1]
-    assert "longer answer in 100% of 3 pairs, no more often than by chance." in few
+    assert "longer answer in 100% of 3 pairs, which may be chance." in few
     assert judge({"dpo": []}, "dpo", np.zeros((0, 2))) == ([], [], None)
