@@ -220,7 +220,7 @@ def test_a_training_peaks_within_a_quarter_of_the_estimate(
         changes["hyperparameters__dataset_subsets"] = [{"subset": "home", "number_of_samples": 10}]
         path = write_config(sft_config, **changes, hyperparameters__max_seq_length=64)
     else:
-        changes["hyperparameters__datasets"] = [{"name": str(tiny / "questions"), "number_of_samples": 10}]
+        changes["hyperparameters__datasets"] = [{"name": str(tiny / "questions"), "number_of_samples": 40}]
         changes["hyperparameters__precompute_ref_log_probs"] = False
         path = write_config(dpo_config, **changes, hyperparameters__max_length=64)
     hparams_class = {"sft": SFTHyperparameters, "dpo": DPOHyperparameters}[kind]
