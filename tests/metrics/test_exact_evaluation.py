@@ -117,8 +117,8 @@ def test_dpo_metrics_are_means_over_pairs(run, trainers, dpo_config, precomputed
     assert len(trainer.eval_dataset) == 91  # not a multiple of 5, 9 or 25
     found, margins = assert_same(trainer), trainer.evaluations.steps[3].margins
     np.testing.assert_allclose(read_evaluations(folder_of(events)).steps[3].margins, margins, atol=1e-5)
-    assert found["eval_preference_loss"] == pytest.approx(preference_losses(margins).mean(), rel=1e-12)
-    assert found["eval_rewards/margins"] == pytest.approx(0.1 * margins.mean(), rel=1e-9)
+    assert found["eval_preference_loss"] == pytest.approx(preference_losses(margins).mean(), rel=1e-6)
+    assert found["eval_rewards/margins"] == pytest.approx(0.1 * margins.mean(), rel=1e-6)
     assert found["eval_rewards/accuracies"] == pytest.approx((margins > 0).mean(), rel=1e-12)
     assert found["eval_loss"] == pytest.approx(found["eval_preference_loss"], rel=1e-6)  # as beta is 0.1
     for losses in (["sigmoid", "sft", "bco_pair"], ["ipo", "sigmoid_norm"], ["aot"], ["exo_pair", "aot_unpaired"]):
