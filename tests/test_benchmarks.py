@@ -53,8 +53,8 @@ def test_a_made_model_is_kept_and_nothing_else_is_taken_for_it(made, tmp_path):
 
 
 def test_model_and_dataset_may_be_relative_paths(made, tmp_path):
-    row = {"prompt": "w1 w2", "completion": "w3 w4 w5"}
-    (tmp_path / "rows.jsonl").write_text(5 * f"{json.dumps(row)}\n")
+    rows = [{"prompt": f"w{number} w2", "completion": "w3 w4 w5"} for number in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     options = ["--model", "made", "--dataset", "rows.jsonl", "--kind", "sft", "--configurations", "ours"]
     options += ["--rounds", "1", "--steps", "1", "--batch", "1", "--set", "bf16=false", "--json", "measured.json"]
     run = run_script(REPO / "benchmarks/throughput.py", *options, cwd=tmp_path)
