@@ -186,10 +186,10 @@ def test_a_trial_killed_at_any_moment_ends_like_an_untouched_one(run_on_ranks, s
 @pytest.mark.parametrize(("script", "ranks", "fsdp"), [RANKS[1], RANKS[2]])
 def test_two_ranks_stopped_anywhere_end_like_untouched_ones(run_on_ranks, script, ranks, fsdp):
     """In the evaluation of step 2, then after step 3: each rank stops where the others do."""
-    evaluating = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 2, f"{ARGS}per_device_eval_batch_size": 32}
+    evaluating = {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 2, f"{ARGS}per_device_eval_batch_size": 64}
     run = run_on_ranks(script, ranks, fsdp, **evaluating)
     untouched = run("untouched")
-    evaluations = 1  # batches of an evaluation; those of DPO's data are all in one of 32 on each rank
+    evaluations = 1  # batches of an evaluation; those of DPO's data are all in one of 64 on each rank
     first_start = 1 + 2 + evaluations  # before step 1, after steps 1 and 2, in the evaluation of step 2
     assert steps_saved(run("stopped", preempt=first_start)) == [2]
     # The evaluation that was broken off, before step 3, after step 3.
