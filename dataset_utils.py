@@ -75,20 +75,19 @@ def _load(
     columns: Collection[str],
     evaluation: Collection[DataSource] = (),
 ) -> DatasetDict:
-    evaluation = refuse_overlaps(sources, evaluation)
-    parts = []
-    for source in sources:
-        loaded = load_source(source, stream_seed=seed if streaming else None)
+    def draw(source: DataSource, eval_ratio: float | None, streamed: bool = False) -> SourceRows:
+        loaded = load_source(source, stream_seed=seed if streamed else None)
         indices = np.random.default_rng(seed).permutation(len(loaded.rows))[: loaded.sample_size()]
-        ratio = 0.0 if source.evaluation else source.eval_ratio or DEFAULT_EVAL_RATIO
         rows = convert_rows(loaded, indices, convert, columns)
-        parts.append(SourceRows(source, None if streaming else len(loaded.rows), rows, ratio))
+        return SourceRows(source, None if streamed else len(loaded.rows), rows, eval_ratio)
+
+    evaluation, parts = refuse_overlaps(sources, evaluation), []
+    for source in sources:
+        ratio = 0.0 if source.evaluation else source.eval_ratio or DEFAULT_EVAL_RATIO
+        parts.append(draw(source, ratio, streaming))
     for source in evaluation:
         with about("evaluation data"):
-            loaded = load_source(source)
-            indices = np.random.default_rng(seed).permutation(len(loaded.rows))[: loaded.sample_size()]
-            rows = convert_rows(loaded, indices, convert, columns)
-        parts.append(SourceRows(source, len(loaded.rows), rows, eval_ratio=None))
+            parts.append(draw(source, eval_ratio=None))
     return split_by_prompt(parts, seed, on_source)
 
 
