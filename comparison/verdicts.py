@@ -80,7 +80,7 @@ def difference_verdict(of: Difference, accuracy: float, other: float) -> str:
     text = f"{of.model} prefers what people chose in {first}% of {plural(of.by_token.count, 'pair')}, {of.against} in"
     outcome = _winner(of, of.by_token)
     text += f" {second}%: {_points(*difference)}, {outcome}." if any(of.by_token[:3]) else f" {second}%: no difference."
-    if _decides(of.by_sum) and _winner(of, of.by_sum) != outcome:
+    if of.by_sum.decides and _winner(of, of.by_sum) != outcome:
         points = _points(*_percent(*of.by_sum[:3]))
         text += f" But by sums of log-probs, which favour short answers, {_winner(of, of.by_sum)}: {points}."
     return text
@@ -120,15 +120,11 @@ def _against_chance(found: np.ndarray) -> str:
     pairs = plural(share.count, "pair")
     text = f"in {value}% of {pairs} ({low} to {high}%)" if share.low < share.high else f"in {value}% of {pairs}"
     more = "more" if above.value > 0 else "less"
-    return f"{text}, {more} often than by chance" if _decides(above) else f"{text}, which may be chance"
-
-
-def _decides(difference: Estimate) -> bool:
-    return not difference.low <= 0 <= difference.high
+    return f"{text}, {more} often than by chance" if above.decides else f"{text}, which may be chance"
 
 
 def _winner(of: Difference, by: Estimate) -> str:
-    return f"{of.model if by.value > 0 else of.against} is better" if _decides(by) else "too close to call"
+    return f"{of.model if by.value > 0 else of.against} is better" if by.decides else "too close to call"
 
 
 def _percent(*shares: float) -> list[str]:

@@ -197,7 +197,7 @@ def lengths(experiment: Experiment, best: TrialResult, evaluations: Evaluations)
     chosen, rejected = np.array(evaluations.chosen_tokens), np.array(evaluations.rejected_tokens)
     is_longer = (chosen > rejected)[chosen != rejected]
     beyond = paired_difference(is_longer, np.full(len(is_longer), 0.5))
-    if beyond is None or abs(beyond.value) < PREFERS or beyond.low <= 0 <= beyond.high:
+    if beyond is None or abs(beyond.value) < PREFERS or not beyond.decides:
         return
     longer = beyond.value > 0
     share = estimate(is_longer == longer)

@@ -29,6 +29,11 @@ class Estimate(NamedTuple):
     high: float
     count: int  # type: ignore[assignment]  # hides a method of tuples that nobody calls
 
+    @property
+    def decides(self) -> bool:
+        """Whether a difference is surely one: its interval does not contain 0."""
+        return not self.low <= 0 <= self.high
+
 
 def estimate(
     values: np.ndarray | list, weights: np.ndarray | None = None, transform: Callable = lambda mean: mean
@@ -103,7 +108,7 @@ def _draw(rows: int) -> np.ndarray:
 
 def _with_chance(found: Estimate, differences: np.ndarray) -> Estimate:
     """Return `found`, with an interval that contains 0 if the `differences` that it is the mean of may be chance."""
-    if found.low <= 0 <= found.high or not _may_be_chance(differences):
+    if not found.decides or not _may_be_chance(differences):
         return found
     return found._replace(low=min(found.low, 0.0), high=max(found.high, 0.0))
 
