@@ -6,14 +6,18 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from cluster import Container, Master, containers_work
+from cluster import PROFILED, Container, Master, containers_work
 from conftest import REPO, metrics_by_step, run_script, scalars
 from determined.common import util
+from determined.common.api import Session
+from determined.core import DummyDistributedContext, ProfilerContext
+from determined.core._metrics import _MetricsContext
 from processes import run_ranks
 from safetensors.torch import load_file
 
@@ -170,6 +174,23 @@ def test_metrics_are_on_the_trials_board_and_a_restart_goes_on(master, sft_start
         assert log.count("Starting system metrics profiling.") == 1
         assert "profiling.begin_on_batch and end_after_batch have no effect" in log
         assert "TensorFlow" not in log
+
+
+def test_what_the_profiler_sends(master, sft_trial, caplog):
+    """With this environment's packages, in samples of a tenth of a second; and it ends with its context."""
+    session = Session(master.url, "determined", "token", None)
+    metrics = _MetricsContext(session, sft_trial.id, 1)
+    profiler = ProfilerContext("agent", metrics, DummyDistributedContext())
+    metrics.start()
+    profiler.on(sampling_interval=0.1, samples_per_report=2)
+    deadline = time.monotonic() + 20
+    while not (sent := sft_trial.of_kind("network")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    profiler.off()
+    metrics.close()
+    sft_trial.reports[:] = [report for report in sft_trial.reports if report["kind"] not in PROFILED]
+    assert sent[0]["metrics"]["agent"].keys() == {"net_throughput_sent", "net_throughput_recv"}
+    assert "pynvml module not found" not in caplog.text  # else nothing of a GPU would be sent
 
 
 @needs_containers
