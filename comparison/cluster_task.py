@@ -17,7 +17,7 @@ from determined.errors import CheckpointNotFound
 from errors import TemporaryError, UserError, reason
 from storage.files import remove
 from storage.manifests import check_files, hash_files, write_manifest
-from trial.context import TrialStopped
+from trial.context import TrialStopped, open_core_context
 
 
 class Task:
@@ -65,8 +65,7 @@ def open_task() -> Iterator[Task]:
         return
     if len(info.slot_ids) * len(info.container_addrs) > 1:
         raise UserError("resources.slots_per_trial: a comparison uses one slot")
-    mode = core.TensorboardMode.MANUAL
-    with core.init(tensorboard_mode=mode) as core_context, tempfile.TemporaryDirectory() as folder:
+    with open_core_context(info) as core_context, tempfile.TemporaryDirectory() as folder:
         if info.latest_checkpoint:
             _fetch(info.latest_checkpoint, core_context, Path(folder))
         task = Task(core_context, Path(folder))

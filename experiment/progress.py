@@ -30,16 +30,19 @@ def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int,
     for name in ("trial", *map(short_name, experiment.varying)):
         table.add_column(name, justify="right")
     table.add_column("state", no_wrap=True, max_width=34, overflow="ellipsis")
-    for name in ("step", short_name(metric), "left"):
+    for name in ("step", "tokens/s", short_name(metric), "left"):
         table.add_column(name, justify="right")
     order = [*running, *waiting, *sorted(experiment.results, reverse=True)]
     for trial_id in sorted(order[: max(room, len(running))]):
-        state, step, metrics, remaining = "waiting", "", {}, ""
+        state, step, speed, metrics, remaining = "waiting", "", "", {}, ""
         if trial_id in running:
             trial = running[trial_id]
             share = trial.progress[-1][1] if trial.progress else 0.0
             state = trial.status + (f" {share:.0%}" if share else "")
-            step = str(trial.last_event("training").get("steps_completed", ""))
+            logged = trial.last_event("training")
+            step = str(logged.get("steps_completed", ""))
+            if tokens := logged.get("metrics", {}).get("tokens_per_second"):
+                speed = f"{tokens:,.0f}"
             metrics = trial.last_event("validation").get("metrics", {})
             remaining = format_minutes(trial.seconds_left(now))
         elif trial_id in experiment.results:
@@ -48,7 +51,7 @@ def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int,
         values = experiment.values(experiment.trials[trial_id - 1])
         figure = f"{metrics[metric]:.4g}" if metric in metrics else ""
         style = "bold" if trial_id in running else "dim" if state == "waiting" else None
-        table.add_row(str(trial_id), *values, state, step, figure, remaining, style=style)
+        table.add_row(str(trial_id), *values, state, step, speed, figure, remaining, style=style)
     return table
 
 

@@ -140,9 +140,26 @@ def run_script(*words: object, cwd: Path = REPO) -> subprocess.CompletedProcess:
 
 
 def metrics_by_step(reports):
-    """What was reported last for each step: a step that is done again after a resume is reported again."""
+    """What was reported last for each step: a step that is done again after a resume is reported again.
+
+    Without how fast it was, which no two runs of the same training have in common.
+    """
+    from trial.throughput import METRICS
+
     kinds = ("training", "validation")
-    return {(r["kind"], r["steps_completed"]): r["metrics"] for r in reports if r["kind"] in kinds}
+    return {
+        (r["kind"], r["steps_completed"]): {name: value for name, value in r["metrics"].items() if name not in METRICS}
+        for r in reports
+        if r["kind"] in kinds
+    }
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of a folder: the values of each name by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    return {name: {e.step: e.value for e in board.Scalars(name)} for name in board.Tags()["scalars"]}
 
 
 @pytest.fixture

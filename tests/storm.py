@@ -250,7 +250,10 @@ def end_of(job: Job, scratch: Path) -> dict[str, Any]:
         for event in read_lines(events_file):
             name = f"trial {events_file.parent.name} step {event.get('steps_completed')}"
             if event["kind"] in ("training", "validation"):
-                end[f"{name} {event['kind']}"] = event["metrics"]
+                metrics = event["metrics"].items()  # but for how fast it was
+                end[f"{name} {event['kind']}"] = {
+                    key: value for key, value in metrics if not key.startswith("tokens_per_second")
+                }
             elif event["kind"] == "checkpoint":
                 end[f"{name} weights"] = weights_of(scratch / "store", event["uuid"]).split(" of ")[0]
     return end

@@ -44,6 +44,7 @@ class Trial(Generic[Hyperparameters]):
     cache: Path  # what this trial and others make once and share; see storage/shared_cache.py
     on_cluster: bool
     earlier_checkpoints: Callable[[], list[str]] = list  # returns the UUIDs of all that were saved, the latest first
+    boards: Path | None = None  # the folder for TensorBoard's files of training_args.report_to
     memory_ran_out: Path | None = None  # a file to leave for the next start if memory runs out; see speed/fitting.py
 
     def run(self, train: Callable[["Trial[Hyperparameters]"], None]) -> None:
@@ -139,12 +140,37 @@ def _open_on_cluster(
     if distributed is None and (slots := len(info.slot_ids) * len(info.container_addrs)) > 1:
         launcher = "python -m determined.launch.torch_distributed"
         raise UserError(f"the trial has {slots} slots and one process: begin the YAML's entrypoint with {launcher}")
-    # Metrics go to the Web UI. AUTO would import tensorboard, which nothing here needs.
-    with core.init(distributed=distributed, tensorboard_mode=core.TensorboardMode.MANUAL) as core_context:
+    with open_core_context(info, distributed) as core_context:
+        # A run of its own on the trial's board: two files that grow at once in one folder would hide each other.
+        boards = Path(core_context.train.get_tensorboard_path(), "trainer")
+        hparams.args.run_name = hparams.args.run_name or f"{info.trial._config.get('name')}-{info.trial.trial_id}"
         cache = agent_cache() / f"trials-{os.getuid()}"  # another user could read it, but not add to it
         trial_id, latest = info.trial.trial_id, info.latest_checkpoint
         earlier = functools.partial(trial_checkpoints, trial_id)
-        yield Trial(hparams, core_context, trial_id, metric, latest, cache, True, earlier)
+        yield Trial(hparams, core_context, trial_id, metric, latest, cache, True, earlier, boards)
+
+
+@contextmanager
+def open_core_context(info: Any, distributed: core.DistributedContext | None = None) -> Iterator[core.Context]:
+    """Open Core API on a cluster. Metrics go to the Web UI and to TensorBoard, and `profiling.enabled` profiles.
+
+    The first rank writes TensorBoard's files, and a thread of it copies them to the checkpoint storage, at most once a
+    second. Others report no metrics: with AUTO they would add empty files. The profiler is a thread on each machine
+    that looks at it every second and reports to the master every ten.
+    """
+    first = distributed is None or distributed.rank == 0
+    mode = core.TensorboardMode.AUTO if first else core.TensorboardMode.MANUAL
+    # Core API prefers TensorFlow for writing these files, and warns where PyTorch has to.
+    logging.getLogger("determined.tensorboard").addFilter(lambda record: "TensorFlow writer" not in str(record.msg))
+    with core.init(distributed=distributed, tensorboard_mode=mode) as core_context:
+        profiling = info.trial._config.get("profiling") or {}
+        if profiling.get("enabled"):
+            if first and (profiling.get("begin_on_batch") or profiling.get("end_after_batch") is not None):
+                logger.warning(
+                    "profiling.begin_on_batch and end_after_batch have no effect: all of the trial is profiled"
+                )
+            core_context.profiler.on()
+        yield core_context
 
 
 @contextmanager
@@ -166,6 +192,7 @@ def _open_locally(
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
     hparams.args.output_dir = str(output / "trainer")
+    hparams.args.run_name = hparams.args.run_name or f"{config.get('name') or output.name}-{arguments.trial_id}"
     with contextlib.ExitStack() as stack:
         # A trial whose local_experiment.py was killed lives on for some milliseconds; its successor waits for it.
         lock = only_writer(output, patience=30 if multiprocessing.parent_process() else 0)
@@ -193,7 +220,7 @@ def _open_locally(
         core_context.train = LocalTrainContext(events, values)
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, events)
         latest = next(iter(saved()), None)
-        yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, False, saved)
+        yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, False, saved, output)
         if core_context.distributed.local_rank == 0:  # every checkpoint in it is in the storage by now
             shutil.rmtree(hparams.args.output_dir, ignore_errors=True)
 

@@ -28,12 +28,14 @@ from typing import Any
 import determined.transformers
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from errors import DISK_FULL, TemporaryError, UserError
 from metrics.evaluations import read_evaluations
 from storage.manifests import hash_files, write_manifest
 from trial.context import Trial, TrialStopped
 from trial.latest_checkpoint import fetch_latest_checkpoint, log_state_file, read_log_state
+from trial.throughput import METRICS, Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,10 @@ def train_or_resume(trainer: Trainer, trial: Trial) -> None:
     callback = DetCallback(trial, trainer)
     _check_batches(trainer)
     trainer.add_callback(callback)
+    for tracker in trainer.callback_handler.callbacks:  # of training_args.report_to
+        if isinstance(tracker, TensorBoardCallback):
+            # Upstream's default is a folder within output_dir, which goes when the trial ends.
+            tracker.logging_dir = tracker.logging_dir or str(trial.boards)
     trial.status("training")
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -99,6 +105,7 @@ class DetCallback(determined.transformers.DetCallback):
         self.trial, self.trainer = trial, trainer
         self.preempted = False
         self.pending = Pending()
+        self.throughput = Throughput(trainer)
         # Upstream appends to this for adaptive_asha, but does not create it. This can go once it does.
         self.required_metrics: list[str] = []
         if trial.on_cluster:
@@ -152,6 +159,10 @@ class DetCallback(determined.transformers.DetCallback):
             logger.info("the checkpoint is that of the last step; nothing is left to train")
             raise TrialStopped
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Let the clock of the throughput run."""
+        self.throughput.begin_step()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report progress, poll for preemption, and postpone a checkpoint that would be saved too early.
 
@@ -174,6 +185,7 @@ class DetCallback(determined.transformers.DetCallback):
             # on_epoch_end comes next, and its log and evaluation belong in this checkpoint: if it were saved now, a
             # trial killed in between would never make up for them.
             control.should_save, self.pending.save = False, True
+        self.throughput.end_step(control)
         self._remember_rng_state(control)
         if args.resume_from_checkpoint is not None:  # all of it is loaded by now
             args.resume_from_checkpoint = None
@@ -197,6 +209,7 @@ class DetCallback(determined.transformers.DetCallback):
             control.should_evaluate = False
         steps: Any = SimpleNamespace(max_steps=state.max_steps)
         super().on_epoch_end(steps, state, control, **kwargs)
+        self.throughput.end_step(control)
         self._remember_rng_state(control)
 
     def _remember_rng_state(self, control: TrainerControl) -> None:
@@ -290,6 +303,12 @@ class DetCallback(determined.transformers.DetCallback):
         """
         if "train_loss" not in (logs or {}):
             super().on_log(args, state, control, logs=dict(logs or {}), **kwargs)
+
+    def _get_metrics(self, logs: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Keep the throughput: upstream drops whatever ends in `_per_second`, as the Trainer's own figures do."""
+        throughput = {name: logs[name] for name in METRICS if name in logs}
+        metrics, kind = super()._get_metrics(logs)
+        return metrics | throughput, kind
 
 
 def _resumed_from(args: TrainingArguments) -> Path:

@@ -400,16 +400,16 @@ def test_what_is_watched_while_trials_run(write_config, dpo_config, tmp_path, mo
     trial.read()
     with file.open("a") as rest:
         rest.write('"progress": 0.3}\n')
-    append_event(file, kind="training", steps_completed=12, metrics={"loss": 0.5})
+    append_event(file, kind="training", steps_completed=12, metrics={"loss": 0.5, "tokens_per_second": 1234.5})
     append_event(file, kind="validation", steps_completed=12, metrics={"eval_rewards/accuracies": 0.625})
     trial.read()
     console = Console(width=120)
     with console.capture() as captured:
         console.print(progress_table(experiment, waiting=[3], room=9, now=now))
     shown = [line.split() for line in captured.get().splitlines() if line.strip()]
-    assert shown[0] == ["trial", "dpo_beta", "state", "step", "accuracies", "left"]
+    assert shown[0] == ["trial", "dpo_beta", "state", "step", "tokens/s", "accuracies", "left"]
     assert shown[2] == ["1", "0.1", "COMPLETED", "40", "0.75"]
-    assert shown[3] == ["2", "0.05", "training", "30%", "12", "0.625", "0:35"]  # 20% in 10 s, 70% to go
+    assert shown[3] == ["2", "0.05", "training", "30%", "12", "1,234", "0.625", "0:35"]  # 20% in 10 s, 70% to go
     assert shown[4] == ["3", "0.01", "waiting"]
     assert " ".join(shown[5]) == "1 of 3 trials done, about 3:10 left"
 

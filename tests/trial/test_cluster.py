@@ -6,14 +6,18 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from cluster import Container, Master, containers_work
-from conftest import REPO, metrics_by_step, run_script
+from cluster import PROFILED, Container, Master, containers_work
+from conftest import REPO, metrics_by_step, run_script, scalars
 from determined.common import util
+from determined.common.api import Session
+from determined.core import DummyDistributedContext, ProfilerContext
+from determined.core._metrics import _MetricsContext
 from processes import run_ranks
 from safetensors.torch import load_file
 
@@ -116,7 +120,9 @@ def sft_trial(create, tiny):
         hyperparameters__dataset=str(tiny / "instructions"),
         hyperparameters__dataset_subsets=[{"subset": "home", "number_of_samples": 40}],
         hyperparameters__max_seq_length=256,
+        hyperparameters__training_args__report_to=["tensorboard"],
         resources__slots_per_trial=1,
+        profiling__begin_on_batch=2,
     )
     return trial
 
@@ -148,6 +154,43 @@ def test_sft_preempted_on_one_slot_ends_like_untouched(master, sft_starts, untou
     assert sft_trial.of_kind("progress")[-1]["progress"] == 1.0
     assert sft_trial.of_kind("status")[-1]["status"] == "training"
     assert same_as(untouched(sft_trial, "sft_finetune", 1), sft_trial, master)
+
+
+@needs_containers
+def test_metrics_are_on_the_trials_board_and_a_restart_goes_on(master, sft_starts, sft_trial):
+    """TensorBoard's files are in the storage, where the cluster looks for those of a trial; the profiler has run."""
+    board = master.storage / "stand-in" / "tensorboard" / "experiment" / "1" / "trial" / str(sft_trial.id)
+    shown = scalars(board)
+    for kind, prefix in (("training", "Determined/"), ("validation", "Determined/val_")):
+        reported = {r["steps_completed"]: r["metrics"] for r in sft_trial.of_kind(kind)}
+        for name in {name for metrics in reported.values() for name in metrics}:
+            expected = {step: metrics[name] for step, metrics in reported.items() if name in metrics}
+            assert shown[prefix + name] == pytest.approx(expected, rel=1e-6), name
+    assert list(shown["Determined/loss"]) == [1, 2, 3, 4]
+    assert {"Determined/tokens_per_second", "Determined/val_eval_loss"} <= shown.keys()
+    assert scalars(board / "trainer")["train/loss"] == shown["Determined/loss"]  # report_to: [tensorboard]
+    for container in sft_starts:
+        log = container.log.read_text()
+        assert log.count("Starting system metrics profiling.") == 1
+        assert "profiling.begin_on_batch and end_after_batch have no effect" in log
+        assert "TensorFlow" not in log
+
+
+def test_what_the_profiler_sends(master, sft_trial, caplog):
+    """With this environment's packages, in samples of a tenth of a second; and it ends with its context."""
+    session = Session(master.url, "determined", "token", None)
+    metrics = _MetricsContext(session, sft_trial.id, 1)
+    profiler = ProfilerContext("agent", metrics, DummyDistributedContext())
+    metrics.start()
+    profiler.on(sampling_interval=0.1, samples_per_report=2)
+    deadline = time.monotonic() + 20
+    while not (sent := sft_trial.of_kind("network")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    profiler.off()
+    metrics.close()
+    sft_trial.reports[:] = [report for report in sft_trial.reports if report["kind"] not in PROFILED]
+    assert sent[0]["metrics"]["agent"].keys() == {"net_throughput_sent", "net_throughput_recv"}
+    assert "pynvml module not found" not in caplog.text  # else nothing of a GPU would be sent
 
 
 @needs_containers

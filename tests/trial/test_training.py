@@ -246,8 +246,9 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
     storage, uploaded = tmp_path / "storage", []
 
     def init(**kwargs):
-        assert kwargs == {"distributed": None, "tensorboard_mode": det.core.TensorboardMode.MANUAL}
+        assert kwargs == {"distributed": None, "tensorboard_mode": det.core.TensorboardMode.AUTO}
         context = dummy_init(checkpoint_storage=str(storage))
+        context.train = det.core.DummyTrainContext(tmp_path / "board")
         original = context.checkpoint.upload
         context.checkpoint.upload = lambda *args, **kwargs: uploaded.append(original(*args, **kwargs))
         return context
