@@ -75,7 +75,6 @@ LENGTHS = {
     "sft": {"prompt": (3.67, 0.25, 28, 190), "completion": (4.5, 1.15, 8, 570)},
     "dpo": {"prompt": (5.0, 0.6, 60, 1000), "chosen": (4.8, 1.2, 9, 860), "rejected": (5.5, 0.68, 20, 760)},
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; the key is part of the card's name
 TRL_ARGUMENTS: dict[str, dict[str, Any]] = {  # changes to TRL's defaults
     "trl": {},
     "trl-liger": {"use_liger_kernel": True},
@@ -130,7 +129,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--configurations", nargs="+", choices=CONFIGURATIONS, help=f"default: on {defaults}")
     setting = "set a key of training_args in `ours`, as in activation_checkpointing=true"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
-    add("--peak-tflops", type=float, help="bf16 peak of a GPU other than H100, H200 and A100")
+    add("--peak-tflops", type=float, help="bf16 peak of a GPU that trial/throughput.py does not know")
     add("--json", help="write all measurements to this file")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -511,6 +510,8 @@ class Meter:
     def write(self, choices: list[str]) -> None:
         import torch
 
+        from trial.throughput import peak_of
+
         counted = self.steps[WARM_UP:]
         total = {key: sum(step[key] for step in counted) for key in counted[0]}
         rank = int(os.environ.get("RANK", "0"))
@@ -529,9 +530,7 @@ class Meter:
             "choices": choices,
         }
         if gpu:
-            peak = self.spec["peak_flops"] or next(
-                (flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), math.nan
-            )
+            peak = self.spec["peak_flops"] or peak_of(torch.device("cuda")) or math.nan
             flops = sum(self.flops(step) for step in counted)
             result["mfu"] = flops / total["seconds"] / peak
         Path(self.spec["folder"], f"result-{rank}.json").write_text(json.dumps(result))

@@ -35,6 +35,7 @@ from comparison.questions import Questions
 from errors import UserError, os_errors_of
 from metrics.intervals import RESAMPLES, Estimate
 from pages.terminal import plural
+from speed.hardware import attend_without_plans
 from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file, local_checkpoint
@@ -79,6 +80,7 @@ def load_model(
     key = options.key("model", name)
     model, tokenizer = load_model_and_tokenizer(source, key, dtype=getattr(torch, options.dtype))
     check_template(tokenizer)
+    attend_without_plans()
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
 

@@ -175,10 +175,11 @@ def fit_memory(
             if isinstance(args, DPOConfig) and args.precompute_ref_log_probs and args.precompute_ref_batch_size is None:
                 args.precompute_ref_batch_size = choose_reference_batch(model, setup, functools.partial(shape, "train"))
     if merged > 1:
+        memory = f"about {needed(checkpointing.every, merged) / 1e9:.1f} GB"
         args.per_device_train_batch_size *= merged
         args.gradient_accumulation_steps //= merged
         rows, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        choices.append(f"{rows} rows a batch, {batches} {'batch' if batches == 1 else 'batches'} a step")
+        choices.append(f"{rows} rows a batch, {batches} {'batch' if batches == 1 else 'batches'} a step ({memory})")
     if merged > 1 or (checkpointing.every != 1 and given is None):
         trial.memory_ran_out = ran_out_file
     kept_bytes.cache_clear()  # its keys hold on to the model

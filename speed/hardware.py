@@ -8,13 +8,14 @@ batches                   on a GPU, rows whose gradients are accumulated are com
                           they are copied to it from pinned memory while the host goes on
 padding, prompts of pairs Padding is never computed; a pair's shared prompt is computed once: padding_free.py
 output layer, embeddings  computed only where there is a label; both ends share one gradient: output_layer.py
-attention, optimizer      PyTorch's SDPA and fused AdamW, which transformers chooses by itself
+attention, optimizer      PyTorch's SDPA, without cuDNN's kernels, and fused AdamW, which transformers chooses by itself
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel
 
@@ -26,6 +27,17 @@ from speed.padding_free import remove_padding, why_padded
 
 if TYPE_CHECKING:
     from trial.context import Trial
+
+
+def attend_without_plans() -> None:
+    """Have a GPU attend with kernels that serve every length: FlashAttention's, as a rule.
+
+    On recent GPUs torch (2.11) takes cuDNN's first, which builds a plan for each new length and stride: a second or
+    more each time (https://github.com/modelscope/FunASR/issues/3704; here a step on an H100 took 5.2 s instead of 1.1
+    because its last batch had another shape). Real rows nearly all differ in length. This can go once torch serves all
+    lengths with one plan (it has TORCH_CUDNN_SDPA_AVOID_RECOMPILE, as an experiment).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def suit_hardware(
@@ -45,6 +57,7 @@ def suit_hardware(
             remove_padding(each, pairs)
         if fused:
             compile_layers(each, trial.cache)
+    attend_without_plans()
     if on_gpu and "accelerator_config" not in given:
         cast(Any, args.accelerator_config).non_blocking = args.dataloader_pin_memory
     choices = [

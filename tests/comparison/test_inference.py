@@ -283,7 +283,9 @@ def test_a_gpu_answers_all_questions_in_one_batch(compare, held_out, monkeypatch
     count = len(held_out)
     assert count > 9
     kind = "cuda"
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert asked() == [count]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would make a plan for every new length
     assert asked("--batch-size", 9)[0] == 9
     kind = "cpu"
     assert asked()[0] == 8

@@ -1,6 +1,7 @@
 """What is chosen for the hardware at hand, what a trial logs about it, and that the training learns the same."""
 
 import pytest
+import torch
 
 import dpo_finetune
 import sft_finetune
@@ -22,11 +23,13 @@ def losses(reports):
 @pytest.mark.parametrize(("script", "padding"), [(sft_finetune, ""), (dpo_finetune, ", a pair's prompt once")])
 def test_a_trial_logs_what_was_chosen(train, trainers, request, monkeypatch, script, padding):
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
+    torch.backends.cuda.enable_cudnn_sdp(True)
     asked = train(script, config, output="asked", **{f"{ARGS}max_steps": 1, f"{ARGS}bf16": True})
     bf16, padding_choice, checkpointing = started_with(asked)
     assert bf16 == "bf16 autocast over float32 weights"
     assert padding_choice == f"no padding{padding}"
     assert checkpointing == "activation checkpointing off (as set)"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would make a plan for every new length
 
     monkeypatch.setattr(fitting, "free_memory", lambda device_type: 10**12)
     roomy = train(script, config, output="roomy", **LEFT_OPEN)
