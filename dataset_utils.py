@@ -217,7 +217,10 @@ def tokenize_once(
         code = [inspect.getsource(module) for module in (chat_format, truncation, sys.modules[__name__])]
         hashes = [hash_rows(rows[part]) for part in sorted(rows)]
         key = fingerprint(tokenize.__name__, code, hashes, hash_tokenizer(tokenizer), options)
-    key = distributed.broadcast_local(key)
+    key, *others = dict.fromkeys(filter(None, distributed.allgather(key)))
+    if others:  # each node loads its own; the ranks' batches would be of different rows
+        what = "its nodes have loaded different rows, or different tokenizers"
+        raise UserError(f"the trial runs on {distributed.cross_size} nodes: {what}; give them the same files")
     folder = trial.cache / key
 
     def work() -> None:

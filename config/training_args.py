@@ -146,12 +146,6 @@ def build_dpo_config(training_args: dict[str, Any], own: OwnKeys) -> DPOConfig:
         raise UserError(f"{KEY}.use_weighting: the dpo_loss 'aot' and 'aot_unpaired' have no weights of pairs")
     if args.sync_ref_model and args.precompute_ref_log_probs:
         raise UserError(f"{KEY}.sync_ref_model: with precompute_ref_log_probs the reference cannot move")
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if args.precompute_ref_log_probs and machines > 1:
-        # TRL 1.16 writes them to the first machine's disk and reads them there on every one. This can go once it
-        # gathers them.
-        reason = f"needs a trial on one machine; this one runs on {machines}"
-        raise UserError(f"hyperparameters.precompute_ref_log_probs: true {reason}")
     _warn_if_inexact(args)
     return args
 

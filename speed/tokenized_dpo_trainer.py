@@ -1,6 +1,8 @@
 """TRL's DPOTrainer on rows that are already tokenized, with one reference pass that all trials of a grid share."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +15,7 @@ from metrics.exact_evaluation import ExactDPOTrainer
 from speed.padding_free import remove_padding
 from storage.fingerprints import fingerprint
 from storage.manifests import remove_unless_sealed, seal
-from storage.shared_cache import once_per_node, one_trial_at_a_time
+from storage.shared_cache import give_to_every_node, once_per_node, one_trial_at_a_time
 
 if TYPE_CHECKING:
     from trial.context import Trial
@@ -54,23 +56,44 @@ class TokenizedDPOTrainer(ExactDPOTrainer):
         """
         if self.ref_model is not None:  # only under FSDP: TRL loads a second model for this pass
             remove_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
-        dataset._fingerprint = reference_key(self, dataset, batch_size)
-        trial, lock = self.trial, f"{dataset._fingerprint}-{str(self._precompute_model_hash)[:16]}.lock"
-        # TRL writes it last, and reads whatever it finds there.
-        file = Path(dataset._get_cache_file_path(Hasher.hash((dataset._fingerprint, self._precompute_model_hash))))
+        trial, distributed = self.trial, self.trial.core_context.distributed
+        # TRL has all ranks use the first one's key, and reads whatever it finds under it.
+        key = (reference_key(self, dataset, batch_size), self._precompute_model_hash)
+        dataset._fingerprint, weights = key = distributed.broadcast(key)
+        file = Path(dataset._get_cache_file_path(Hasher.hash(key)))
         with one_trial_at_a_time(
-            trial.cache / lock,
-            distributed := trial.core_context.distributed,
+            trial.cache / f"{dataset._fingerprint}-{str(weights)[:16]}.lock",
+            distributed,
             on_wait=lambda: trial.status("waiting for another trial's reference log-probs"),
             while_waiting=trial.stop_if_preempted,
         ):
             once_per_node(distributed, lambda: remove_unless_sealed(file))
+            give_to_every_node(file, distributed)  # all nodes have it now, or none
             started, self.reference_batches = time.monotonic(), 0
-            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+            with self._given_to_every_node(file):
+                dataset = super()._precompute_ref_logps(dataset, name, batch_size)
             if self.reference_batches:
-                once_per_node(distributed, lambda: seal(file))
                 self.reference_seconds[name] = time.monotonic() - started
         return dataset
+
+    @contextmanager
+    def _given_to_every_node(self, file: Path) -> Iterator[None]:
+        """Have the `file` that the first rank writes on every node before all ranks read it.
+
+        TRL (1.16) writes it on the first rank's disk alone, waits for all ranks, and reads it on each. This can go once
+        it writes it on every node.
+        """
+        accelerator, distributed = self.accelerator, self.trial.core_context.distributed
+
+        def wait_for_everyone() -> None:
+            once_per_node(distributed, lambda: seal(file) if distributed.rank == 0 else None)
+            give_to_every_node(file, distributed)
+
+        accelerator.wait_for_everyone = wait_for_everyone  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del accelerator.wait_for_everyone
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
         """Compute a batch's reference log-probs, unless the trial is preempted.

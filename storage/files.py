@@ -51,11 +51,11 @@ def check_output(path: Path, key: str, *, is_folder: bool = False) -> None:
             file.write(b"x" * 2**12)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, even after a power cut, finds either the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, even after a power cut, finds either the old content or the new one."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         flush_to_disk(partial)
         partial.replace(path)
         flush_to_disk(path.parent, within=False)

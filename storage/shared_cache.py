@@ -5,19 +5,22 @@ others wait, and it is found again by a fingerprint of all that it depends on. I
 lock goes with it and the next process makes it.
 """
 
+import functools
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from determined import core
 from filelock import FileLock
 
-from errors import UserError
-from storage.files import flush_to_disk, remove
+from errors import UserError, os_errors_of
+from storage.files import flush_to_disk, remove, write_atomically
 from storage.locks import locked, open_lock, try_to_lock
-from storage.manifests import MANIFEST, check_files, hash_files, write_manifest
+from storage.manifests import MANIFEST, check_files, hash_files, seal, write_manifest
 
 Action = Callable[[], object]  # its result is not used
 LARGEST_HASHED = 2**28  # bytes; of larger files, such as weights, the size alone is checked at each start
@@ -58,14 +61,17 @@ def is_made(folder: Path) -> bool:
 
 
 def once_per_node(distributed: core.DistributedContext, work: Action) -> None:
-    """Run `work` on the first rank of each node while the others wait. All ranks raise its `UserError`."""
+    """Run `work` on the first rank of each node while all others wait. All ranks of all nodes raise its `UserError`.
+
+    They wait here for the slowest node: torch's own collectives give up after some minutes.
+    """
     mistake = None
     if distributed.local_rank == 0:
         try:
             work()
         except UserError as error:
             mistake = error
-    if mistake := distributed.broadcast_local(mistake):
+    if mistake := next(filter(None, distributed.allgather(mistake)), None):
         raise mistake
 
 
@@ -73,21 +79,63 @@ def once_per_node(distributed: core.DistributedContext, work: Action) -> None:
 def one_trial_at_a_time(
     lock_file: Path, distributed: core.DistributedContext, on_wait: Action, while_waiting: Action
 ) -> Iterator[None]:
-    """Let one trial in while the others that use `lock_file` wait. All ranks of a trial on one machine enter together.
+    """Let one trial in while the others that use `lock_file` wait. All its ranks enter together.
 
-    A trial that has to wait calls `on_wait` once, and `while_waiting` again and again: it may raise to end the wait.
+    The lock is held on the disk of each of the trial's nodes. A trial that has to wait for one of them holds none, as
+    the other may be waiting for it. It calls `on_wait` once, and `while_waiting` again and again: it may raise to end
+    the wait.
     """
     locks: list[FileLock] = []
     once_per_node(distributed, lambda: locks.append(open_lock(lock_file)))
+    if not _first_on_its_disk(lock_file.parent, distributed):
+        locks.clear()
     waiting = False
-    while not distributed.broadcast(try_to_lock(locks[0]) if distributed.rank == 0 else None):
-        if not waiting:
-            on_wait()
-        waiting = True
-        while_waiting()
-        time.sleep(0.2)
     try:
+        while not all(distributed.allgather(all(map(try_to_lock, locks)))):
+            for lock in locks:
+                lock.release()
+            if not waiting:
+                on_wait()
+            waiting = True
+            while_waiting()
+            # Two trials that have tried at the same time must not do so for ever. (The run's own random numbers are
+            # left alone.)
+            time.sleep(random.SystemRandom().uniform(0.1, 0.3))
         yield
     finally:
-        if distributed.rank == 0:
-            locks[0].release()
+        for lock in locks:
+            lock.release()
+
+
+def give_to_every_node(file: Path, distributed: core.DistributedContext) -> None:
+    """Copy a small sealed file to the nodes that lack it from one that has it, if there is one. Call it on every rank.
+
+    Raises `UserError` on all ranks if it cannot be written somewhere.
+    """
+    held = distributed.allgather(file.is_file())
+    if all(held) or not any(held):
+        return
+    source = held.index(True)
+    contents = distributed.gather(file.read_bytes() if distributed.rank == source else None)
+    content: bytes = distributed.broadcast(contents[source] if contents else None)
+
+    def write(node: int) -> None:
+        if distributed.cross_rank == node and not file.is_file():
+            with os_errors_of(file):
+                write_atomically(file, content)
+                seal(file)
+
+    for node in range(distributed.cross_size):  # one after another: they may share a disk
+        once_per_node(distributed, functools.partial(write, node))
+
+
+def _first_on_its_disk(folder: Path, distributed: core.DistributedContext) -> bool:
+    """Return whether this rank is the first of those that see its `folder`: some nodes of a cluster share a disk."""
+    if distributed.cross_size == 1:
+        return distributed.local_rank == 0
+    mark = folder / f"rank-{uuid4().hex}"
+    once_per_node(distributed, mark.touch)
+    first = next(name for name in distributed.allgather(mark.name) if (folder / name).exists())
+    distributed.allgather(None)  # every rank has looked
+    mark.unlink(missing_ok=True)
+    return mark.name == first

@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +29,28 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def run_ranks(script: str, *arguments: object, log: Path, ranks: int = 1, **interference: Any) -> int:
+def run_ranks(
+    script: str, *arguments: object, log: Path, ranks: int = 1, machines: Sequence[Path] = (), **interference: Any
+) -> int:
     """Run an entrypoint on `ranks` processes to its end; returns the first rank's exit status, or another's failure.
 
-    As a launcher does, it kills the other ranks when one has failed. `interference`: see `_run`.
+    As a launcher does, it kills the other ranks when one has failed. `interference`: see `_run`. `machines`: folders
+    that stand for the disks of as many machines, which have the ranks in equal parts. "DISK" in an argument is a rank's
+    own.
     """
-    ports = free_ports(3)
+    ports, local = free_ports(3), ranks // max(1, len(machines))
     processes = []
     for rank in range(ranks):
         # The server's own is that of the test which has started it.
         environment = {name: os.environ[name] for name in ("LOCAL_CHECKPOINT_STORAGE",) if name in os.environ}
         if ranks > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
-            environment |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1"}
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "WORLD_SIZE": str(ranks)}
+            environment |= {"GROUP_RANK": str(rank // local), "GROUP_WORLD_SIZE": str(ranks // local)}
+            environment |= {"LOCAL_WORLD_SIZE": str(local), "DET_CHIEF_IP": "127.0.0.1"}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[2])}
-        call = (script, [str(a) for a in arguments], environment, ports, str(log), rank)
+        disk = machines[rank // local] if machines else None
+        words = [str(a).replace("DISK", str(disk)) for a in arguments]
+        call = (script, words, environment, ports, str(log), rank, disk)
         processes.append(CONTEXT.Process(target=_run, args=call, kwargs=interference))
         processes[-1].start()
     deadline = time.monotonic() + 300
@@ -67,6 +76,7 @@ def _run(
     ports: list[int],
     log: str,
     rank: int,
+    disk: Path | None,
     die: tuple[str, int] | None = None,
     die_once: Path | None = None,
     preempt: int | None = None,
@@ -86,6 +96,8 @@ def _run(
         os.dup2(output, stream)
     sys.argv = [f"{script}.py", *arguments]
     DistributedContext.__init__.__kwdefaults__ |= {"pub_port": ports[0], "pull_port": ports[1]}
+    if disk is not None:
+        _use_disk(disk)
     if die is not None and rank == 0:
         _die_at(*die, die_once)
     if preempt is not None:
@@ -96,6 +108,15 @@ def _run(
         # Ranks that share the cores by threads wait for each other most of the time.
         torch.set_num_threads(threads or 1)
     importlib.import_module(script).main()
+
+
+def _use_disk(disk: Path) -> None:
+    import datasets
+
+    import storage.checkpoints
+
+    storage.checkpoints.HF_HOME, datasets.config.HF_DATASETS_CACHE = str(disk / "huggingface"), disk / "datasets"
+    tempfile.tempdir = str(disk)
 
 
 def _preempt_at(poll: int) -> None:

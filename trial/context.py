@@ -63,7 +63,7 @@ class Trial(Generic[Hyperparameters]):
         except RuntimeError as error:
             if not should_reduce_batch_size(error):  # accelerate's name for: memory ran out
                 raise
-            if self.memory_ran_out is None or self.memory_ran_out.exists():
+            if self.memory_ran_out is None:
                 advice = "set activation_checkpointing: true, or lower the batch sizes or the length limits"
                 raise UserError(f"out of memory: {advice} ({one_line(error)})") from error
             with os_errors_of(self.memory_ran_out):
@@ -78,7 +78,8 @@ class Trial(Generic[Hyperparameters]):
         gc.collect()  # outside of `except`, whose error holds on to the memory
         torch.cuda.empty_cache()
         torch.set_rng_state(rng_state)
-        train(self)
+        self.memory_ran_out = None
+        self.run(train)
 
     def status(self, text: str) -> None:
         """Say what the trial is busy with: in its log, and in the Web UI or its events."""

@@ -212,16 +212,6 @@ def test_fsdp_is_left_out_where_there_is_one_process():
     assert not sft(training_args=fsdp).args.fsdp
 
 
-def test_the_reference_pass_needs_one_machine(monkeypatch):
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(
-        UserError, match="precompute_ref_log_probs: true needs a trial on one machine; this one runs on 2"
-    ):
-        parse_hyperparameters(
-            DPOHyperparameters, {"model_name": "m", "datasets": ["d"], "precompute_ref_log_probs": True}
-        )
-
-
 def test_no_is_no_where_yaml_reads_it_as_false():
     hparams = {"model_name": "m", "dataset": "d", "training_args": {"eval_strategy": False}}
     assert parse_hyperparameters(SFTHyperparameters, hparams).args.eval_strategy == "no"
