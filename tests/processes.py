@@ -18,7 +18,9 @@ from determined.core import DistributedContext
 
 REPO = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["config.hyperparameters", "trial.context"])
+CONTEXT.set_forkserver_preload(
+    ["config.hyperparameters", "trial.det_callback", "trial.models", "speed.tokenized_dpo_trainer"]
+)
 
 
 def free_ports(count: int) -> list[int]:
