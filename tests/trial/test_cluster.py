@@ -242,6 +242,8 @@ def test_dpo_killed_on_two_slots_ends_like_untouched(
     second = start(trial, slots=2)
     assert second.wait() == 0, second.log.read_text()
     assert [r["steps_completed"] for r in trial.of_kind("checkpoint")] == [2, 4]
+    assert second.log.read_text().count("Starting system metrics profiling.") == 1  # of a machine, not of each slot
+    assert "tokens_per_second_per_device" in trial.of_kind("training")[-1]["metrics"]
     told = [report["status"] for report in trial.of_kind("status")]
     passes = [status.split(" in ")[0] for status in told if status.startswith("reference log-probs")]
     assert passes == ["reference log-probs computed", "reference log-probs reused"]
