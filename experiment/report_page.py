@@ -98,7 +98,8 @@ class Page:
         """Say how many trials are in each state."""
         states = Counter(trial.state for trial in self.trials)
         completed = f"{states.pop('completed', 0)} of {self.count} completed"
-        return ", ".join([completed, *(f"{number} {state}" for state, number in states.items())]) + "."
+        said = ", ".join([completed, *(f"{number} {state}" for state, number in states.items())]) + "."
+        return said + (f" To go on: det e activate {self.experiment.number}" if self.experiment.paused else "")
 
     def interval(self, metric: str, result: TrialResult) -> str:
         """Return the 95% interval of a trial's metric; nothing without pairs."""
