@@ -231,8 +231,8 @@ class Master:
 
     def get_model(self, name: str, query: Any, body: Any) -> dict[str, Any]:
         versions = self.models[name]
-        model = {"id": 1, "name": name, "creationTime": NOW, "lastUpdatedTime": NOW, "username": "u", "archived": False}
-        return {"model": model | {"metadata": {}, "numVersions": len(versions), "workspaceId": 1}}
+        model = {"id": 1, "name": name, "creationTime": NOW, "lastUpdatedTime": NOW, "username": "u", "userId": 1}
+        return {"model": model | {"archived": False, "metadata": {}, "numVersions": len(versions), "workspaceId": 1}}
 
     def register_version(self, name: str, query: Any, body: dict[str, Any]) -> dict[str, Any]:
         checkpoint = self.get_checkpoint(body["checkpointUuid"], None, None)["checkpoint"]
