@@ -70,15 +70,17 @@ def main() -> None:
         outputs = [task.path(name) for name in options.output_file]
         unfinished = outputs[0].with_name(f"{outputs[0].name}.unfinished") if outputs else None
         if task.restored and unfinished and not unfinished.exists() and all(path.exists() for path in outputs):
-            return  # everything was done and saved before the restart
+            task.leave_only_the_page()  # which was done and saved before the restart
+            return
         with open_results(unfinished) as store:
             questions = load_questions(options, console)
             comparison = compare(models, questions, options, device, store, task, console)
             print_comparison(console, comparison)
             for path in outputs:
                 write_comparison(comparison, path)
-                hint = ": open it in a browser to vote" if path.suffix == ".html" else ""
-                console.print(f"Written to {path}{hint}", soft_wrap=True)
+                if not task.core_context:  # else it is in the container, which is gone soon
+                    hint = ": open it in a browser to vote" if path.suffix == ".html" else ""
+                    console.print(f"Written to {path}{hint}", soft_wrap=True)
         task.finish(len(store), comparison.metrics())
 
 

@@ -112,22 +112,15 @@ class Comparison:
         for key, (title, write, meaning) in METRICS.items():
             estimates = [self.figures[name].get(key) for name in self.sources]
             if any(estimates):
-                cells = [_show_estimate(value, write) if value else ("-", "") for value in estimates]
-                of = {"reference": self.reference, "count": next(value.count for value in estimates if value)}
-                rows.append((title.format(**of), meaning.format(**of), cells))
+                cells = [(write(of.value), of.interval(write)) if of else ("-", "") for of in estimates]
+                names = {"reference": self.reference, "count": next(of.count for of in estimates if of)}
+                rows.append((title.format(**names), meaning.format(**names), cells))
         return rows
 
     def metrics(self) -> dict[str, float]:
         """Return the number of questions, and all metrics as `model/metric`."""
         values = [(f"{name}/{key}", value) for name, of in self.figures.items() for key, value in of.items()]
         return {"questions": len(self.questions), **{name: value.value for name, value in values if value}}
-
-
-def _show_estimate(estimate: Estimate, write: Callable[[float], str]) -> tuple[str, str]:
-    if estimate.low != estimate.high:
-        return write(estimate.value), f"{write(estimate.low)} to {write(estimate.high)}"
-    # All rows are equal, so the bootstrap interval has no width.
-    return write(estimate.value), f"all {estimate.count} alike" if estimate.count > 1 else "of one"
 
 
 def question_text(question: list[Message]) -> str:

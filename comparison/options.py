@@ -203,8 +203,13 @@ def _make_options(values: dict[str, Any], strict: bool, spell: Callable[[str], s
 
 
 def parse_hyperparameters(values: dict[str, Any]) -> ComparisonOptions:
-    """Return the options that a YAML's hyperparameters set; null leaves one at its default. Raises `UserError`."""
+    """Return the options that a YAML's hyperparameters set; null leaves one at its default. Raises `UserError`.
+
+    A model that is null is left out: an override can remove one of the YAML's in no other way.
+    """
     values = {name: value for name, value in values.items() if value is not None}
+    if isinstance(models := values.get("model"), dict):
+        values["model"] = {name: source for name, source in models.items() if source is not None}
     for name, kind in SHORTHANDS.items():
         ids = [f"{kind}:{number}" for number in _as_list(values.pop(name, []))]
         values["model"] = [*_as_list(values.get("model", [])), *(f"{id_}={id_}" for id_ in ids)]

@@ -16,7 +16,7 @@ from experiment.heatmaps import Heatmaps
 from experiment.next_steps import next_steps
 from experiment.results import Experiment, TrialResult, flatten, short_name
 from experiment.settings import rank_settings, settings_verdict
-from experiment.verdicts import Verdict, format_interval, interval
+from experiment.verdicts import Verdict, interval
 from experiment.what_happened import what_happened
 from pages.render import render_page
 from pages.terminal import plural
@@ -98,12 +98,13 @@ class Page:
         """Say how many trials are in each state."""
         states = Counter(trial.state for trial in self.trials)
         completed = f"{states.pop('completed', 0)} of {self.count} completed"
-        return ", ".join([completed, *(f"{number} {state}" for state, number in states.items())]) + "."
+        said = ", ".join([completed, *(f"{number} {state}" for state, number in states.items())]) + "."
+        return said + (f" To go on: det e activate {self.experiment.number}" if self.experiment.paused else "")
 
     def interval(self, metric: str, result: TrialResult) -> str:
         """Return the 95% interval of a trial's metric; nothing without pairs."""
         found = interval(self.experiment, result, metric)
-        return format_interval(found) if found else ""
+        return found.interval() if found else ""
 
     def pairs(self) -> str:
         """Return what the best trial's intervals are over: `190 held-out pairs`."""
@@ -127,7 +128,7 @@ class Page:
             gap = self.verdict.behind.get(behind["trial_id"])
             size = gap.value if gap else abs(best["best_metrics"][metric] - behind["best_metrics"][metric])
             which = f"trial {behind['trial_id']} ({self.experiment.describe_values(behind['hparams'])})"
-            over = f" ({format_interval(gap)}, over the same {plural(gap.count, 'held-out pair')})" if gap else ""
+            over = f" ({gap.interval()}, over the same {plural(gap.count, 'held-out pair')})" if gap else ""
             said.append(f"Next is {which} with {self.format(metric, behind)}: {size:.3g} behind{over}.")
         yield from filter(None, [" ".join(said)])
         yield from self.verdict.remarks()
@@ -141,7 +142,7 @@ class Page:
             return "best" if result is self.verdict.best else "", ""
         words = "cannot be told apart" if trial_id in self.verdict.alike else "worse"
         words = "better on common pairs" if trial_id in self.verdict.better else words
-        return words, f"{format_interval(gap)} behind"
+        return words, f"{gap.interval()} behind"
 
     def scaled_by_beta(self, metric: str) -> bool:
         """Return whether DPO's beta is a factor of the metric, so that only trials of the same beta compare by it."""

@@ -12,6 +12,7 @@ from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 from determined.experimental import Determined
+from determined.experimental.client import ExperimentState
 from rich.progress import track
 
 from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
@@ -74,11 +75,15 @@ class Searcher:
 class Experiment:
     """An experiment's config and, by trial id, the result of each trial and its events in order.
 
-    `folder` is where `local_experiment.py` keeps the experiment; None for an experiment of a cluster.
+    `folder` is where `local_experiment.py` keeps the experiment, `number` is what a cluster calls it: one of them is
+    None.
     """
 
-    def __init__(self, name: str, config: dict[str, Any], folder: Path | None = None) -> None:
-        self.name, self.config, self.folder = name, config, folder
+    def __init__(
+        self, name: str, config: dict[str, Any], folder: Path | None = None, number: int | None = None
+    ) -> None:
+        self.name, self.config, self.folder, self.number = name, config, folder, number
+        self.paused = False
         self.searcher, self.varying = Searcher(config), varying_hyperparameters(config)
         self.script = Path(entrypoint_script(config)[0]).name  # the file name of the entrypoint
         self.kind = kind_of(self.script)  # None for a script that is not this project's
@@ -240,11 +245,14 @@ def read_cluster(source: str) -> Experiment:
         raise UserError(f"{source!r}: exp: must be followed by the number of the experiment")
     with one_line_cluster_errors(source, "experiment"):
         found = Determined().get_experiment(int(number))
-        experiment = Experiment(found.name or source, found.config or {})
+        experiment = Experiment(found.name or source, found.config or {}, number=found.id)
+        experiment.paused = found.state is ExperimentState.PAUSED
         for trial in track(found.list_trials(), f"{source}: reading its trials"):
             checkpoints = trial.list_checkpoints()
             events = experiment.events[trial.id] = list(_cluster_events(trial, checkpoints))
             state, hparams = trial.state.name if trial.state else "UNKNOWN", trial.hparams or {}
+            if experiment.paused and state in ("ACTIVE", "QUEUED"):  # as a master calls a trial without a container
+                state = "PAUSED"
             experiment.results[trial.id] = summarize(trial.id, state, hparams, events, experiment.searcher)
             saved = {checkpoint.uuid: checkpoint for checkpoint in checkpoints}
             experiment.keep_evaluations(trial.id, functools.partial(_download_evaluations, experiment, saved))

@@ -105,6 +105,7 @@ class LocalExperiment(Experiment):
         super().__init__(name, config, folder)
         self.trials, self.model_def = expand_trials(config), model_def
         self.report_file = folder / "report.html"
+        self.reported: Experiment = self  # as the report has it: with what the trials and their checkpoints hold
         self.running: dict[int, RunningTrial] = {}
         self.durations: list[float] = []  # in seconds, of the trials that this process has seen complete
 
@@ -255,7 +256,8 @@ class LocalExperiment(Experiment):
     def write_report(self) -> None:
         """Write the report, with what the running trials have written so far."""
         try:
-            write_atomically(self.report_file, render(read_local(self.folder)))
+            self.reported = read_local(self.folder)
+            write_atomically(self.report_file, render(self.reported))
         except Exception as error:  # nothing that it shows would be lost: the trials must go on
             console.print(f"{self.report_file} cannot be written: {type(error).__name__}: {error}", markup=False)
 
@@ -265,8 +267,8 @@ class LocalExperiment(Experiment):
         return f"trial {trial_id} of {len(self.trials)}" + (f" ({varied})" if varied else "")
 
     def verdict(self) -> Verdict:
-        """Return how the trials compare, by what is in the folder and in their checkpoints."""
-        return Verdict(read_local(self.folder))
+        """Return how the trials compare, as the report has it."""
+        return Verdict(self.reported)
 
 
 def delete_superseded(events: list[TrialEvent], best: str | None) -> None:

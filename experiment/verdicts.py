@@ -1,6 +1,5 @@
 """Which trial is best, and which cannot be told apart from it: by the same held-out pairs, with 95% intervals."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -45,15 +44,6 @@ def pair_values(experiment: Experiment, result: TrialResult, metric: str) -> np.
     if log_ratios is None or metric not in PAIR_METRICS:
         return None
     return PAIR_METRICS[metric](log_ratios.margins, beta_of(result["hparams"]))
-
-
-def format_interval(found: Estimate) -> str:
-    """Return `0.82 to 0.94`, with as many decimals as give its width two digits."""
-    if found.low == found.high:
-        return f"all {plural(found.count, 'pair')} alike"
-    width = found.high - found.low
-    decimals = max(0, 1 - math.floor(math.log10(width))) if math.isfinite(width) else 2
-    return f"{found.low:.{decimals}f} to {found.high:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def interval(experiment: Experiment, result: TrialResult, metric: str) -> Estimate | None:

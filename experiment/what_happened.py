@@ -11,7 +11,7 @@ import numpy as np
 
 from experiment.kinds import SFT
 from experiment.results import Experiment, TrialResult
-from experiment.verdicts import args_of, beta_of, format_interval, interval, listed, loss_of, pair_values, trials
+from experiment.verdicts import args_of, beta_of, interval, listed, loss_of, pair_values, trials
 from metrics.evaluations import LIKE_LENGTH, Evaluations, LogRatios, of_like_length
 from metrics.intervals import estimate, paired_difference
 from pages.terminal import plural
@@ -103,7 +103,7 @@ def accuracy_gap(experiment: Experiment, best: TrialResult) -> Iterator[str]:
         return
     found, values = interval(experiment, best, metric), pair_values(experiment, best, metric)
     gap = None if values is None else paired_difference(values, np.full(len(values), known))
-    figure = f"{held_out:.2f}" + (f" ({format_interval(found)})" if found else "")
+    figure = f"{held_out:.2f}" + (f" ({found.interval()})" if found else "")
     means = "no sign of overfitting"
     if known - held_out > OVERFITTED:
         means = f"{known - held_out:.2f} less, which {'may be chance' if gap and gap.high >= 0 else 'is overfitting'}"
@@ -219,7 +219,7 @@ def lengths(experiment: Experiment, best: TrialResult, evaluations: Evaluations)
         holds = "holds" if here.low > 0.5 else "is not surely better than chance"
         yield (
             f"On the {plural(here.count, 'pair')} of like length (in tokens, within {1 - LIKE_LENGTH:.0%}) the best"
-            f" trial's accuracy {holds}: {here.value:.2f} ({format_interval(here)}), against {all_pairs:.2f} on all."
+            f" trial's accuracy {holds}: {here.value:.2f} ({here.interval()}), against {all_pairs:.2f} on all."
         )
 
 

@@ -34,6 +34,18 @@ class Estimate(NamedTuple):
         """Whether a difference is surely one: its interval does not contain 0."""
         return not self.low <= 0 <= self.high
 
+    def interval(self, write: Callable[[float], str] | None = None) -> str:
+        """Return `0.82 to 0.94`, each end as `write` has it; by default, with two digits of the interval's width.
+
+        If all rows are equal, the interval has no width: `all 40 alike`, or `of one`.
+        """
+        if self.low == self.high:
+            return f"all {self.count} alike" if self.count > 1 else "of one"
+        width = self.high - self.low
+        decimals = max(0, 1 - math.floor(math.log10(width))) if math.isfinite(width) else 2
+        write = write or f"{{:.{decimals}f}}".format
+        return f"{write(self.low)} to {write(self.high)}".replace("-", "\N{MINUS SIGN}")
+
 
 def estimate(
     values: np.ndarray | list, weights: np.ndarray | None = None, transform: Callable = lambda mean: mean

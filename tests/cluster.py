@@ -85,6 +85,7 @@ class Master:
         self.storage = self.hidden_storage = storage  # the second is where it itself finds the files
         self.experiments: dict[int, dict[str, Any]] = {}
         self.trials: dict[int, Trial] = {}
+        self.models: dict[str, list[str]] = {}  # the registry: the checkpoints of a model's versions, by its name
         self.watch: Callable[[Trial, dict[str, Any]], None] = lambda trial, report: None
         self.unknown: list[str] = []  # requests that it has no answer to
         master = self
@@ -213,6 +214,33 @@ class Master:
         report = {"kind": "checkpoint", "uuid": body["uuid"], **body["metadata"], "resources": body["resources"]}
         return self._report(trial, report)
 
+    def delete_checkpoints(self, query: Any, body: dict[str, Any]) -> dict[str, Any]:
+        for patched in body["checkpoints"]:
+            (trial,) = [
+                t for t in self.trials.values() if any(r["uuid"] == patched["uuid"] for r in t.of_kind("checkpoint"))
+            ]
+            if not patched["resources"]["resources"]:  # nothing of it is left
+                trial.deleted.add(patched["uuid"])
+        return {}
+
+    # The model registry.
+
+    def create_model(self, query: Any, body: dict[str, Any]) -> dict[str, Any]:
+        self.models[body["name"]] = []
+        return self.get_model(body["name"], None, None)
+
+    def get_model(self, name: str, query: Any, body: Any) -> dict[str, Any]:
+        versions = self.models[name]
+        model = {"id": 1, "name": name, "creationTime": NOW, "lastUpdatedTime": NOW, "username": "u", "userId": 1}
+        return {"model": model | {"archived": False, "metadata": {}, "numVersions": len(versions), "workspaceId": 1}}
+
+    def register_version(self, name: str, query: Any, body: dict[str, Any]) -> dict[str, Any]:
+        checkpoint = self.get_checkpoint(body["checkpointUuid"], None, None)["checkpoint"]
+        self.models[name].append(body["checkpointUuid"])
+        version = {"id": len(self.models[name]), "version": len(self.models[name]), "checkpoint": checkpoint}
+        version |= {"model": self.get_model(name, None, None)["model"], "creationTime": NOW, "lastUpdatedTime": NOW}
+        return {"modelVersion": version | {"metadata": {}}}
+
     # What the SDK asks for.
 
     def experiment_trials(self, experiment_id: int, query: Any, body: Any) -> dict[str, Any]:
@@ -304,7 +332,7 @@ class Master:
             **{"id": experiment_id, "name": experiment["config"].get("name", ""), "config": experiment["config"]},
             **{"archived": False, "jobId": "1", "numTrials": 1, "originalConfig": experiment["body"]["config"]},
             **{"projectId": 1, "projectOwnerId": 1, "searcherType": "single", "startTime": NOW, "username": "u"},
-            "state": "STATE_COMPLETED",
+            "state": experiment.get("state", "STATE_COMPLETED"),
         }
 
     def _trial(self, name: str) -> Trial:
@@ -332,6 +360,10 @@ ROUTES = {
     r"POST /api/v1/trials/(\d+)/progress": Master.progress,
     r"POST /api/v1/trials/(\d+)/runner/metadata": Master.status,
     r"POST /api/v1/checkpoints": Master.checkpoint,
+    r"PATCH /api/v1/checkpoints": Master.delete_checkpoints,
+    r"POST /api/v1/models": Master.create_model,
+    r"GET /api/v1/models/([^/]+)": Master.get_model,
+    r"POST /api/v1/models/([^/]+)/versions": Master.register_version,
     r"GET /api/v1/experiments/(\d+)": Master.get_experiment,
     r"GET /api/v1/experiments/(\d+)/checkpoints": Master.experiment_checkpoints,
     r"GET /api/v1/experiments/(\d+)/trials": Master.experiment_trials,

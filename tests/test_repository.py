@@ -107,18 +107,30 @@ def test_readme_shows_result_and_commands_early():
 
 
 def test_what_det_uploads(tmp_path):
-    """The context directory as the CLI packs it, from a checkout with an environment, runs and caches in it."""
+    """The context directory as the CLI packs it, of a checkout in which commands and tools have left something."""
     copied = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
     generated = [".venv/lib/big.so", "local_runs/checkpoints/x/model.safetensors", "__pycache__/a.pyc", ".git/HEAD"]
-    for name in (*copied, *generated):
+    generated += [f".{tool}_cache/x" for tool in ("pytest", "ruff", "mypy")]
+    written = ["exp-13-report.html", "exp-14-comparison/comparison.json", "exp-14-comparison/metadata.json", "dry.html"]
+    written += ["comparison.html", "comparison.csv", "comparison.html.unfinished", "comparison/comparison.json"]
+    written += [
+        "checkpoints/x/checkpoint-40/tokenizer.json",
+        "checkpoints/x/metadata.json",
+        "a/checkpoint-4/scheduler.pt",
+    ]
+    written += ["sft/model.safetensors", "wandb/run-1/x", "mlruns/0/x"]
+    own = ["mine.jsonl", "data/mine.csv", "mine/train.parquet", "my_model/tokenizer.json", "questions.txt"]
+    for name in (*copied, *generated, *written, *own):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
     uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
     rooms = ("config", "storage", "metrics", "trial", "speed", "data", "experiment", "comparison", "pages")
     needed = {name for name in copied if ("/" not in name and name.endswith(".py")) or name.startswith(rooms)}
-    assert needed | {"startup-hook.sh", "requirements.txt"} <= uploaded
-    assert not uploaded & set(generated)
+    assert needed | {"startup-hook.sh", "requirements.txt", "inference.yaml"} | set(own) <= uploaded
+    assert not uploaded & {*generated, *written}
     assert not any(name.startswith("tests/") for name in uploaded)
+    ignored = ["git", "check-ignore", "--no-index", *written, *own, *copied]
+    assert subprocess.run(ignored, cwd=REPO, capture_output=True, text=True).stdout.split() == written
 
 
 def run_hook(folder, **environment):

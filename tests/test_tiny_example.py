@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 
+import make
 import pytest
 import yaml
 from conftest import REPO
@@ -87,3 +88,13 @@ def test_questions_and_conversations_are_rows_of_their_own_kind(tiny):
         "questions/train.jsonl": ["chosen", "question", "rejected", "system"],
         "conversations/train.jsonl": ["chosen", "rejected"],
     }
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_pre_training_shows_how_far_it_is(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))  # as rich is told
+    make.make(tmp_path / "tiny", epochs=0.05, hidden_size=32)
+    out = capsys.readouterr().out
+    assert ("3/3 steps" in re.sub(r"\x1b\[[\d;?]*\w", "", out)) == terminal
+    assert ("half of 3 steps done after " in out) != terminal
+    assert len(out.splitlines()) == 3 or terminal

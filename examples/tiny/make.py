@@ -188,12 +188,16 @@ def pre_train(
     """Train a small Gemma with the architecture of google/gemma-2b from scratch on `texts`."""
     import torch
     from datasets import Dataset
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import (
         DataCollatorForLanguageModeling,
         GemmaConfig,
         GemmaForCausalLM,
         PrinterCallback,
         Trainer,
+        TrainerCallback,
+        TrainerState,
         TrainingArguments,
         set_seed,
     )
@@ -226,14 +230,28 @@ def pre_train(
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,
         seed=SEED,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, args, data_collator=collator, train_dataset=Dataset.from_dict({"input_ids": blocks}))
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(), TextColumn("left")
+    console = Console()
+    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as progress:
+        bar = progress.add_task("", total=None)
+
+        class ShowProgress(TrainerCallback):
+            """A bar on a terminal; in a log, a line when half of it is done."""
+
+            def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+                progress.update(bar, completed=state.global_step, total=state.max_steps)
+                if not console.is_terminal and state.global_step == state.max_steps // 2:
+                    print(f"half of {state.max_steps} steps done after {progress.tasks[0].elapsed:.0f} s", flush=True)
+
+        trainer.add_callback(ShowProgress())
+        trainer.train()
     return model
 
 
@@ -264,8 +282,7 @@ def make(folder: Path, epochs: float = 8, hidden_size: int = 160) -> None:
     print("pre-training a tiny Gemma on plain text takes about a minute if the machine is idle", flush=True)
     import transformers
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # of writing the file
     # The tokenizer must know every character of a chat, as a real one does.
     tokenizer = train_tokenizer(
         [*texts, *(structured_answer(task) for task in tasks), *SYSTEMS, "<|im_start|>assistant\n"]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import uuid
 from html import unescape
@@ -18,8 +19,10 @@ from playwright.sync_api import expect
 from plotly.offline import get_plotlyjs
 
 import report
-from config.experiment import expand_trials
+from comparison.options import parse_command_line, parse_hyperparameters
+from config.experiment import expand_trials, read_experiment_config
 from experiment.charts import LINES, MAX_POINTS, range_around, series
+from experiment.next_steps import next_steps
 from experiment.report_page import render
 from experiment.results import Experiment, Searcher, read_cluster, read_local, summarize
 from experiment.verdicts import PAIR_METRICS
@@ -664,13 +667,124 @@ def test_an_experiment_of_the_cluster_has_the_page_of_a_local_one(master, write)
         " --data-seed 7 --output_file comparison.html"
     )
     assert cluster.commands[2] == (
-        f"pip install 'transformers[serving]' det checkpoint download {uuid_of(2, 40)} --output-dir assistant"
-        " transformers serve assistant/checkpoint-40"
+        f"pip install 'transformers[serving]' det checkpoint download {uuid_of(2, 40)}"
+        f" transformers serve checkpoints/{uuid_of(2, 40)}/checkpoint-40"
     )
+    det_arguments(f"det checkpoint download {uuid_of(2, 40)}")
+    assert not master.unknown
+
+
+def det_arguments(command):
+    """The command as Determined's own CLI parses it."""
     parser = cli.make_parser()
     add_args(parser, cli.all_args_description)
-    parser.parse_args(["checkpoint", "download", uuid_of(2, 40), "--output-dir", "assistant"])
+    return parser.parse_args(shlex.split(command)[1:])
+
+
+def cluster_command(master, folder, datasets, mounts, **hyperparameters):
+    """The command that compares, of an experiment of the cluster with these data sets and bind mounts."""
+    on_cluster(master, folder)
+    master.experiments[1]["config"] |= {"bind_mounts": mounts}
+    for trial in master.trials.values():
+        trial.hparams |= {"datasets": datasets} | hyperparameters
+    experiment = read_cluster("exp:1")
+    return next(step for step in next_steps(experiment, experiment.best()) if step[0].startswith("Compare"))
+
+
+def test_a_clusters_data_are_compared_here_if_a_bind_mount_leads_to_them(master, write, tmp_path):
+    (tmp_path / "disk" / "tiny" / "base").mkdir(parents=True)
+    (tmp_path / "disk" / "tiny" / "it, too.jsonl").touch()
+    mounts = [
+        {"host_path": "/nowhere", "container_path": "/host_tmp", "read_only": False, "propagation": "rprivate"},
+        {"host_path": str(tmp_path / "disk"), "container_path": "/host_tmp/data"},
+        {"host_path": str(tmp_path / "disk" / "tiny"), "container_path": "beside"},  # beside the scripts
+    ]
+    details = {"name": "/host_tmp/data/tiny/it, too.jsonl", "eval_dataset": {"name": "beside/it, too.jsonl"}}
+    data = [details, "argilla/dpo-mix-7k", "beside/it, too.jsonl"]
+    title, command = cluster_command(
+        master, write(DPO, ACCURACIES), data, mounts, model_name="/host_tmp/data/tiny/base"
+    )
+    assert title == "Compare its answers with those of the models that it came from"
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "inference.py")
+    options = parse_command_line(words, None)
+    here = str(tmp_path / "disk" / "tiny" / "it, too.jsonl")
+    assert options.dataset == [{"name": here, "eval_dataset": {"name": here}}, "argilla/dpo-mix-7k", here]
+    assert options.model == {
+        **{"base": str(tmp_path / "disk" / "tiny" / "base"), "dpo": f"ckpt:{uuid_of(2, 40)}"},
+        "sft": f"ckpt:{DPO['hyperparameters']['model_ckpt']}",
+    }
+    assert (options.reference, options.beta, options.data_seed) == ("sft", 0.1, 7)
+
+
+TMP = [{"host_path": "/tmp", "container_path": "/host_tmp", "read_only": False, "propagation": "rprivate"}]
+DISK = [{"host_path": "/disk", "container_path": "/data"}]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "mounts", "changes"),
+    [
+        ([{"name": "/host_tmp/no such/pairs", "eval_ratio": 1e-5}, "argilla/dpo-mix-7k"], TMP, {}),
+        (["/data/pairs.jsonl"], DISK, {"model_ckpt": None, "model_name": "/data/m"}),
+        (["/tmp"], TMP, {"model_ckpt": "exp:12"}),  # the container's own
+    ],
+)
+def test_data_that_only_containers_see_are_compared_on_the_cluster(
+    master, write, datasets, mounts, changes, monkeypatch
+):
+    title, command = cluster_command(master, write(DPO, ACCURACIES), datasets, mounts, **changes)
+    assert title.endswith("where its data are: the log ends with the command that downloads the page")
+    arguments = det_arguments(command)
+    assert (arguments.config_file.name, str(arguments.model_def)) == ("inference.yaml", ".")
+    monkeypatch.chdir(REPO)
+    config = read_experiment_config("inference.yaml", arguments.config)
+    own = read_experiment_config("inference.yaml")
+    kept = [{key: mount[key] for key in ("host_path", "container_path")} for mount in mounts]
+    assert config["bind_mounts"] == kept
+    assert ("bind_mounts" in command) == (kept != own["bind_mounts"])
+    options = parse_hyperparameters(config["hyperparameters"])
+    hparams = DPO["hyperparameters"] | changes
+    sft = {"exp:12": "exp:12", None: None}.get(hparams["model_ckpt"], f"ckpt:{hparams['model_ckpt']}")
+    models = {"base": hparams["model_name"], "sft": sft, "dpo": f"ckpt:{uuid_of(2, 40)}"}
+    assert options.model == {name: source for name, source in models.items() if source}
+    assert options.dataset == datasets
+    assert (options.reference, options.beta, options.data_seed) == ("sft" if sft else None, 0.1, 7)
+    assert options.output_file == own["hyperparameters"]["output_file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "registered"),
+    [("grid", "grid"), ("org/my  grid: 2", "org-my-grid-2"), ("2026", "experiment-1"), ("//", "experiment-1")],
+)
+def test_the_winner_is_registered_by_the_lines_at_the_end(master, write, capfd, name, registered):
+    on_cluster(master, write(DPO, ACCURACIES))
+    master.experiments[1]["config"]["name"] = name
+    page = Page(render(experiment := read_cluster("exp:1")))
+    assert (
+        page.commands[-1] == f"det model create {registered} det model register-version {registered} {uuid_of(2, 40)}"
+    )
+    assert f"inference.py --model dpo=model:{registered} then takes" in page.section("winner").text
+    *_, (_, lines) = next_steps(experiment, experiment.best())
+    for line in lines.splitlines():
+        cli.main(["-m", master.url, *shlex.split(line)[1:]])  # DET_MASTER was read at the import
+    assert master.models == {registered: [uuid_of(2, 40)]}
+    assert uuid_of(2, 40) in capfd.readouterr().out
     assert not master.unknown
+
+
+def test_only_a_clusters_model_is_registered(write):
+    assert not any("det " in command for command in page_of(write(DPO, ACCURACIES)).commands)
+
+
+def test_a_paused_grid_is_not_queued(master, write):
+    on_cluster(master, write(DPO, ACCURACIES[:4]), {3: "QUEUED", 4: "QUEUED"})
+    master.experiments[1]["state"] = "STATE_PAUSED"
+    page = Page(render(read_cluster("exp:1")))
+    assert "2 of 6 trials completed, 2 paused. To go on: det e activate 1" in page.root.text
+    assert "queued" not in page.section("trials").text
+    det_arguments("det e activate 1")
+    master.experiments[1]["state"] = "STATE_QUEUED"
+    assert "2 of 6 trials completed, 2 queued." in Page(render(read_cluster("exp:1"))).root.text
 
 
 def keep_on_cluster(master, storage):

@@ -192,7 +192,7 @@ def test_the_next_trial_is_behind_by_what_its_interval_is_of():
     best = pairs_of([8.0] * 100 + [4.0] * 100, rows=rows)
     experiment = made([best, pairs_of(np.full(100, 5.0), rows=rows[:100])], metric="eval_rewards/margins")
     (said, *_) = Page(experiment).sureness()
-    assert "with 0.5000: 0.3 behind (all 100 pairs alike, over the same 100 held-out pairs)." in said
+    assert "with 0.5000: 0.3 behind (all 100 alike, over the same 100 held-out pairs)." in said
 
 
 def test_the_terminal_says_it_too():

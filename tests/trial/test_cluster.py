@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,19 +44,26 @@ def master(folder):
 
 
 @pytest.fixture(scope="module")
-def create(master, folder):
+def det(master, folder):
+    """Determined's own CLI, as a user calls it."""
+
+    def det(*words: object, cwd: Path = REPO) -> subprocess.CompletedProcess:
+        command = [Path(sys.executable).parent / "det", "-m", master.url, *map(str, words)]
+        environment = {**os.environ, "HOME": str(folder), "DET_USER": "determined", "DET_PASS": "Strong-enough-1"}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+    return det
+
+
+@pytest.fixture(scope="module")
+def create(master, det):
     """`det e create CONFIG .`, in the repository, as a user would; returns the trials that the master then has."""
 
     def create(config: str, **overrides):
-        det = Path(sys.executable).parent / "det"
-        command = [det, "-m", master.url, "e", "create", config, "."]
+        words = ["e", "create", config, "."]
         for key, value in overrides.items():
-            command += [
-                "--config",
-                f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).strip()}",
-            ]
-        environment = {**os.environ, "HOME": str(folder), "DET_USER": "determined", "DET_PASS": "Strong-enough-1"}
-        shown = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+            words += ["--config", f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).strip()}"]
+        shown = det(*words)
         assert f"Created experiment {len(master.experiments)}" in shown.stdout, shown.stderr
         assert len(json.dumps(master.experiments[len(master.experiments)]["raw"])) < 2**20  # with .venv and all here
         return [trial for trial in master.trials.values() if trial.experiment_id == len(master.experiments)]
@@ -256,7 +264,7 @@ def test_dpo_killed_on_two_slots_ends_like_untouched(
 
 @needs_containers
 def test_a_preempted_comparison_answers_nothing_twice(
-    master, create, start, sft_starts, sft_trial, tiny, folder, call, tmp_path
+    master, create, start, det, sft_starts, sft_trial, tiny, call, tmp_path
 ):
     """Of the base and the trial above. What was answered before the preemption is not answered again."""
     options = {
@@ -296,8 +304,24 @@ def test_a_preempted_comparison_answers_nothing_twice(
         MANIFEST,
     }
 
-    third = start(trial, slots=1)  # as after a power cut before the master heard of its end
+    # The page is the only checkpoint that is left, and the log ends with the command that downloads it.
+    unfinished = {report["uuid"] for report in trial.of_kind("checkpoint")} - {page.name}
+    assert trial.deleted == unfinished != set()
+    assert not any((master.storage / uuid).exists() for uuid in unfinished)
+    *_, download = second.log.read_text().splitlines()
+    assert download == f"det checkpoint download {page.name} -o exp-{trial.experiment_id}-comparison"
+    assert "Written to" not in second.log.read_text()  # a path of the container
+    downloaded = det(*shlex.split(download)[1:], cwd=tmp_path)
+    assert downloaded.returncode == 0, downloaded.stderr
+    here = tmp_path / f"exp-{trial.experiment_id}-comparison" / "comparison.html"
+    assert here.read_text() == (page / "comparison.html").read_text()
+
+    # As after a power cut before the checkpoints were deleted, and before the master heard of its end.
+    trial.deleted.clear()
+    third = start(trial, slots=1)
     assert third.wait() == 0, third.log.read_text()
+    assert third.log.read_text().splitlines()[-1] == download
+    assert trial.deleted == unfinished
     assert len(trial.of_kind("validation")) == 1
     assert [report["steps_completed"] for report in trial.of_kind("checkpoint")] == steps
 
