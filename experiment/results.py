@@ -156,9 +156,13 @@ class Experiment:
         saved = events_by_step(self.events.get(result["trial_id"], []), "checkpoint")
         return next((step for step, event in saved.items() if event["uuid"] == result["checkpoint_uuid"]), None)
 
+    def get(self, hparams: dict[str, Any], name: str) -> Any:
+        """Return the hyperparameter with this dotted name."""
+        return functools.reduce(operator.getitem, name.split("."), hparams)
+
     def value(self, hparams: dict[str, Any], name: str) -> str:
         """Return the hyperparameter with this dotted name as a user would write it."""
-        value: Any = functools.reduce(operator.getitem, name.split("."), hparams)
+        value = self.get(hparams, name)
         digits = ".3g" if name in self.ranges else "g"
         return f"{value:{digits}}" if isinstance(value, float) else str(value)
 
