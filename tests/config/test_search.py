@@ -231,7 +231,7 @@ def test_the_right_pair_of_time_metric_and_training_length(time_metric, max_time
     check_training_length(
         {"name": "grid", "max_length": {"epochs": 2}}, SimpleNamespace(max_steps=-1, num_train_epochs=2)
     )
-    with pytest.raises(UserError, match="searcher.max_length is deprecated"):
+    with pytest.raises(UserError, match="max_length is deprecated"):
         check_training_length({"name": "grid", "max_length": 100}, args)
 
 
