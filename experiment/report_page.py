@@ -61,9 +61,10 @@ class Page:
     def view(self, result: TrialResult, ranked: list[TrialResult]) -> TrialView:
         """Return a trial as the page shows it."""
         values = self.experiment.values(result["hparams"])
-        places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
         if self.experiment.draws:
             places = [(sorted(self.experiment.results).index(result["trial_id"]), len(self.results))]
+        else:
+            places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
         scores = [other["best_metrics"][self.searcher.metric] for other in ranked]
         rank = scores.index(result["best_metrics"][self.searcher.metric]) + 1 if result in ranked else None
         mark = "best" if result in ranked[:1] else "tied" if result["trial_id"] in self.verdict.alike else ""

@@ -227,7 +227,8 @@ class DetCallback(determined.transformers.DetCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Restore the random state, and stop at this very step if a search stops the trial for what it has found."""
         self._restore_rng_state()
-        if state.global_step and self.trial.should_preempt():
+        made_up = self.pending.evaluation  # on_train_begin asks next
+        if state.global_step and not made_up and self.trial.should_preempt():
             logger.info("preempted after the evaluation of step %d: saving", state.global_step)
             self.preempted = control.should_training_stop = True
             control.should_save |= self.epoch_ended  # else on_epoch_end comes next, and sees to it
