@@ -1,14 +1,21 @@
 """Searches that draw, on this machine: what is trained, which trials stop at a rung and how, and what a rerun keeps."""
 
 import json
+import re
+from types import SimpleNamespace
+
+import pytest
 
 import dpo_finetune
 import local_experiment
+from config.hyperparameters import DPOHyperparameters
 from config.search import make_brackets
+from errors import UserError
 from experiment.early_stopping import EarlyStopping
 from experiment.report_page import render
 from experiment.results import read_local
 from storage.files import append_json_line
+from trial.context import open_trial
 from trial.events import Decision, read_decisions, read_events
 
 DRAWN = {"type": "log", "base": 10, "minval": -4, "maxval": -3}
@@ -132,3 +139,14 @@ def test_the_wrong_unit_of_time_is_one_line(call, write_config, dpo_config):
     assert status == 2
     wrong = "searcher.time_metric 'epochs' with max_time 8 does not fit hyperparameters.training_args.max_steps 4"
     assert err.splitlines()[-1].endswith(f"{wrong}, the length of a training: set time_metric: batches and max_time: 4")
+
+
+def test_the_wrong_unit_of_time_is_one_line_on_a_cluster_too(dpo_config, monkeypatch):
+    """Determined's callback would raise ValueError, and the trial would be tried again."""
+    searcher = SEARCHER | {"time_metric": "epochs", "max_time": 1}
+    trial = SimpleNamespace(hparams=dpo_config["hyperparameters"], _config={"searcher": searcher})
+    info = SimpleNamespace(task_type="TRIAL", trial=trial, slot_ids=[], container_addrs=["a"])
+    monkeypatch.setattr("trial.context.det.get_cluster_info", lambda: info)
+    wrong = "searcher.time_metric 'epochs' with max_time 1 does not fit hyperparameters.training_args.max_steps 4"
+    with pytest.raises(UserError, match=re.escape(wrong)), open_trial(DPOHyperparameters, "dpo.yaml", ""):
+        pass
