@@ -14,12 +14,16 @@ receives
                          validation), best_metrics, checkpoint_uuid, error (why it failed)
     best_checkpoint      the UUID of the best trial's checkpoint
     report.html          all of it as a page, to open in a browser
+    search.jsonl         of adaptive_asha and async_halving: each evaluation, and whether the trial is stopped for it
     trials/<trial_id>/   its config.yaml, log.txt and events.jsonl
     cache/               what the trials share: tokenized data and reference log-probs. Delete it once they are done
 
 checkpoint_uuid is the best by searcher.metric of the checkpoints that were validated when they were saved, and
 best_metrics are the metrics of that checkpoint: they rank the trial. (The last step is always validated and saved.)
 Checkpoints are kept in local_runs/checkpoints (LOCAL_CHECKPOINT_STORAGE moves it), for later runs to start from.
+
+The searches random, adaptive_asha and async_halving try the same values each time, unless
+reproducibility.experiment_seed changes: those that a cluster tries with that seed. (config/search.py says when not.)
 
 After an interruption of any kind (Ctrl-C, a kill, a power cut) the same command continues: it keeps the finished
 trials and resumes the others from their latest checkpoints.

@@ -6,8 +6,8 @@
 The first command reads the folder of a local experiment. The second reads the experiment from the Determined master
 that the environment variable DET_MASTER names. The file needs no network and no server: open it in a browser, or send
 it to someone. It shows the best trial, which others cannot be told apart from it, the commands that compare and serve
-its model, what happened, the grid as heatmaps, every trial's curves, and a table. An experiment that still runs, or
-lost some of its trials, is drawn with what there is.
+its model, what happened, a grid as heatmaps or another search as scatters, every trial's curves, and a table. An
+experiment that still runs, or lost some of its trials, is drawn with what there is.
 """
 
 import argparse

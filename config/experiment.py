@@ -6,26 +6,16 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field, PositiveFloat, create_model
+from typing import Any
 
 from config.experiment_keys import check_experiment
-from config.validation import FORBID_UNKNOWN, Count, KeyPath, dotted, validate
+from config.search import DEFAULT_SEED, DRAWING, Space, check_space, count_trials, draw
+from config.validation import KeyPath, dotted
 from config.yaml_files import check_values, override, read_yaml
-from errors import CommandLine, UserError, about, at_least, nearest, reading
+from errors import CommandLine, UserError, about, at_least, reading
 
 MOST_TRIALS = 1000
 OUR_SCRIPTS = ("sft_finetune.py", "dpo_finetune.py")
-# The keys of each type of hyperparameter that a search varies, beside `type`.
-RANGE = create_model("Range", __config__=FORBID_UNKNOWN, minval=float, maxval=float, count=(Count | None, None))
-SPACES = {
-    "const": create_model("Const", __config__=FORBID_UNKNOWN, val=Any),
-    "categorical": create_model("Categorical", __config__=FORBID_UNKNOWN, vals=Annotated[list, Field(min_length=1)]),
-    "int": create_model("Int", __base__=RANGE, minval=int, maxval=int),
-    "double": RANGE,
-    "log": create_model("Log", __base__=RANGE, base=PositiveFloat),
-}
 
 
 def read_experiment_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,40 +51,57 @@ def entrypoint_script(config: dict[str, Any]) -> list[str]:
 def _options_of_ours() -> CommandLine:
     """The options of our scripts. (Off the cluster they are the runner's to give, on it there are none.)"""
     parser = CommandLine(None, add_help=False)
-    for name in ("--config", "--output", "--cache"):
+    for name in ("--config", "--output", "--cache", "--search"):
         parser.add_argument(name)
     parser.add_argument("--trial-id", type=at_least(1))
     return parser
 
 
 def expand_trials(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the hyperparameters of each trial of a `single` or `grid` search, in the master's order.
+    """Return the hyperparameters of each trial of a search, in the master's order; of other searches than the grid,
+    what they draw with `reproducibility.experiment_seed`, by default DEFAULT_SEED (see config/search.py).
 
-    The master (determined/master/pkg/searcher/grid.go) sorts the keys of each level and varies the last one fastest. A
-    list is a constant, a mapping with a `type` is a hyperparameter, and one without is a level of its own.
+    In a grid the master (determined/master/pkg/searcher/grid.go) sorts the keys of each level and varies the last one
+    fastest. A list is a constant, a mapping with a `type` is a hyperparameter, and one without is a level of its own.
     """
-    searcher = config["searcher"].get("name", "single")
-    if searcher not in ("single", "grid"):
-        raise UserError(f"searcher.name {searcher!r}: this machine runs single and grid; the others need a cluster")
+    searcher, hyperparameters = config["searcher"], config["hyperparameters"]
+    name = searcher.get("name", "single")
+    keys = {path: dotted("hyperparameters", path) for path, _ in _spaces(hyperparameters)}
+    spaces = {path: check_space(given, keys[path]) for path, given in _spaces(hyperparameters)}
+    if name in DRAWING:
+        for path, space in spaces.items():
+            _check_ends(space, keys[path])
+        if (count := count_trials(searcher)) > MOST_TRIALS:
+            raise UserError(f"searcher.max_trials {count} is more than the {MOST_TRIALS} that this machine runs")
+        given = (config.get("reproducibility") or {}).get("experiment_seed")
+        points = draw(spaces, count, DEFAULT_SEED if given is None else given)
+        return [_at_point(hyperparameters, point) for point in points]
     axes: dict[KeyPath, list[Any]] = {}
-    for path, space in _spaces(config["hyperparameters"]):
-        key = dotted("hyperparameters", path)
-        values = _axis(space, key)
-        if searcher == "single" and (values is None or len(values) > 1):
+    for path, space in spaces.items():
+        values, key = _axis(space, keys[path]), keys[path]
+        if name == "single" and (values is None or len(values) > 1):
             raise UserError(f"{key} is a search space; set searcher.name: grid to try its values")
         if values is None:
             raise UserError(f"{key} needs a count for a grid search")
         axes[path] = values
     if (count := math.prod(map(len, axes.values()))) > MOST_TRIALS:
         raise UserError(f"hyperparameters: their grid has {count} trials, more than {MOST_TRIALS}")
-    points = (dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values()))
-    return [_at_point(config["hyperparameters"], point) for point in points]
+    grid = itertools.product(*axes.values())
+    return [_at_point(hyperparameters, dict(zip(axes, point, strict=True))) for point in grid]
 
 
 def varying_hyperparameters(config: dict[str, Any]) -> list[str]:
     """Return dotted names of the hyperparameters that a search varies, as in `training_args.learning_rate`."""
     spaces = _spaces(config["hyperparameters"])
     return [dotted("", path) for path, space in spaces if space.get("type", "const") != "const" and not _is_one(space)]
+
+
+def drawn_ranges(config: dict[str, Any]) -> dict[str, str]:
+    """Return the type, double or log, of each hyperparameter that is drawn from such a range, by its dotted name."""
+    if config["searcher"].get("name") not in DRAWING:
+        return {}
+    types = {dotted("", path): space.get("type") for path, space in _spaces(config["hyperparameters"])}
+    return {name: kind for name, kind in types.items() if kind in ("double", "log")}
 
 
 def _is_one(space: dict[str, Any]) -> bool:
@@ -118,22 +125,20 @@ def _at_point(value: Any, point: dict[KeyPath, Any], path: KeyPath = ()) -> Any:
     return {k: _at_point(v, point, (*path, k)) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
+def _check_ends(space: Space, key: str) -> None:
+    """Raise `UserError` for a range whose ends, or how far they are apart, are no finite numbers."""
+    if space.kind in ("double", "log"):
+        _axis(Space(space.kind, space.keys.model_copy(update={"count": 2})), key)
+
+
+def _axis(space: Space, key: str) -> list[Any] | None:
     """The grid points of one hyperparameter; None for a range without a `count`."""
-    if "type" not in space:
-        raise UserError(f"{key}.type is missing: it is one of {', '.join(SPACES)}")
-    kind = str(space["type"])
-    if kind not in SPACES:
-        raise UserError(f"{key}.type {kind!r} is not one of {', '.join(SPACES)}{nearest(kind, SPACES)}")
-    given = {name: value for name, value in space.items() if name != "type"}
-    checked = validate(SPACES[kind], given, key, noun=f"a key of a {kind} hyperparameter")
+    kind, keys = space
     if kind in ("const", "categorical"):
-        return checked.vals if kind == "categorical" else [checked.val]
-    low, high, count = checked.minval, checked.maxval, checked.count
+        return keys.vals if kind == "categorical" else [keys.val]
+    low, high, count = keys.minval, keys.maxval, keys.count
     if count is None:
         return None
-    if low >= high:
-        raise UserError(f"{key}.minval {low:g} is not less than maxval {high:g}")
     if kind == "int":
         count = min(count, high - low + 1)
     if count > MOST_TRIALS:
@@ -142,7 +147,7 @@ def _axis(space: dict[str, Any], key: str) -> list[Any] | None:
     if kind == "int":
         return [math.floor(abs(point) + 0.5) * (1 if point >= 0 else -1) for point in points]  # as Go's math.Round
     with suppress(OverflowError):
-        points = [checked.base**point for point in points] if kind == "log" else points
+        points = [keys.base**point for point in points] if kind == "log" else points
         if all(map(math.isfinite, points)) and len(set(points)) == count:
             return points
     raise UserError(f"{key}: its values are not {count} different finite numbers")

@@ -86,24 +86,25 @@ EXPERIMENT: type[BaseModel] = _keys(
     max_restarts=Natural, checkpoint_policy=Literal["best", "all", "none"], labels=Texts, workspace=str, project=str,
     min_checkpoint_period=LENGTH, min_validation_period=LENGTH, scheduling_unit=Count, records_per_epoch=int,
     perform_initial_validation=bool, preemption_timeout=int, debug=bool, profiling=PROFILING,
-    reproducibility=_keys("Reproducibility", experiment_seed=Natural),
+    reproducibility=_keys("Reproducibility", experiment_seed=Annotated[int, Field(ge=0, lt=2**32)]),
     retention_policy=_keys("Retention", log_retention_days=Annotated[int, Field(ge=-1, le=32767)]),
     **dict.fromkeys(("data", "data_layer", "integrations", "internal", "pbs", "security", "slurm"), dict),
     tensorboard_storage=dict, optimizations=dict,
 )  # fmt: skip
 
+RUNGS = Annotated[int, Field(ge=1, le=30)]  # beyond, a power of the divisor may be no number
 CONCURRENT = {"max_concurrent_trials": Natural}
 SEVERAL = {**CONCURRENT, "max_trials": Count}
 HALVING = SEVERAL | {
-    "divisor": Annotated[float, Field(gt=1)], "max_time": int, "stop_once": bool, "time_metric": str,
+    "divisor": Annotated[float, Field(gt=1, le=1e6)], "max_time": Count, "stop_once": bool, "time_metric": NotEmpty,
 }  # fmt: skip
 SEARCHERS: dict[str, dict[str, Any]] = {
     "single": {},
     "grid": CONCURRENT,
     "random": SEVERAL,
     "adaptive_asha": HALVING
-    | {"bracket_rungs": list[int], "max_rungs": Count, "mode": Literal["aggressive", "standard", "conservative"]},
-    "async_halving": HALVING | {"num_rungs": Count},
+    | {"bracket_rungs": list[RUNGS], "max_rungs": RUNGS, "mode": Literal["aggressive", "standard", "conservative"]},
+    "async_halving": HALVING | {"num_rungs": RUNGS},
 }
 KEYS_OF_STORAGE = {  # the first one is required; their values are text
     "shared_fs": "host_path storage_path propagation container_path checkpoint_path tensorboard_path",
@@ -116,6 +117,11 @@ TEXT_OF_STORAGE = {key: str for keys in KEYS_OF_STORAGE.values() for key in keys
     "host_path": ABSOLUTE_PATH, "storage_path": PATH_WITHIN, "prefix": PATH_WITHIN,
     "bucket": NotEmpty, "container": NotEmpty,
 }  # fmt: skip
+REQUIRED = {kind: keys.partition(" ")[0] for kind, keys in KEYS_OF_STORAGE.items()} | {
+    "random": "max_trials",
+    "adaptive_asha": "max_trials max_time time_metric",
+    "async_halving": "num_rungs max_trials max_time time_metric",
+}
 # For a section with variants: the key that says which one is meant, the keys that all have, and those of each. Without
 # that key the cluster's default decides, so the keys of all variants are allowed. None: of a variant that is gone.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[Any, dict[str, Any]]]] = {
@@ -146,5 +152,5 @@ def check_experiment(config: dict[str, Any]) -> None:
             raise UserError(f"{section}.{tag} is {kind!r}, which is not one of {known}")
         own = variants[kind] if kind else {key: type_ for keys in variants.values() for key, type_ in keys.items()}
         noun = f"a key of {section}{f' with {tag} {kind}' if kind else ''}"
-        required = KEYS_OF_STORAGE.get(str(kind), "").partition(" ")[0]
+        required = REQUIRED.get(str(kind), "")
         validate(_keys(section, required, **{tag: str}, **common, **own), given, section, noun=noun)

@@ -1,4 +1,4 @@
-"""Plotly figures of an experiment's metrics: a heatmap over the grid's axes, and curves by step.
+"""Plotly figures of an experiment's metrics: a heatmap over a grid's axes, a scatter of other trials, curves by step.
 
 Colours are the page's CSS variables, such as `var(--ink)`. The page's script fills in what they are in light, dark and
 print. Texts are Plotly's HTML, so values are escaped.
@@ -113,6 +113,42 @@ def plot_heatmap(grid: list[list[Cell | None]], down: Axis, across: Axis) -> go.
     axes["xaxis"]["side"] = "top"
     axes["yaxis"]["range"].reverse()  # the first row on top
     return figure.update_layout(shapes=shapes, **axes)
+
+
+class Point(NamedTuple):
+    """A trial in a scatter."""
+
+    trial: str  # its number
+    x: Any  # a number, or the text of a category
+    y: float
+    details: str  # shown when pointed at, as Plotly's HTML
+    look: str  # `best`, `early` (stopped before its end) or nothing
+
+
+def plot_scatter(points: list[Point], kind: str, categories: list[str], title: str) -> go.Figure:
+    """Return the scatter of some trials. `kind` is of the x axis: linear, log or category; `title` is the y axis'."""
+    figure = go.Figure()
+    for point in sorted(points, key=lambda point: point.look == "best"):  # the best on top
+        marker: dict[str, Any] = {"size": 9, "color": "var(--h0)", "line": {"width": 1, "color": "var(--paper)"}}
+        if point.look == "best":
+            marker |= {"size": 13, "line": {"width": 3, "color": "var(--ink)"}}
+        elif point.look == "early":
+            marker |= {"symbol": "circle-open", "color": "var(--h1)", "line": {"width": 2}}
+        figure.add_scatter(
+            x=[point.x],
+            y=[point.y],
+            marker=marker,
+            name=point.trial,
+            hovertext=point.details,
+            hovertemplate="%{hovertext}<extra></extra>",
+            **{"mode": "markers", "cliponaxis": False},
+        )
+    xaxis: dict[str, Any] = {"type": kind, "nticks": 6}
+    if kind == "category":
+        xaxis |= {"categoryorder": "array", "categoryarray": categories}
+    yaxis = {"range": range_around([p.y for p in points]), "nticks": 6, "showgrid": True, "title": {"text": title}}
+    layout: dict[str, Any] = {**LAYOUT, "hovermode": "closest", "hoverdistance": 12}
+    return figure.update_layout(template={"layout": layout}, height=236, xaxis=xaxis, yaxis=yaxis)
 
 
 def plot_curves(

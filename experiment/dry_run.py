@@ -24,6 +24,7 @@ from trl import pack_dataset
 from trl.trainer.dpo_config import DPOConfig
 
 from chat_format import IM_END, IM_START, encode, set_chat_format
+from config.search import describe_search
 from data.splitting import SourceCounts, prompt_key, row_prompt
 from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
 from errors import one_line
@@ -264,7 +265,7 @@ def tabulate_training(experiment: Experiment, facts_of: dict[int, dict[str, str]
         points = [experiment.values(hparams) for hparams in experiment.plan_trials()]
         searched = pd.DataFrame(points, facts.index, [short_name(name) for name in experiment.varying])
         table = pd.concat([searched, facts.drop(columns=common)], axis=1).rename_axis("trial").reset_index()
-        yield Table(f"The {len(facts)} trials", table)
+        yield Table(f"The {len(facts)} trials", table, " ".join(describe_search(experiment.config)))
     shared = facts.loc[1, common].rename(" ").rename_axis("").reset_index()
     yield Table("Training" if len(facts) == 1 else "Training, all trials", shared, text_columns=[" "])
 

@@ -28,7 +28,11 @@ class Heatmaps:
     def __init__(self, page: "Page", metrics: list[str]) -> None:
         self.page, (ranked, alike) = page, page.settings
         self.axes = {name: values for name, values in page.axes.items() if name != SEED}
-        is_grid = bool(self.axes) and math.prod(map(len, page.axes.values())) == len(page.planned)
+        is_grid = (
+            bool(self.axes)
+            and not page.experiment.draws
+            and math.prod(map(len, page.axes.values())) == len(page.planned)
+        )
         self.seeds = SEED in page.axes
         self.narrow, self.wide = WIDE if self.seeds else NARROW
         self.views: dict[Values, list[TrialView]] = defaultdict(list)

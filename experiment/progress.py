@@ -47,7 +47,7 @@ def progress_table(experiment: "LocalExperiment", waiting: list[int], room: int,
             remaining = format_minutes(trial.seconds_left(now))
         elif trial_id in experiment.results:
             result = experiment.results[trial_id]
-            state, step, metrics = result["state"], str(result["steps_completed"]), result["best_metrics"]
+            state, step, metrics = experiment.state(result), str(result["steps_completed"]), result["best_metrics"]
         values = experiment.values(experiment.trials[trial_id - 1])
         figure = f"{metrics[metric]:.4g}" if metric in metrics else ""
         style = "bold" if trial_id in running else "dim" if state == "waiting" else None
@@ -65,7 +65,7 @@ def results_table(experiment: "LocalExperiment", verdict: "Verdict") -> Table:
     metrics = [metric for metric in shown if any(metric in result["best_metrics"] for result in results)]
     title = f"{experiment.name}: validations best by {experiment.searcher.metric}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    state = ["state"] if {result["state"] for result in results} != {"COMPLETED"} else []
+    state = ["state"] if {experiment.state(result) for result in results} != {"COMPLETED"} else []
     for name in ("trial", *experiment.varying, *state, "steps", *metrics):
         table.add_column(short_name(name), justify="right", no_wrap=name == "state", overflow="fold")
     styles = dict.fromkeys(verdict.alike, "green")
@@ -73,7 +73,11 @@ def results_table(experiment: "LocalExperiment", verdict: "Verdict") -> Table:
         styles[verdict.best["trial_id"]] = "bold green"
     for result in results:
         figures = [f"{result['best_metrics'][m]:.4g}" if m in result["best_metrics"] else "-" for m in metrics]
-        cells = [str(result["trial_id"]), *experiment.values(result["hparams"]), *([result["state"]] if state else [])]
+        cells = [
+            str(result["trial_id"]),
+            *experiment.values(result["hparams"]),
+            *([experiment.state(result)] if state else []),
+        ]
         table.add_row(*cells, str(result["steps_completed"]), *figures, style=styles.get(result["trial_id"]))
     return table
 

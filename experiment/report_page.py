@@ -11,10 +11,12 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from config.search import describe_search
 from experiment.charts import TrialView, choose_look, is_finite, plot_curves
 from experiment.heatmaps import Heatmaps
 from experiment.next_steps import next_steps
 from experiment.results import Experiment, TrialResult, flatten, short_name
+from experiment.scatters import Scatters
 from experiment.settings import rank_settings, settings_verdict
 from experiment.verdicts import Verdict, interval
 from experiment.what_happened import what_happened
@@ -53,16 +55,21 @@ class Page:
         self.trials = [self.view(result, ranked) for result in self.results]
         self.ranked = self.trials[: len(ranked)]
         self.best = next(iter(self.ranked), None)
-        self.heatmaps = Heatmaps(self, [m for m in self.metrics if m in (self.searcher.metric, *REWARDS)])
+        drawn = [m for m in self.metrics if m in (self.searcher.metric, *REWARDS)]
+        self.heatmaps, self.scatters = Heatmaps(self, drawn), Scatters(self, drawn)
 
     def view(self, result: TrialResult, ranked: list[TrialResult]) -> TrialView:
         """Return a trial as the page shows it."""
         values = self.experiment.values(result["hparams"])
-        places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
+        if self.experiment.draws:
+            places = [(sorted(self.experiment.results).index(result["trial_id"]), len(self.results))]
+        else:
+            places = [(axis.index(value), len(axis)) for value, axis in zip(values, self.axes.values(), strict=True)]
         scores = [other["best_metrics"][self.searcher.metric] for other in ranked]
         rank = scores.index(result["best_metrics"][self.searcher.metric]) + 1 if result in ranked else None
         mark = "best" if result in ranked[:1] else "tied" if result["trial_id"] in self.verdict.alike else ""
-        state = ENDED.get(result["state"], result["state"].lower().replace("_", " "))
+        state = self.experiment.state(result)
+        state = ENDED.get(state, state.lower().replace("_", " "))
         varied = [f"{short_name(name)} {value}" for name, value in zip(self.axes, values, strict=True)]
         title = "<br>".join([f"<b>trial {result['trial_id']}</b>", *(escape(line, quote=False) for line in varied)])
         metrics = [f"{escape(self.title(m), quote=False)} {self.format(m, result)}" for m in self.metrics]
@@ -89,10 +96,13 @@ class Page:
 
     def introduction(self) -> str:
         """Say what was tried and how it is judged."""
-        varied = " and ".join(f"{short_name(name)} ({', '.join(values)})" for name, values in self.axes.items())
+        ranges, said = self.experiment.ranges, {name: values for name, values in self.axes.items() if values}
+        said = {name: [f"{v[0]} to {v[-1]}"] if name in ranges else v for name, v in said.items()}
+        varied = " and ".join(f"{short_name(name)} ({', '.join(values)})" for name, values in said.items())
         trials = f"{self.count} of {self.experiment.script}" + (varied and f" over {varied}")
         better = "smaller" if self.searcher.smaller_is_better else "larger"
-        return f"{trials}, judged by {self.searcher.metric} ({better} is better)."
+        judged = f"{trials}, judged by {self.searcher.metric} ({better} is better)."
+        return " ".join([judged, *describe_search(self.experiment.config)])
 
     def progress(self) -> str:
         """Say how many trials are in each state."""
@@ -124,7 +134,8 @@ class Page:
         if not best:
             return
         said = self.verdict.tied()
-        for behind in [result for result in self.verdict.ranked[1:] if result["trial_id"] not in self.verdict.ties][:1]:
+        apart = [*self.verdict.ties, *self.verdict.stopped]
+        for behind in [result for result in self.verdict.ranked[1:] if result["trial_id"] not in apart][:1]:
             gap = self.verdict.behind.get(behind["trial_id"])
             size = gap.value if gap else abs(best["best_metrics"][metric] - behind["best_metrics"][metric])
             which = f"trial {behind['trial_id']} ({self.experiment.describe_values(behind['hparams'])})"
@@ -138,6 +149,8 @@ class Page:
         """Return how a trial stands against the best one, and the interval of the difference; nothing without pairs."""
         trial_id = result["trial_id"]
         gap = self.verdict.behind.get(trial_id)
+        if trial_id in self.verdict.stopped:
+            return "stopped early", ""
         if gap is None:
             return "best" if result is self.verdict.best else "", ""
         words = "cannot be told apart" if trial_id in self.verdict.alike else "worse"
@@ -152,6 +165,8 @@ class Page:
         """Say what a curve's colour, dash, marker and thickness mean."""
         first, *others = map(short_name, self.axes)
         said = f"Colour is {first}" + (f", dash and marker are {' and '.join(others)}" if others else "") + "."
+        if self.experiment.draws:
+            said = "Each trial has a colour, dash and marker."
         if len({trial.look for trial in self.trials}) < len(self.trials):
             said += " Some share a look: point at one to see which it is."
         return said + (f" The thick line is trial {self.best.id}." if self.best else "")

@@ -15,7 +15,8 @@ from determined.experimental import Determined
 from determined.experimental.client import ExperimentState
 from rich.progress import track
 
-from config.experiment import entrypoint_script, expand_trials, varying_hyperparameters
+from config.experiment import drawn_ranges, entrypoint_script, expand_trials, varying_hyperparameters
+from config.search import DRAWING, HALVING
 from config.validation import is_uuid
 from errors import UserError, reading
 from experiment.kinds import kind_of
@@ -85,6 +86,8 @@ class Experiment:
         self.name, self.config, self.folder, self.number = name, config, folder, number
         self.paused = False
         self.searcher, self.varying = Searcher(config), varying_hyperparameters(config)
+        self.draws = config["searcher"].get("name") in DRAWING  # values, so its trials are no grid
+        self.ranges = drawn_ranges(config)
         self.script = Path(entrypoint_script(config)[0]).name  # the file name of the entrypoint
         self.kind = kind_of(self.script)  # None for a script that is not this project's
         self.results: dict[int, TrialResult] = {}
@@ -94,11 +97,25 @@ class Experiment:
         self.unreachable = ""  # why they could not be read
 
     def plan_trials(self) -> list[dict[str, Any]]:
-        """Return the hyperparameters of every trial, started or not; in a random search, only of those that started."""
-        try:
-            return expand_trials(self.config)
-        except UserError:  # only a cluster runs this search, and only the cluster knows its next trials
-            return [result["hparams"] for result in self.results.values()]
+        """Return the hyperparameters of every trial, started or not; of a cluster's draws, only of those that started.
+
+        (What a master draws may depend on chance: see config/search.py.)
+        """
+        if not (self.draws and self.folder is None):
+            with suppress(UserError):  # of what only a cluster runs, such as a grid of thousands of trials
+                return expand_trials(self.config)
+        return [result["hparams"] for result in self.results.values()]
+
+    def stopped_early(self, result: TrialResult) -> bool:
+        """Return whether the search stopped a trial before it had trained as long as it could have."""
+        searcher = self.config["searcher"]
+        if searcher.get("name") not in HALVING or result["state"] != "COMPLETED":
+            return False
+        return result["metrics"].get(str(searcher.get("time_metric")), 0) < (searcher.get("max_time") or 0)
+
+    def state(self, result: TrialResult) -> str:
+        """Return Determined's name of a trial's state, or that it was stopped early: COMPLETED covers both."""
+        return "STOPPED_EARLY" if self.stopped_early(result) else result["state"]
 
     def axes(self) -> dict[str, list[str]]:
         """Return the different values of each hyperparameter that varies: numbers by size, others as they come."""
@@ -144,10 +161,15 @@ class Experiment:
         saved = events_by_step(self.events.get(result["trial_id"], []), "checkpoint")
         return next((step for step, event in saved.items() if event["uuid"] == result["checkpoint_uuid"]), None)
 
+    def get(self, hparams: dict[str, Any], name: str) -> Any:
+        """Return the hyperparameter with this dotted name."""
+        return functools.reduce(operator.getitem, name.split("."), hparams)
+
     def value(self, hparams: dict[str, Any], name: str) -> str:
         """Return the hyperparameter with this dotted name as a user would write it."""
-        value: Any = functools.reduce(operator.getitem, name.split("."), hparams)
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        value = self.get(hparams, name)
+        digits = ".3g" if name in self.ranges else "g"
+        return f"{value:{digits}}" if isinstance(value, float) else str(value)
 
     def values(self, hparams: dict[str, Any]) -> list[str]:
         """Return the hyperparameters that vary, each as a user would write it."""

@@ -19,7 +19,9 @@ from rich.live import Live
 
 from config.experiment import entrypoint_script, expand_trials
 from config.hyperparameters import check_searcher_metric, parse_hyperparameters
+from config.search import HALVING, check_training_length
 from errors import UserError, os_errors_of
+from experiment.early_stopping import EarlyStopping
 from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.progress import progress_table
 from experiment.report_page import render
@@ -104,8 +106,9 @@ class LocalExperiment(Experiment):
     def __init__(self, name: str, config: dict[str, Any], folder: Path, model_def: Path) -> None:
         super().__init__(name, config, folder)
         self.trials, self.model_def = expand_trials(config), model_def
-        self.report_file = folder / "report.html"
+        self.report_file, self.search_file = folder / "report.html", folder / "search.jsonl"
         self.reported: Experiment = self  # as the report has it: with what the trials and their checkpoints hold
+        self.stopping: EarlyStopping | None = None  # of a search that stops trials early, once it runs
         self.running: dict[int, RunningTrial] = {}
         self.durations: list[float] = []  # in seconds, of the trials that this process has seen complete
 
@@ -114,7 +117,10 @@ class LocalExperiment(Experiment):
         if self.kind is None:
             return []
         check_searcher_metric(self.kind.hyperparameters, self.searcher.metric)
-        return [parse_hyperparameters(self.kind.hyperparameters, hparams) for hparams in self.trials]
+        trials = [parse_hyperparameters(self.kind.hyperparameters, hparams) for hparams in self.trials]
+        for hparams in trials:
+            check_training_length(self.config["searcher"], hparams.args)
+        return trials
 
     def open_folder(self, command: dict[str, str]) -> None:
         """Make the folder and keep `command` in it, or take up the run of the same experiment that is in it.
@@ -142,7 +148,7 @@ class LocalExperiment(Experiment):
             raise UserError(f"{self.folder} holds a run with another {key}; remove it, or choose another --output")
         if key:
             console.print(f"{self.folder}: replaced a run with another {key}, which had trained nothing", markup=False)
-            for file in (*files, lines):
+            for file in (*files, lines, self.search_file):
                 file.unlink(missing_ok=True)
         results, damaged = read_results(self.folder, self.trials)
         self.results = {trial_id: result for trial_id, result in results.items() if result["state"] == "COMPLETED"}
@@ -163,6 +169,11 @@ class LocalExperiment(Experiment):
         waiting = [trial_id for trial_id in range(1, len(self.trials) + 1) if trial_id not in self.results]
         for trial_id in self.results:
             console.print(f"{self.describe(trial_id)}: completed before, kept")
+        if self.config["searcher"].get("name") in HALVING:
+            self.stopping = EarlyStopping(self.config["searcher"], self.search_file)
+            for trial_id in self.results:
+                self.stopping.tell(trial_id, read_events(self.folder / "trials" / str(trial_id) / "events.jsonl"))
+                self.stopping.end(trial_id, failed=False)
         self.write_results()  # a kill may have kept it from being written
         failed = 0
         with ExitStack() as stack:
@@ -171,22 +182,28 @@ class LocalExperiment(Experiment):
                 stack.enter_context(live)
             stack.callback(self.stop)  # at Ctrl-C too: no trial runs on unwatched
             while waiting or self.running:
-                while waiting and len(self.running) < max_concurrent:
+                while waiting and len(self.running) < max_concurrent and self.exists(waiting[0]):
                     self.start(waiting.pop(0), max_concurrent)
                 live.update(progress_table(self, waiting, console.height - 8, time.monotonic()), refresh=True)
                 time.sleep(POLL_SECONDS)
                 for trial_id, trial in list(self.running.items()):
                     ended = not trial.process.is_alive()
                     trial.read()
+                    if self.stopping:
+                        self.stopping.tell(trial_id, trial.events)
                     if ended:
                         failed += self.finish(trial_id)["state"] == "ERROR"
         return failed
 
+    def exists(self, trial_id: int) -> bool:
+        """Return whether a trial can start: a search that stops trials early creates them as it goes."""
+        return self.stopping is None or self.stopping.exists(trial_id)
+
     def start(self, trial_id: int, max_concurrent: int) -> None:
         """Start a trial's process: it resumes if it was started before."""
         folder = self.folder / "trials" / str(trial_id)
-        searcher = {key: value for key, value in self.config["searcher"].items() if key != "max_concurrent_trials"}
-        searcher["name"] = "single"
+        kept = {key: value for key, value in self.config["searcher"].items() if key in ("metric", "smaller_is_better")}
+        searcher = {"name": "single", **kept}
         config = {**self.config, "hyperparameters": self.trials[trial_id - 1], "searcher": searcher}
         with os_errors_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -194,6 +211,8 @@ class LocalExperiment(Experiment):
         script, *arguments = entrypoint_script(self.config)
         arguments += ["--config", str(folder / "config.yaml"), "--output", str(folder), "--trial-id", str(trial_id)]
         arguments += ["--cache", str(self.folder / "cache")]
+        if self.stopping:
+            arguments += ["--search", str(self.search_file)]
         environment = {**os.environ, "LOCAL_CHECKPOINT_STORAGE": str(local_checkpoint_storage())}
         slot = min(set(range(max_concurrent)) - {trial.slot for trial in self.running.values()})
         threads = None
@@ -206,6 +225,10 @@ class LocalExperiment(Experiment):
         command = (script, arguments, self.model_def, environment, threads, folder / "log.txt")
         process = PROCESSES.Process(target=run_script, args=command)
         trial = self.running[trial_id] = RunningTrial(process, slot, folder)
+        if self.stopping:
+            self.stopping.tell(trial_id, trial.events)  # what an interrupted run has not
+            if self.stopping.is_stopped(trial_id, trial.events):
+                return  # a process that has not started counts as one that has ended well
         process.start()
         if saved := trial.last_event("checkpoint"):
             console.print(f"{self.describe(trial_id)}: resumes from step {saved['steps_completed']}", markup=False)
@@ -221,10 +244,13 @@ class LocalExperiment(Experiment):
             result["error"] = read_failure(trial.process.exitcode, trial.log, trial.log_start)
         if state == "COMPLETED":
             delete_superseded(trial.events, best=result["checkpoint_uuid"])
+        if self.stopping:
+            self.stopping.end(trial_id, failed=state == "ERROR")
         self.results[trial_id] = result
         self.write_results()
         seconds = time.monotonic() - trial.started
-        outcome = f"{self.describe(trial_id)}: {state} after {seconds:.0f} s"
+        early = f" (stopped early, at step {result['steps_completed']})" if self.stopped_early(result) else ""
+        outcome = f"{self.describe(trial_id)}: {state}{early} after {seconds:.0f} s"
         if "error" in result:
             outcome += f": {result['error']} (see {trial.log})"
         else:

@@ -33,11 +33,13 @@ Ranking = tuple[list[Setting], list[Setting] | None]
 
 
 def settings_of(experiment: Experiment) -> list[Setting]:
-    """Return the settings of the trials that can be ranked; none if no seed varies."""
+    """Return the settings of the trials that can be ranked and were not stopped early; none if no seed varies."""
     if SEED not in experiment.varying:
         return []
     groups: dict[tuple[str, ...], list[TrialResult]] = defaultdict(list)
     for result in experiment.rank_trials():
+        if experiment.stopped_early(result):
+            continue
         values = zip(experiment.varying, experiment.values(result["hparams"]), strict=True)
         groups[tuple(value for name, value in values if name != SEED)].append(result)
     return [Setting(*group) for group in groups.items()]

@@ -75,6 +75,8 @@ class Verdict:
     `differences_from`): positive for a worse one. It is empty without pairs; then `alike` are only the exact ties.
     `alike` cannot be told apart from the best; `worse` are worse; `better` are better on the pairs that all hold out,
     though not on the best trial's own; `uncompared` are not, for the reason `why`. `pairs` is how many all share.
+    `stopped` are those that the search stopped early: their figures are of shorter trainings, so they are in none of
+    the others.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -83,7 +85,9 @@ class Verdict:
         self.best = next(iter(self.ranked), None)
         self.behind: dict[int, Estimate] = {}
         self.pairs, self.why = 0, experiment.unreachable or "the checkpoints keep none"
-        with_pairs = [r for r in self.ranked if pair_values(experiment, r, metric) is not None]
+        self.stopped = [r["trial_id"] for r in self.ranked[1:] if experiment.stopped_early(r)]
+        full = [r for r in self.ranked if r["trial_id"] not in self.stopped]
+        with_pairs = [r for r in full if pair_values(experiment, r, metric) is not None]
         if self.best in with_pairs and len(with_pairs) > 1:
             values = values_of_common_pairs(experiment, with_pairs)
             self.pairs = values.shape[1]
@@ -92,10 +96,10 @@ class Verdict:
                 self.behind = {r["trial_id"]: Estimate(-d.value, -d.high, -d.low, d.count) for r, d in differences}
             else:
                 self.why = "there is none that all of them hold out"
-        self.uncompared = [r["trial_id"] for r in self.ranked[1:] if r["trial_id"] not in self.behind]
+        self.uncompared = [r["trial_id"] for r in full[1:] if r["trial_id"] not in self.behind]
         self.worse = [trial_id for trial_id, gap in self.behind.items() if gap.low > 0]
         self.better = [trial_id for trial_id, gap in self.behind.items() if gap.high < 0]
-        scores = {result["trial_id"]: result["best_metrics"][metric] for result in self.ranked}
+        scores = {result["trial_id"]: result["best_metrics"][metric] for result in full}
         self.ties = [trial_id for trial_id in list(scores)[1:] if scores[trial_id] == next(iter(scores.values()))]
         apart = {*self.worse, *self.better}
         self.alike = sorted(i for i in self.behind if i not in apart) if self.behind else self.ties
@@ -107,7 +111,7 @@ class Verdict:
         said = f"Trial {self.best['trial_id']} is best{' so far' if so_far else ''}"
         if not self.behind or len(self.better) == len(self.behind):
             return said
-        all_compared = not (self.better or self.uncompared)
+        all_compared = not (self.better or self.uncompared or self.stopped)
         return said + compare_in_words(sorted(self.alike), sorted(self.worse), all_compared)
 
     def tied(self) -> list[str]:
@@ -117,6 +121,11 @@ class Verdict:
     def remarks(self) -> list[str]:
         """Return what a reader should know of the comparison: what could not be compared, and why."""
         metric, said = self.experiment.searcher.metric, list[str]()
+        if self.best and self.experiment.stopped_early(self.best):
+            said.append("The best one was itself stopped early: trained to the end, it could be better or worse.")
+        if self.stopped:
+            which = trials(self.stopped) if len(self.stopped) <= MOST_NAMED else f"{len(self.stopped)} trials"
+            said.append(f"Not compared: {which}, stopped early by the search after less training.")
         if self.better:
             better = f"{trials(self.better, verb=True)} better than it"
             said.append(f"On the {plural(self.pairs, 'pair')} that all trials hold out, {better}.")

@@ -37,7 +37,7 @@ LEARNED = {  # by whether chosen answers, and whether rejected ones, became more
 
 def what_happened(experiment: Experiment) -> list[str]:
     """Return the sentences on an experiment."""
-    best, said = experiment.best(), list[str]()
+    best, said = experiment.best(), [*stopped_early(experiment)]
     if best and experiment.kind is SFT:
         said += [*held_out_loss(experiment, best), *loss_gap(experiment, best)]
     elif best:
@@ -47,6 +47,16 @@ def what_happened(experiment: Experiment) -> list[str]:
     if best and (evaluations := experiment.evaluations.get(best["trial_id"])):
         said += [*lengths(experiment, best, evaluations), *evaluations.truncations]
     return said
+
+
+def stopped_early(experiment: Experiment) -> Iterator[str]:
+    """Say how many trials the search stopped, and how much training that saved."""
+    stopped = [result for result in experiment.results.values() if experiment.stopped_early(result)]
+    if stopped:
+        unit, length = (experiment.config["searcher"][key] for key in ("time_metric", "max_time"))
+        done = fmean(result["metrics"].get(unit, 0) for result in stopped)
+        who = f"{len(stopped)} of {plural(len(experiment.results), 'trial')}"
+        yield f"The search stopped {who} early, after {done:.3g} of {length} {unit} on average."
 
 
 def answers(experiment: Experiment, best: TrialResult) -> Iterator[str]:
@@ -80,7 +90,8 @@ def distance(experiment: Experiment, best: TrialResult) -> Iterator[str]:
     """Say how far the best trial and the others moved from the reference."""
     moved = {}
     for trial_id, result in experiment.results.items():
-        if ratios := experiment.log_ratios(result):
+        whole = trial_id == best["trial_id"] or not experiment.stopped_early(result)
+        if whole and (ratios := experiment.log_ratios(result)):
             moved[trial_id] = float(np.abs(np.concatenate(ratios)).mean())
     own = moved.pop(best["trial_id"], None)
     if own is None:
@@ -130,7 +141,7 @@ def still(experiment: Experiment) -> Iterator[str]:
     found: dict[int, str] = {}
     for trial_id, result in sorted(experiment.results.items()):
         loss = result["best_metrics"].get("eval_preference_loss", math.nan)
-        if result["state"] != "COMPLETED":
+        if experiment.state(result) != "COMPLETED":
             continue
         if ratios := experiment.log_ratios(result):
             moved = float(np.abs(ratios.margins).mean())

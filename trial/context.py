@@ -22,12 +22,13 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
+from config.search import check_training_length
 from errors import CommandLine, TemporaryError, UserError, about, at_least, one_line, os_errors_of
 from storage.checkpoints import agent_cache, check_storage, local_checkpoint_storage
 from storage.files import check_output, read_json_lines
 from storage.locks import only_writer
 from storage.shared_cache import once_per_node
-from trial.events import TRAINED, LocalCheckpointContext, LocalTrainContext, is_event, read_events
+from trial.events import TRAINED, LocalCheckpointContext, LocalPreemptContext, LocalTrainContext, is_event, read_events
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +137,10 @@ def _open_on_cluster(
 
     hide_progress_bars_in_logs()
     hparams = parse_hyperparameters(cls, info.trial.hparams)
-    metric = info.trial._config["searcher"]["metric"]
+    searcher = info.trial._config["searcher"]
+    metric = searcher["metric"]
     check_searcher_metric(cls, metric)
+    check_training_length(searcher, hparams.args)
     if distributed is None and (slots := len(info.slot_ids) * len(info.container_addrs)) > 1:
         launcher = "python -m determined.launch.torch_distributed"
         raise UserError(f"the trial has {slots} slots and one process: begin the YAML's entrypoint with {launcher}")
@@ -218,7 +221,10 @@ def _open_locally(
             return [event["uuid"] for event in reversed(read_events(events)) if event["kind"] == "checkpoint"]
 
         core_context = stack.enter_context(core.init(distributed=distributed, checkpoint_storage=str(storage)))
-        core_context.train = LocalTrainContext(events, values)
+        core_context.train = train = LocalTrainContext(events, values)
+        if arguments.search:
+            search = Path(arguments.search)
+            core_context.preempt = LocalPreemptContext(core_context.distributed, train, search, arguments.trial_id)
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, events)
         latest = next(iter(saved()), None)
         yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, False, saved, output)
@@ -256,4 +262,5 @@ Off the cluster, python local_experiment.py runs a whole experiment through this
     add("--output", default=output, help="the trial's folder, which is also resumed from (default: %(default)s)")
     add("--trial-id", type=at_least(1), default=1, help="number written to its checkpoints (default: 1)")
     add("--cache", help="folder for tokenized data and reference log-probs, to share (default: OUTPUT/cache)")
+    add("--search", help="the search.jsonl of a search that stops trials early (default: none does)")
     return parser.parse_args()

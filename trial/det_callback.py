@@ -93,6 +93,7 @@ class DetCallback(determined.transformers.DetCallback):
     | the training                      | and evaluated                        | evaluation is pending               |
     | a batch of an evaluation          | go on; restore the random state      | break off; save the step unless it  |
     |                                   | after the last one                   | was saved; evaluation is pending    |
+    | the end of an evaluation          | go on                                | save the step                       |
     | a start from a checkpoint         | evaluate if that is pending, then    | end, with nothing new to save       |
     |                                   | train on, if steps are left          |                                     |
 
@@ -103,7 +104,7 @@ class DetCallback(determined.transformers.DetCallback):
     def __init__(self, trial: Trial, trainer: Any) -> None:
         # `trainer` is an ExactSFTTrainer or ExactDPOTrainer: others have no `evaluations`.
         self.trial, self.trainer = trial, trainer
-        self.preempted = False
+        self.preempted = self.epoch_ended = False
         self.pending = Pending()
         self.throughput = Throughput(trainer)
         # Upstream appends to this for adaptive_asha, but does not create it. This can go once it does.
@@ -175,7 +176,7 @@ class DetCallback(determined.transformers.DetCallback):
             self.core_context.train.report_progress(percent / 100)
         last = state.global_step >= state.max_steps
         control.should_log |= last
-        self.preempted = self.trial.should_preempt()
+        self.preempted, self.epoch_ended = self.trial.should_preempt(), False
         if self.preempted:
             logger.info("preempted at step %d: saving", state.global_step)
             self.pending.evaluation = control.should_evaluate
@@ -210,6 +211,7 @@ class DetCallback(determined.transformers.DetCallback):
         steps: Any = SimpleNamespace(max_steps=state.max_steps)
         super().on_epoch_end(steps, state, control, **kwargs)
         self.throughput.end_step(control)
+        self.epoch_ended = True
         self._remember_rng_state(control)
 
     def _remember_rng_state(self, control: TrainerControl) -> None:
@@ -222,8 +224,17 @@ class DetCallback(determined.transformers.DetCallback):
             logger.info("preempted during an evaluation")
             raise TrialStopped
 
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Restore the random state, so that training goes on the same if an evaluation is made up for later.
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Restore the random state, and stop at this very step if a search stops the trial for what it has found."""
+        self._restore_rng_state()
+        made_up = self.pending.evaluation  # on_train_begin asks next
+        if state.global_step and not made_up and self.trial.should_preempt():
+            logger.info("preempted after the evaluation of step %d: saving", state.global_step)
+            self.preempted = control.should_training_stop = True
+            control.should_save |= self.epoch_ended  # else on_epoch_end comes next, and sees to it
+
+    def _restore_rng_state(self) -> None:
+        """Have training go on the same if an evaluation is made up for later.
 
         (A DataLoader draws a seed from the CPU's generator, whether it shuffles or not.)
         """
@@ -236,7 +247,7 @@ class DetCallback(determined.transformers.DetCallback):
         if self.trainer.state.global_step <= max(self.last_save, 0):
             return
         self.pending.evaluation = True
-        self.on_evaluate()
+        self._restore_rng_state()
         self._save_outside_of_steps()
 
     def _save_outside_of_steps(self) -> None:

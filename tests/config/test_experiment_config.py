@@ -73,7 +73,6 @@ def test_axes(space, values):
             grid(h={"type": "log", "base": 1, "minval": 1, "maxval": 2, "count": 2}),
             "hyperparameters.h: its values are not 2 different finite numbers",
         ),
-        ({**grid(), "searcher": {"name": "adaptive_asha"}}, "searcher.name 'adaptive_asha'"),
         (
             {**grid(h={"type": "categorical", "vals": [1, 2]}), "searcher": {"name": "single"}},
             "hyperparameters.h is a search space",

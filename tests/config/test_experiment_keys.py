@@ -49,9 +49,19 @@ def with_key(path, value):
         ("searcher", {"name": "grid", "metric": "a", "max_concurrent_trials": 4, "max_length": {"batches": 10}}),
         (
             "searcher",
-            {"name": "adaptive_asha", "metric": "a", "max_trials": 9, "max_time": 10},
+            {"name": "adaptive_asha", "metric": "a", "max_trials": 9, "max_time": 10, "time_metric": "epochs"},
         ),
-        ("searcher", {"name": "async_halving", "metric": "a", "max_trials": 9, "num_rungs": 2, "max_time": 10}),
+        (
+            "searcher",
+            {
+                "name": "async_halving",
+                "metric": "a",
+                "max_trials": 9,
+                "num_rungs": 2,
+                "max_time": 10,
+                "time_metric": "epochs",
+            },
+        ),
         ("optimizations", {"aggregation_frequency": 2, "mixed_precision": "O1", "gradient_compression": None}),
         ("bind_mounts", [{"host_path": "/tmp", "container_path": "x", "read_only": True}]),
         ("min_validation_period", {"epochs": 1}),
@@ -125,7 +135,11 @@ def test_what_determined_accepts(path, value):
         ("environment/proxy_ports", [{"port": 8080}], "[0].port is not a key"),
         ("environment/registry_auth", {"user": "x"}, ".user is not a key"),
         ("resources/devices", ["nonsense"], "[0]: 'nonsense' is not host_path:container_path[:mode]"),
-        ("searcher", {"name": "adaptive_asha", "metric": "a", "divisor": 1}, ".divisor 1 is not greater than 1"),
+        (
+            "searcher",
+            {"name": "adaptive_asha", "max_trials": 9, "max_time": 10, "time_metric": "a", "divisor": 1},
+            ".divisor 1 is not greater than 1",
+        ),
     ],
 )
 def test_what_determined_refuses(path, value, message):

@@ -57,7 +57,7 @@ EXPERIMENT: list[tuple[tuple[str, ...], str]] = [  # of local_experiment.py, aft
     (("--config", "hyperparameters.training_args.seed=!!python/name:os.system x"), "--config"),
     (("--config", "hyperparameters.training_args.seeds=1"), "seeds"),
     (("--config", "hyperparameters.training_args=x"), "training_args"),
-    (("--config", "searcher.name=random"), "searcher.name"),
+    (("--config", "searcher.name=random"), "searcher.max_trials"),
     (("--config", "hyperparameters.training_args.learning_rate=1e-5x"), "learning_rate"),
     (("--config", "resources.slots_per_trial=two"), "slots_per_trial"),
     (("--max-concurrent", "0"), "--max-concurrent"),

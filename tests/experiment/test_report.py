@@ -473,19 +473,35 @@ def test_three_axes_are_a_grid_for_each_value_of_the_third(write):
     ]
 
 
-def test_a_random_search_has_a_table_and_no_grid(write):
-    """Only a cluster runs one, and only it knows what the trials will be."""
+def test_a_search_that_is_no_grid_has_scatters(write):
+    """A point for each trial on each axis, hollow where the search stopped it. Of a cluster, whose draws may differ."""
     experiment = read_local(write(DPO, ACCURACIES))
     experiment.config = changed(DPO, {"dpo_beta": {"type": "log", "base": 10, "minval": -3, "maxval": -1}})
-    experiment.config["searcher"] |= {"name": "random", "max_trials": 6}
+    experiment.config["searcher"] |= {"name": "adaptive_asha", "max_trials": 6, "max_time": 2, "time_metric": "epochs"}
     drawn = Experiment(experiment.name, experiment.config)
     drawn.results, drawn.events = experiment.results, experiment.events
     for trial_id, result in drawn.results.items():
         result["hparams"]["dpo_beta"] = trial_id / 100
-    page = render(drawn)
-    assert "6 of 6 trials completed" in page
-    assert 'id="trials"' in page
-    assert 'id="grid"' not in page
+        result["metrics"]["epochs"] = 1.5 if trial_id in (3, 6) else 2.0
+    page = Page(render(drawn))
+    assert "4 of 6 trials completed, 2 stopped early." in page.root.text
+    assert "dpo_beta (0.01 to 0.06)" in page.root.text
+    assert {row["state"] for row in page.table} == {"completed", "stopped early"}
+    assert page.section("grid") is None
+    captions = [figure.text for figure in page.section("search").all("figcaption")]
+    assert captions[:2] == ["dpo_beta", "learning_rate"]
+    by_beta, by_rate, *_ = (
+        json.loads(plot.attributes["data-figure"]) for plot in page.section("search").all("div", class_="plot")
+    )
+    assert (by_beta["layout"]["xaxis"]["type"], by_rate["layout"]["xaxis"]["type"]) == ("log", "linear")
+    points = {int(point["name"]): point for point in by_beta["data"]}
+    assert {i: (point["x"], point["y"]) for i, point in points.items()} == {
+        i: ([i / 100], [accuracy]) for i, accuracy in enumerate(ACCURACIES, start=1)
+    }
+    hollow = {i for i, point in points.items() if point["marker"].get("symbol") == "circle-open"}
+    assert hollow == {3, 6}
+    assert "<b>trial 3</b>" in points[3]["hovertext"]
+    assert points[2]["marker"]["size"] > points[1]["marker"]["size"]  # the best
 
 
 def test_everything_is_escaped(write):

@@ -288,3 +288,22 @@ def test_one_setting_or_one_seed_has_nothing_to_compare():
 )
 def test_a_mean_has_the_digits_that_its_spread_leaves(scores, text):
     assert format_mean(scores, str) == text
+
+
+def test_trials_that_were_stopped_early_are_not_compared():
+    """Their figures are of shorter trainings: that they are lower says nothing of their settings."""
+    searcher = {"name": "adaptive_asha", "max_trials": 4, "time_metric": "epochs", "max_time": 2}
+    experiment = made([pairs_of(of) for of in (GOOD, BAD, WORST, h(1, 5))], searcher=searcher)
+    for trial_id, epochs in ((1, 2), (2, 2), (3, 0.5), (4, 1.99)):
+        experiment.results[trial_id]["metrics"]["epochs"] = epochs
+    verdict = Verdict(experiment)
+    assert verdict.headline(so_far=False) == "Trial 1 is best; trial 2 is worse (95%)"
+    assert (verdict.stopped, verdict.uncompared, list(verdict.behind)) == ([4, 3], [], [2])
+    assert verdict.remarks() == ["Not compared: trials 4 and 3, stopped early by the search after less training."]
+    assert Page(experiment).against_best(experiment.results[3]) == ("stopped early", "")
+    experiment.results[1]["metrics"]["epochs"] = 1.0
+    verdict = Verdict(experiment)
+    assert verdict.best is experiment.results[1]  # as a cluster chooses the checkpoint of exp:N
+    assert (
+        "The best one was itself stopped early: trained to the end, it could be better or worse." in verdict.remarks()
+    )
