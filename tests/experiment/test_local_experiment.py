@@ -230,7 +230,7 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(call, write_config, dpo
         ("hyperparameters.model_ckpt=latest", "model_ckpt 'latest' is not a checkpoint UUID"),
         ("hyperparameters.model_ckpt=6b6fbaa7-faa9-4449-867b-2939a147a335", "no such checkpoint in"),
         ("entrypoint=python nowhere.py", "entrypoint script nowhere.py: not in"),
-        ("searcher.name=adaptive_asha", "searcher.name 'adaptive_asha'"),
+        ("searcher.name=adaptive_asha", "searcher.max_trials is missing"),
         ("searcher.metric=", "searcher.metric is missing"),
         (
             "searcher.metric=eval_reward/accuracies",
