@@ -83,7 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], examples: int, page: Path | None) -> None:
+def show_dry_run(
+    experiment: "Experiment", trials: list["Hyperparameters"], examples: int, page: Path | None, remarks: list[str]
+) -> None:
     """Print the sections of a dry run as they come, and write them to `page`, even if a mistake ends it early."""
     from experiment.dry_run import dry_run
     from experiment.dry_run_output import print_section, write_page
@@ -93,7 +95,7 @@ def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], exam
         console.width = max(console.width, 120)  # of a log file
     sections = []
     try:
-        for section in dry_run(experiment, trials, examples):
+        for section in dry_run(experiment, trials, examples, remarks):
             print_section(section, console)
             sections.append(section)
     finally:
@@ -137,6 +139,7 @@ def main() -> int:
     from experiment.next_steps import compare_command, dpo_command, winner
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
+    from experiment.starting_points import as_seen_here, settle_checkpoints
     from storage.checkpoints import check_storage
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
@@ -145,20 +148,26 @@ def main() -> int:
     hide_progress_bars_in_logs()
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
         with about(args.config_file):
+            if args.dry_run:
+                config, remarks = as_seen_here(config)
+            else:
+                config, settled = settle_checkpoints(config, folder)
             experiment = LocalExperiment(name, config, folder, model_def)
             with training_elsewhere() if args.dry_run else contextlib.nullcontext():
                 trials = experiment.parse_trials()
         if args.dry_run:
             if experiment.kind is None:
                 raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
-            show_dry_run(experiment, trials, args.examples, folder if args.output else None)
+            show_dry_run(experiment, trials, args.examples, folder if args.output else None, remarks)
             return 0
-        check_storage(folder, next((hparams.model_ckpt for hparams in trials if hparams.model_ckpt), None))
+        check_storage(folder, next((hparams.checkpoint for hparams in trials if hparams.checkpoint), None))
         if experiment.kind:
             check_sources(experiment.kind, trials)
         with only_writer(folder):
             with os_errors_of(folder):
-                experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
+                experiment.open_folder(
+                    {"config_file": args.config_file, "model_def": args.model_def, "checkpoints": settled}
+                )
             failed = experiment.run(args.max_concurrent)
 
     verdict = experiment.verdict()

@@ -3,15 +3,20 @@
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from config.cluster_names import NO_CHECKPOINT, is_cluster_name
 from errors import UserError
 from experiment.kinds import DPO, SFT
 from experiment.results import Experiment, TrialResult
 from experiment.settings import rank_settings, settings_verdict
 from experiment.verdicts import Verdict, args_of, beta_of
 from storage.checkpoints import local_checkpoint
+from storage.cluster_checkpoints import base_of, checkpoint_folder
 from storage.files import is_object, read_json_lines
+from storage.origins import read_origin
 
 
 def winner(verdict: Verdict) -> Iterator[str]:
@@ -31,8 +36,8 @@ def compare_command(experiment: Experiment) -> str | None:
     if best is None or experiment.kind is not DPO:
         return None
     hparams, prefix = best["hparams"], "" if experiment.folder else "ckpt:"  # as inference.py --model takes it
-    sft = hparams.get("model_ckpt")
-    models = {"base": hparams.get("model_name"), "sft": sft and prefix + sft}
+    sft = hparams.get("model_ckpt") if hparams.get("model_ckpt") != NO_CHECKPOINT else None
+    models = {"base": base_model(experiment, hparams), "sft": sft and (sft if is_cluster_name(sft) else prefix + sft)}
     models["dpo"] = f"{prefix}{best['checkpoint_uuid']}"
     words = [word for name, source in models.items() if source for word in ("--model", f"{name}={source}")]
     if sft:  # DPO's own rewards are measured against it
@@ -44,6 +49,21 @@ def compare_command(experiment: Experiment) -> str | None:
     if data_seed is not None:  # it decides which rows were held out
         words += ["--data-seed", str(data_seed)]
     return "python " + shlex.join(["inference.py", *words, "--output_file", "comparison.html"])
+
+
+def base_model(experiment: Experiment, hparams: dict[str, Any]) -> str | None:
+    """Return the model at the beginning of SFT, which the checkpoint that a DPO trial started from names.
+
+    If nobody knows any more, it is the trial's own `model_name`, which `dpo_command` has set to it.
+    """
+    start, base = hparams.get("model_ckpt") or NO_CHECKPOINT, None
+    if start != NO_CHECKPOINT:
+        with suppress(UserError):
+            if experiment.folder is None:
+                base = base_of(start if is_cluster_name(start) else f"ckpt:{start}", "model_ckpt")
+            elif origin := read_origin(checkpoint_folder(start, "model_ckpt", verify=False)):
+                base = origin.base
+    return base or hparams.get("model_name")
 
 
 def dpo_command(experiment: Experiment) -> str | None:

@@ -85,6 +85,7 @@ class Master:
         self.storage = self.hidden_storage = storage  # the second is where it itself finds the files
         self.experiments: dict[int, dict[str, Any]] = {}
         self.trials: dict[int, Trial] = {}
+        self.models: dict[str, list[str]] = {}  # the registry: the checkpoint of each version, by the model's name
         self.watch: Callable[[Trial, dict[str, Any]], None] = lambda trial, report: None
         self.unknown: list[str] = []  # requests that it has no answer to
         master = self
@@ -260,6 +261,36 @@ class Master:
     def get_checkpoint(self, uuid: str, query: Any, body: Any) -> dict[str, Any]:
         return {"checkpoint": self._all_checkpoints(list(self.trials.values()))[uuid]}
 
+    def get_model(self, name: str, query: Any, body: Any) -> dict[str, Any]:
+        return {
+            "model": {
+                **{"name": name, "numVersions": len(self.models[name]), "archived": False, "id": 1, "metadata": {}},
+                **{"creationTime": NOW, "lastUpdatedTime": NOW, "userId": 1, "username": "u", "workspaceId": 1},
+            }
+        }
+
+    def model_versions(self, name: str, query: dict[str, list[str]], body: Any) -> dict[str, Any]:
+        """In no order unless one is asked for."""
+        found = [self.model_version(name, 1 + i, None, None)["modelVersion"] for i in range(len(self.models[name]))]
+        if query.get("sortBy") == ["SORT_BY_VERSION"] and query["orderBy"] == ["ORDER_BY_DESC"]:
+            found.reverse()
+        limit = int(query.get("limit", ["0"])[0]) or len(found)
+        page = {"total": len(found), "startIndex": 0, "endIndex": len(found)}
+        return {"modelVersions": found[:limit], "model": self.get_model(name, None, None)["model"], "pagination": page}
+
+    def model_version(self, name: str, version: int, query: Any, body: Any) -> dict[str, Any]:
+        """The n-th version was made at n minutes past `NOW`."""
+        if not 0 < version <= len(self.models[name]):
+            raise KeyError(f"version {version}")
+        made = NOW.replace("00:00Z", f"{version:02}:00Z")
+        return {
+            "modelVersion": {
+                **{"version": version, "id": version, "creationTime": made, "lastUpdatedTime": made, "username": "u"},
+                "checkpoint": self.get_checkpoint(self.models[name][version - 1], None, None)["checkpoint"],
+                "model": self.get_model(name, None, None)["model"],
+            }
+        }
+
     def checkpoint_files(self, uuid: str, query: Any, body: Any) -> bytes:
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as tar:
@@ -303,8 +334,8 @@ class Master:
         return {
             **{"id": experiment_id, "name": experiment["config"].get("name", ""), "config": experiment["config"]},
             **{"archived": False, "jobId": "1", "numTrials": 1, "originalConfig": experiment["body"]["config"]},
-            **{"projectId": 1, "projectOwnerId": 1, "searcherType": "single", "startTime": NOW, "username": "u"},
-            "state": "STATE_COMPLETED",
+            **{"projectId": 1, "projectOwnerId": 1, "searcherType": "single", "username": "u"},
+            **{"state": "STATE_COMPLETED", "startTime": NOW, "endTime": NOW, **experiment.get("times", {})},
         }
 
     def _trial(self, name: str) -> Trial:
@@ -339,6 +370,9 @@ ROUTES = {
     r"GET /api/v1/trials/(\d+)": Master.get_trial,
     r"GET /api/v1/trials/(\d+)/checkpoints": Master.trial_checkpoints,
     r"GET /api/v1/checkpoints/([^/]+)": Master.get_checkpoint,
+    r"GET /api/v1/models/([^/]+)": Master.get_model,
+    r"GET /api/v1/models/([^/]+)/versions": Master.model_versions,
+    r"GET /api/v1/models/([^/]+)/versions/(\d+)": Master.model_version,
     r"GET /checkpoints/([^/]+)": Master.checkpoint_files,
 }
 

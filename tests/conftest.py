@@ -103,6 +103,7 @@ def dpo_config(tiny) -> dict[str, Any]:
         "searcher": {"name": "single", "metric": "eval_rewards/accuracies", "smaller_is_better": False},
         "hyperparameters": {
             "model_name": str(tiny / "base"),
+            "model_ckpt": "none",
             "datasets": [str(tiny / "questions"), str(tiny / "conversations")],
             "dpo_beta": 0.1,
             "max_length": 384,
