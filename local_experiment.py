@@ -4,12 +4,17 @@
     python local_experiment.py sft.yaml
     python local_experiment.py dpo.yaml --config hyperparameters.model_ckpt=UUID
 
---dry-run trains nothing: it shows what would be learned and what that takes.
+UUID is a checkpoint of an earlier run. exp:12, trial:34, ckpt:UUID or model:NAME is one of the cluster that DET_MASTER
+names: what it stands for is found at the first start, and downloaded.
+
+--dry-run trains nothing: it shows what would be learned and what that takes. Of paths that only the cluster's
+containers see (under a container_path of bind_mounts) it checks what it can.
 
 Each trial is a process of its own that runs the YAML's entrypoint script. DIR (default: local_runs/<experiment name>)
 receives
 
-    experiment.json      the config with its overrides; command.json has the command's CONFIG.yaml and MODEL_DEF
+    experiment.json      the config with its overrides; command.json has the command's CONFIG.yaml and MODEL_DEF, and
+                         what names of a cluster stand for
     trials.jsonl         a line for each trial: trial_id, state, hparams, steps_completed, metrics (of the last
                          validation), best_metrics, checkpoint_uuid, error (why it failed)
     best_checkpoint      the UUID of the best trial's checkpoint

@@ -33,7 +33,7 @@ def parse_cluster_name(source: str, key: str) -> ClusterName:
         name, colon, version = name.partition(":")
         if not name or "/" in name:
             raise UserError(f"{key} {source!r}: after model: comes a registered model's name, without a slash")
-        if colon and not (version.isdecimal() and int(version)):
+        if colon and not (version.isdecimal() and len(version) < 10 and int(version)):
             raise UserError(f"{key} {source!r}: the version {version!r} is not a number from 1")
         return ClusterName(kind, name, int(version) if colon else None)
     elif not name.isdecimal():
