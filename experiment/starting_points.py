@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,9 @@ def settle_checkpoints(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
 
     What is best or latest there may change; a run that continues in `folder` keeps what it began with.
     """
-    known = [row.get("checkpoints") for row in read_json_lines(folder / "command.json") if is_object(row, {})]
-    settled = dict[str, str]()
+    known, settled = list[Any](), dict[str, str]()
+    with suppress(UserError):  # damaged: it is written anew
+        known += [row.get("checkpoints") for row in read_json_lines(folder / "command.json") if is_object(row, {})]
 
     def settle(value: Any) -> Any:
         if isinstance(value, dict):  # a search space
