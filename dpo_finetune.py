@@ -1,6 +1,6 @@
 """Direct Preference Optimization (DPO): make a model prefer the chosen answers to the rejected ones.
 
-`det e create dpo.yaml . --config hyperparameters.model_ckpt=UUID` runs it from the SFT checkpoint of that UUID.
+`det e create dpo.yaml . --config hyperparameters.model_ckpt=exp:12` runs it from the best of SFT experiment 12.
 """
 
 from typing import TYPE_CHECKING
@@ -20,18 +20,14 @@ def train(trial: "Trial[DPOHyperparameters]") -> None:
     from speed.hardware import suit_hardware
     from speed.padding_free import flatten_while_loading
     from speed.tokenized_dpo_trainer import TokenizedDPOTrainer
-    from storage.checkpoints import download_ckpt
     from trial.det_callback import train_or_resume
     from trial.models import load_model_and_tokenizer
+    from trial.starting_model import fetch_starting_model
 
     hparams, args = trial.hparams, trial.hparams.args
     rows = load_dpo_dataset(**hparams.load_options)
 
-    trial.status(hparams.start_message)
-    if hparams.model_ckpt:
-        model_path = download_ckpt(hparams.model_ckpt, trial.core_context)
-    else:
-        model_path = str(hparams.model_name)
+    model_path = fetch_starting_model(trial)
     model, tokenizer = load_model_and_tokenizer(model_path, **hparams.model_init_kwargs)
     set_chat_format(model, tokenizer)  # tokens that SFT added come with its tokenizer
     reference = None

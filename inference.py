@@ -10,6 +10,7 @@ SOURCE, in --model NAME=SOURCE, is one of
     exp:12, trial:34      on the cluster that DET_MASTER names: the best checkpoint of an experiment or a trial, by the
                           searcher's metric; --exp_id 12 and --trial_id 34 are short for it
     ckpt:UUID             a checkpoint of that cluster
+    model:NAME            the latest version of a model in that cluster's registry; model:NAME:2 is its version 2
 
 The questions and the preference pairs are rows that DPO held out. Models are loaded one at a time, and downloaded once.
 A model whose tokenizer has no chat template, such as a base model, gets the question as plain text; other models are

@@ -4,12 +4,17 @@
     python local_experiment.py sft.yaml
     python local_experiment.py dpo.yaml --config hyperparameters.model_ckpt=UUID
 
---dry-run trains nothing: it shows what would be learned and what that takes.
+UUID is a checkpoint of an earlier run. exp:12, trial:34, ckpt:UUID or model:NAME is one of the cluster that DET_MASTER
+names: what it stands for is found at the first start, and downloaded.
+
+--dry-run trains nothing: it shows what would be learned and what that takes. Of paths that only the cluster's
+containers see (under a container_path of bind_mounts) it checks what it can.
 
 Each trial is a process of its own that runs the YAML's entrypoint script. DIR (default: local_runs/<experiment name>)
 receives
 
-    experiment.json      the config with its overrides; command.json has the command's CONFIG.yaml and MODEL_DEF
+    experiment.json      the config with its overrides; command.json has the command's CONFIG.yaml and MODEL_DEF, and
+                         what names of a cluster stand for
     trials.jsonl         a line for each trial: trial_id, state, hparams, steps_completed, metrics (of the last
                          validation), best_metrics, checkpoint_uuid, error (why it failed)
     best_checkpoint      the UUID of the best trial's checkpoint
@@ -87,7 +92,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], examples: int, page: Path | None) -> None:
+def show_dry_run(
+    experiment: "Experiment", trials: list["Hyperparameters"], examples: int, page: Path | None, remarks: list[str]
+) -> None:
     """Print the sections of a dry run as they come, and write them to `page`, even if a mistake ends it early."""
     from experiment.dry_run import dry_run
     from experiment.dry_run_output import print_section, write_page
@@ -97,7 +104,7 @@ def show_dry_run(experiment: "Experiment", trials: list["Hyperparameters"], exam
         console.width = max(console.width, 120)  # of a log file
     sections = []
     try:
-        for section in dry_run(experiment, trials, examples):
+        for section in dry_run(experiment, trials, examples, remarks):
             print_section(section, console)
             sections.append(section)
     finally:
@@ -141,6 +148,7 @@ def main() -> int:
     from experiment.next_steps import compare_command, dpo_command, winner
     from experiment.progress import results_table
     from experiment.runner import LocalExperiment, check_sources, console
+    from experiment.starting_points import as_seen_here, settle_checkpoints
     from storage.checkpoints import check_storage
     from storage.locks import only_writer
     from trial.context import hide_progress_bars_in_logs
@@ -149,20 +157,26 @@ def main() -> int:
     hide_progress_bars_in_logs()
     with contextlib.chdir(model_def):  # relative paths in the YAML are the script's
         with about(args.config_file):
+            if args.dry_run:
+                config, remarks = as_seen_here(config)
+            else:
+                config, settled = settle_checkpoints(config, folder)
             experiment = LocalExperiment(name, config, folder, model_def)
             with training_elsewhere() if args.dry_run else contextlib.nullcontext():
                 trials = experiment.parse_trials()
         if args.dry_run:
             if experiment.kind is None:
                 raise UserError(f"--dry-run knows sft_finetune.py and dpo_finetune.py, not {script}")
-            show_dry_run(experiment, trials, args.examples, folder if args.output else None)
+            show_dry_run(experiment, trials, args.examples, folder if args.output else None, remarks)
             return 0
-        check_storage(folder, next((hparams.model_ckpt for hparams in trials if hparams.model_ckpt), None))
+        check_storage(folder, next((hparams.checkpoint for hparams in trials if hparams.checkpoint), None))
         if experiment.kind:
             check_sources(experiment.kind, trials)
         with only_writer(folder):
             with os_errors_of(folder):
-                experiment.open_folder({"config_file": args.config_file, "model_def": args.model_def})
+                experiment.open_folder(
+                    {"config_file": args.config_file, "model_def": args.model_def, "checkpoints": settled}
+                )
             failed = experiment.run(args.max_concurrent)
 
     verdict = experiment.verdict()

@@ -24,6 +24,7 @@ def train(trial: "Trial[SFTHyperparameters]") -> None:
     rows = load_sft_dataset(**hparams.load_options)
 
     trial.status(f"loading {hparams.model_name}")
+    trial.remember_origin(base=hparams.model_name)
     model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
     set_chat_format(model, tokenizer, hparams.added_tokens)
 

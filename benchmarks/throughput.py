@@ -394,7 +394,8 @@ def make_experiment(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["kind"] == "sft":
         hyperparameters |= {"dataset": spec["rows"], "max_seq_length": 8192}
     else:
-        hyperparameters |= {"datasets": [spec["rows"]], "max_length": 8192, "precompute_ref_log_probs": True}
+        hyperparameters |= {"model_ckpt": "none", "datasets": [spec["rows"]], "max_length": 8192}
+        hyperparameters["precompute_ref_log_probs"] = True
     return {
         "name": "throughput",
         "entrypoint": f"python {spec['kind']}_finetune.py",

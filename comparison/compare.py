@@ -30,16 +30,18 @@ from comparison.cluster_task import Task
 from comparison.files import Comparison
 from comparison.generation import Answer, batch_by_length, batch_seed, context_length, run_in_halves, shorten_prompt
 from comparison.options import ComparisonOptions, Sampling
+from comparison.own_training import describe_betas, read_origins, reward_betas, trained_on
 from comparison.preference_metrics import PairScore, batch_pairs, prompted_alike, tokenize_pairs
 from comparison.questions import Questions
+from config.cluster_names import is_cluster_name
 from errors import UserError, os_errors_of
 from metrics.intervals import RESAMPLES, Estimate
 from pages.terminal import plural
 from speed.hardware import attend_without_plans
 from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
-from storage.checkpoints import is_model_file, local_checkpoint
-from storage.cluster_checkpoints import CLUSTER_SOURCES, cluster_checkpoint
+from storage.checkpoints import is_model_file
+from storage.cluster_checkpoints import checkpoint_folder
 from storage.files import append_json_line, is_object, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
@@ -50,12 +52,9 @@ def find_model(source: str, key: str) -> str:
     """Return the folder or hub id of a SOURCE; download it first if it is on a cluster. Raises `UserError`."""
     with os_errors_of(key):  # a name that is too long, for example
         exists = Path(source).exists()
-    if not exists:
-        if source.partition(":")[0] in CLUSTER_SOURCES and ":" in source:
-            return str(cluster_checkpoint(source, key))
-        if len(source) == 36 and source.count("-") == 4:  # looks like a UUID
-            advice = f" (LOCAL_CHECKPOINT_STORAGE names another folder); if it is on a cluster, give ckpt:{source}"
-            return str(local_checkpoint(source, key, verify=True, advice=advice))
+    looks_like_uuid = len(source) == 36 and source.count("-") == 4
+    if not exists and (looks_like_uuid or is_cluster_name(source)):
+        return str(checkpoint_folder(source, key))
     check_model(source, key)
     return source
 
@@ -271,7 +270,12 @@ def compare(
     console: Console,
 ) -> Comparison:
     """Let each of `models`, folders or hub ids by name, answer the questions and score the pairs."""
-    prompts, preferred, pairs, data_sets = questions
+    prompts, preferred, pairs, sources, _ = questions
+    origins = read_origins(models)
+    betas = reward_betas(models, origins, options.beta)
+    warnings = list(trained_on(questions, origins))
+    for warning in warnings:  # before the models are run, which takes its time
+        console.print(warning, markup=False, soft_wrap=True)
     answers: dict[str, list[Answer]] = {}
     scores: dict[str, list[PairScore | None]] = {}
     expected = len(models) * (len(prompts) + len(pairs or []))
@@ -294,7 +298,7 @@ def compare(
     metrics: dict[str, dict[str, Estimate | None]] = {}
     for name, of in common.items():
         against = common[reference] if name != reference else None
-        metrics[name] = preference_metrics.preference_metrics(of, against, options.beta, characters)
+        metrics[name] = preference_metrics.preference_metrics(of, against, betas[name], characters)
         metrics[name] |= preference_metrics.answer_metrics(answers[name])
     found = verdicts.judge(common, reference, characters)
 
@@ -305,7 +309,9 @@ def compare(
     ]
     if pairs:
         limit = f"{options.key('max_length')} {options.max_length}"
-        settings.append(f"{len(scored)} held-out pairs of {data_sets}; rewards with beta {options.beta:g}")
+        settings.append(f"{len(scored)} held-out pairs of {', '.join(map(str, sources))}")
+        settings[-1] += f"; {describe_betas(betas, origins, options.beta)}"
+        settings += warnings
         if left_out := len(pairs) - len(scored):
             settings.append(f"{left_out} pairs are left out: {limit} leaves them no room")
         if cut := sum(any(score.cut for score in row) for row in zip(*common.values(), strict=True)):

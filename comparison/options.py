@@ -121,8 +121,8 @@ class ComparisonOptions(Sampling):
     """the model that rewards are measured against; take the SFT model for the rewards that DPO's training reports. A
     model that is prompted differently, such as a base model without a chat template, is scored on other tokens
     (default: base, or the first model)"""
-    beta: float = Field(0.1, gt=0)
-    """factor of the rewards, as in DPO"""
+    beta: float | None = Field(None, gt=0)
+    """factor of the rewards, as in DPO (default: the one that a DPO model was trained with)"""
     max_length: int = Field(4096, ge=2)
     """limit of a pair, in tokens; its prompt and its answers get half of it each and are cut to fit"""
     output_file: Texts = []
@@ -227,7 +227,7 @@ def parse_command_line(arguments: list[str] | None, description: str | None) -> 
         group = parser.add_argument_group(title)
         for name in names:
             field = ComparisonOptions.model_fields[name]
-            numeric = get_args(field.annotation)[:1] == (int,) or field.annotation in (int, float)
+            numeric = (*get_args(field.annotation), field.annotation)[0] in (int, float)
             shown = f" (default: {field.default})" if isinstance(field.default, int | float | str) else ""
             group.add_argument(
                 *dict.fromkeys((flag(name), f"--{name.replace('_', '-')}")),

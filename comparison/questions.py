@@ -32,7 +32,8 @@ class Questions(NamedTuple):
     prompts: list[list[Message]]
     preferred: list[str | None]  # the answer to each question that people preferred, if it is known
     pairs: Dataset | None
-    sources: str = ""  # the preference data sets, in words
+    sources: tuple[DataSource, ...] = ()  # the preference data sets
+    seed: int = DEFAULT_SPLIT_SEED  # that held the pairs out
 
 
 def load_questions(options: ComparisonOptions, console: Console) -> Questions:
@@ -68,7 +69,7 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
     if not own:
         rows = first("number_of_samples", default=10)
         own, preferred = rows["prompt"][:], rows["chosen"][:]
-    return Questions(own, preferred, pairs if len(pairs) else None, ", ".join(map(str, sources + evaluation)))
+    return Questions(own, preferred, pairs if len(pairs) else None, (*sources, *evaluation), seed)
 
 
 def find_blog_questions(key: str, console: Console) -> Dataset:

@@ -7,7 +7,8 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from chat_format import IM_END, IM_START, RESPONSE_TEMPLATE
-from config.validation import FORBID_UNKNOWN, Beta, Count, NotEmpty, PartialShare, Share, check_uuid, validate
+from config.cluster_names import FORMS, NO_CHECKPOINT, check_checkpoint_name
+from config.validation import FORBID_UNKNOWN, Beta, Count, NotEmpty, PartialShare, Share, validate
 from errors import UserError, about
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class TrainingHyperparameters(Generic[TrlConfig]):
     training_args: dict[str, Any]  # as the YAML has them
     added_tokens: list[str] | None = None  # to add to the model's own
     packing: bool = False  # whether TRL packs several rows into one sequence
-    model_ckpt: str | None = None  # only DPO starts from a checkpoint
+    checkpoint: str | None = None  # where DPO starts, as `model_ckpt` names it; None: at `model_name`, as SFT does
     start_message: str = ""  # a line for the log on what DPO starts from; empty for SFT
     # An evaluation reports these, so searcher.metric can be one of them.
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
@@ -118,6 +119,11 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         if metric and f"eval_{metric.removeprefix('eval_')}" not in self.eval_metrics:
             known = ", ".join(self.eval_metrics)
             raise UserError(f".training_args.metric_for_best_model {metric!r} is not one that is reported: {known}")
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The data, each part as a source of rows."""
+        raise NotImplementedError
 
     @property
     def split_seed(self) -> int:
@@ -206,8 +212,8 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
     )
 
     datasets: list[NotEmpty | DataSource]  # preference data sets: a hub id, a folder, a file, or one with its details
-    model_name: str | None = None  # a hub id or a folder, for use without a model_ckpt
-    model_ckpt: str | None = None  # UUID of a Determined checkpoint of an SFT run
+    model_name: str | None = None  # a hub id or a folder, for use with `model_ckpt: none`
+    model_ckpt: str | None = None  # an SFT checkpoint: see config/cluster_names.py. "none": start from model_name
     dpo_beta: Beta | None = None  # penalty for leaving the reference; None: TRL's default, 0.1
     dpo_loss: str | list[str] | None = None  # name of a TRL loss, or cdpo; None: TRL's default, sigmoid
     max_length: PositiveInt | None = None  # tokens of prompt and answer; None: 1024. See Truncation
@@ -219,11 +225,20 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
     def __post_init__(self) -> None:
         if not self.datasets:
             raise UserError(".datasets is empty")
-        if not (self.model_ckpt or self.model_name):
-            raise UserError("give model_ckpt (the UUID of an SFT checkpoint) or model_name")
-        self.start_message = f"no model_ckpt: DPO starts from {self.model_name}, which has seen no SFT of this project"
-        if self.model_ckpt:
-            check_uuid(self.model_ckpt, ".model_ckpt")
+        if not self.model_ckpt:
+            forms = f"the UUID of an SFT checkpoint, or {FORMS} of a cluster"
+            raise UserError(
+                f".model_ckpt is missing: give {forms}; {NO_CHECKPOINT} starts from model_name, without SFT"
+            )
+        if self.model_ckpt == NO_CHECKPOINT:
+            if not self.model_name:
+                raise UserError(f".model_ckpt: {NO_CHECKPOINT} needs a model_name to start from")
+            self.start_message = (
+                f"no checkpoint: DPO starts from {self.model_name}, as model_ckpt: {NO_CHECKPOINT} says"
+            )
+        else:
+            check_checkpoint_name(self.model_ckpt, ".model_ckpt")
+            self.checkpoint = self.model_ckpt
             self.start_message = f"DPO starts from checkpoint {self.model_ckpt}"
         from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
 

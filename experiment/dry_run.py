@@ -23,20 +23,21 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.dpo_config import DPOConfig
 
-from chat_format import IM_END, IM_START, encode, set_chat_format
+from chat_format import IM_END, IM_START, encode
 from config.search import describe_search
 from data.splitting import SourceCounts, prompt_key, row_prompt
 from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
 from errors import one_line
+from experiment.container_paths import ContainerPaths
+from experiment.dry_run_checks import find_unseen, tabulate_checks
 from experiment.dry_run_output import Example, Section, Table, Token
 from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.results import Experiment, short_name
+from experiment.starting_points import StartingModel, starting_model
 from pages.terminal import plural, visible
 from speed.fitting import choose_checkpointing, free_memory, resident_memory, usable_memory
 from speed.memory import MemoryEstimate, TrainingSetup, batch_shape, computed_lengths, estimate_memory
 from speed.padding_free import why_padded
-from storage.checkpoints import local_checkpoint
-from trial.models import load_model_and_tokenizer
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
 LENGTH_LIMITS = {  # the YAML's key for each length of a row
@@ -57,15 +58,13 @@ class TrainingData:
     `remaining_rows` has the tokenized rows of each part that are not dropped.
     """
 
-    def __init__(self, kind: TrainingKind, hparams: Hyperparameters) -> None:
-        self.kind, self.hparams = kind, hparams
+    def __init__(self, kind: TrainingKind, hparams: Hyperparameters, start: StartingModel) -> None:
+        self.kind, self.hparams, self.start = kind, hparams, start
         self.sources: list[SourceCounts] = []
         parts = kind.load(**hparams.load_options, on_source=self.sources.append)
-        model, tokenizer = load_model_and_tokenizer(find_model(hparams), weights=False, **hparams.model_init_kwargs)
-        set_chat_format(model, tokenizer, hparams.added_tokens)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = start.load(hparams)
         num_proc = hparams.args.dataset_num_proc
-        tokenized = kind.tokenize(parts, tokenizer, num_proc, every_row=True, **hparams.tokenize_options)
+        tokenized = kind.tokenize(parts, self.tokenizer, num_proc, every_row=True, **hparams.tokenize_options)
         self.conversations, self.tokenized = (concatenate_datasets(list(each.values())) for each in (parts, tokenized))
         ids = [name for name in self.tokenized.column_names if name.endswith("ids") or name == "labels"]
         self.rows = rows = self.tokenized.remove_columns(ids).to_pandas()
@@ -109,15 +108,27 @@ class TrainingData:
         }
 
 
-def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples: int) -> Iterator[Section]:
-    """Yield the sections in order, with `examples` rows of each source. Raises `UserError` where a training would."""
+def dry_run(
+    experiment: Experiment, trials: Sequence[Hyperparameters], examples: int, remarks: Sequence[str] = ()
+) -> Iterator[Section]:
+    """Yield the sections in order, with `examples` rows of each source, after `remarks` on what they are of.
+
+    Raises `UserError` where a training would. Of data or a model that only containers see, it checks what it can.
+    """
     assert experiment.kind, "the caller has parsed the trials by their kind"
     slots = max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
-    process, facts, memory = 0, {}, []
-    for trial_ids in group_trials(trials):
-        data = TrainingData(experiment.kind, trials[trial_ids[0] - 1])
-        process = process or resident_memory()  # with the data of one trial
+    process, facts, memory, paths = 0, {}, [], ContainerPaths(experiment.config)
+    if remarks:
+        yield Table("On this machine", pd.DataFrame({" ": remarks}))
+    for trial_ids in group_trials(trials, paths):
+        hparams = trials[trial_ids[0] - 1]
+        start = starting_model(hparams, paths)
         which = "" if len(trial_ids) == len(trials) else f", {name_trials(trial_ids)}"
+        if unseen := find_unseen(hparams, start, paths):
+            yield tabulate_checks(experiment.kind, hparams, start, unseen, which)
+            continue
+        data = TrainingData(experiment.kind, hparams, start)
+        process = process or resident_memory()  # with the data of one trial
         yield tabulate_sources(data, which)
         yield tabulate_truncations(data, which)
         yield tabulate_lengths(data, which)
@@ -131,26 +142,20 @@ def dry_run(experiment: Experiment, trials: Sequence[Hyperparameters], examples:
         for trial_id in trial_ids:
             facts[trial_id] = collect_facts(data, trials[trial_id - 1], slots)
             memory += [(*line, trial_id) for line in estimate_trial(data, trials[trial_id - 1], slots, process)]
-    yield from tabulate_training(experiment, facts)
-    yield tabulate_memory(memory, len(trials))
+    if facts:
+        yield from tabulate_training(experiment, facts)
+        yield tabulate_memory(memory, len(trials))
 
 
-def group_trials(trials: Sequence[Hyperparameters]) -> list[list[int]]:
+def group_trials(trials: Sequence[Hyperparameters], paths: ContainerPaths) -> list[list[int]]:
     """Return the ids of the trials, those together that use the same data and the same model."""
     groups: dict[str, list[int]] = {}
     for trial_id, hparams in enumerate(trials, start=1):
         args = cast(Any, hparams.args)
         packing = (args.packing_strategy, args.max_length) if hparams.packing else None
-        model = (find_model(hparams), hparams.model_init_kwargs, hparams.added_tokens)
+        model = (starting_model(hparams, paths), hparams.model_init_kwargs)
         groups.setdefault(str((hparams.load_options, hparams.tokenize_options, packing, model)), []).append(trial_id)
     return list(groups.values())
-
-
-def find_model(hparams: Hyperparameters) -> str:
-    """Return the folder or the hub id of the model that is trained."""
-    if hparams.model_ckpt:
-        return str(local_checkpoint(hparams.model_ckpt, "model_ckpt"))
-    return str(hparams.model_name)
 
 
 def tabulate_sources(data: TrainingData, which: str) -> Table:
@@ -279,8 +284,10 @@ def collect_facts(data: TrainingData, hparams: Hyperparameters, slots: int) -> d
     if accumulated * slots > 1:
         per_step += f" ({batch} per batch, {accumulated} batches" + (f", {slots} slots)" if slots > 1 else ")")
     epoch, total = count_steps(args, len(lengths), slots)
-    facts = {"model": f"{find_model(hparams)}, {sum(p.numel() for p in data.model.parameters()):,} parameters"}
-    if data.kind.pairs and not hparams.model_ckpt:
+    facts = {"model": f"{data.start.shown}, {sum(p.numel() for p in data.model.parameters()):,} parameters"}
+    if data.start.note:
+        facts["its tokenizer"] = data.start.note
+    if data.kind.pairs and not hparams.checkpoint:
         facts["with a model_ckpt"] = "the SFT model's tokenizer is used instead: lengths and cuts may differ"
     facts |= data.chat_facts
     facts[f"{unit} per step"] = per_step

@@ -5,11 +5,12 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from config.validation import is_uuid
+from config.cluster_names import NO_CHECKPOINT, is_cluster_name
 from config.yaml_files import read_yaml
 from errors import UserError
 from experiment.kinds import DPO, SFT
@@ -17,8 +18,10 @@ from experiment.results import Experiment, TrialResult, flatten
 from experiment.settings import rank_settings, settings_verdict
 from experiment.verdicts import Verdict, args_of, beta_of
 from storage.checkpoints import local_checkpoint
+from storage.cluster_checkpoints import base_of, checkpoint_folder
 from storage.files import BUNDLE, is_object, read_json_lines
 from storage.hub import looks_like_path
+from storage.origins import read_origin
 
 TASK = "inference.yaml"
 WORKDIR = PurePosixPath("/run/determined/workdir")  # where a container has the folder that `det e create` uploads
@@ -66,9 +69,9 @@ def compare_options(experiment: Experiment, best: TrialResult) -> dict[str, Any]
     hparams = best["hparams"]
     prefix = "" if experiment.folder else "ckpt:"  # of a cluster's checkpoint
     sft = hparams.get("model_ckpt")
-    sft = f"{prefix}{sft}" if is_uuid(sft) else sft
+    sft = None if sft in (None, NO_CHECKPOINT) else sft if is_cluster_name(sft) else f"{prefix}{sft}"
     return {
-        "model": {"base": hparams.get("model_name"), "sft": sft, "dpo": f"{prefix}{best['checkpoint_uuid']}"},
+        "model": {"base": base_model(experiment, hparams), "sft": sft, "dpo": f"{prefix}{best['checkpoint_uuid']}"},
         "reference": "sft" if sft else None,  # DPO's own rewards are measured against it
         "beta": beta_of(hparams),  # and scaled by beta
         "dataset": list(hparams["datasets"]),
@@ -108,6 +111,21 @@ def _as_task(options: dict[str, Any], mounts: list[dict[str, Any]]) -> str:
         values["bind_mounts"] = mounts
     texts = [f"{name}={of if isinstance(of, str) else json.dumps(of)}" for name, of in values.items()]
     return shlex.join(["det", "e", "create", TASK, ".", *(word for text in texts for word in ("--config", text))])
+
+
+def base_model(experiment: Experiment, hparams: dict[str, Any]) -> str | None:
+    """Return the model at the beginning of SFT, which the checkpoint that a DPO trial started from names.
+
+    If nobody knows any more, it is the trial's own `model_name`, which `dpo_command` has set to it.
+    """
+    start, base = hparams.get("model_ckpt") or NO_CHECKPOINT, None
+    if start != NO_CHECKPOINT:
+        with suppress(UserError):
+            if experiment.folder is None:
+                base = base_of(start if is_cluster_name(start) else f"ckpt:{start}", "model_ckpt")
+            elif origin := read_origin(checkpoint_folder(start, "model_ckpt", verify=False)):
+                base = origin.base
+    return base or hparams.get("model_name")
 
 
 def dpo_command(experiment: Experiment) -> str | None:

@@ -29,7 +29,8 @@ from experiment.results import Experiment, TrialResult, flatten, read_local, rea
 from experiment.trial_process import PROCESSES, run_script
 from experiment.verdicts import Verdict
 from pages.terminal import plural
-from storage.checkpoints import local_checkpoint, local_checkpoint_storage
+from storage.checkpoints import local_checkpoint_storage
+from storage.cluster_checkpoints import checkpoint_folder
 from storage.files import is_object, read_json, read_json_lines, write_atomically
 from trial.events import TRAINED, TrialEvent, is_event, read_events
 from trial.models import check_model, load_model_and_tokenizer
@@ -43,15 +44,15 @@ console = Console(soft_wrap=True, highlight=False)
 def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
     """Find mistakes in each trial's data and model before anything is written."""
     checkpoints = set[str]()
-    for hparams in {str((h.model_ckpt, h.model_name, h.model_init_kwargs)): h for h in trials}.values():
-        if hparams.model_ckpt:
-            checkpoints.add(hparams.model_ckpt)
+    for hparams in {str((h.checkpoint, h.model_name, h.model_init_kwargs)): h for h in trials}.values():
+        if hparams.checkpoint:
+            checkpoints.add(hparams.checkpoint)
         elif hparams.model_name:
             if os.path.isdir(hparams.model_name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
                 load_model_and_tokenizer(hparams.model_name, weights=False, **hparams.model_init_kwargs)
             check_model(hparams.model_name, "model_name", **hparams.model_init_kwargs)
-    for ckpt_uuid in checkpoints:
-        local_checkpoint(ckpt_uuid, "model_ckpt", verify=True)
+    for name in checkpoints:
+        checkpoint_folder(name, "model_ckpt")
     for options in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():
         kind.load(**options)
     for start in filter(None, dict.fromkeys(hparams.start_message for hparams in trials)):
@@ -122,7 +123,7 @@ class LocalExperiment(Experiment):
             check_training_length(self.config["searcher"], hparams.args)
         return trials
 
-    def open_folder(self, command: dict[str, str]) -> None:
+    def open_folder(self, command: dict[str, Any]) -> None:
         """Make the folder and keep `command` in it, or take up the run of the same experiment that is in it.
 
         The run of another one may be replaced while it has trained nothing: its config had a mistake. Files that were

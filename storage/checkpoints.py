@@ -13,6 +13,7 @@ from config.validation import check_uuid
 from errors import TemporaryError, UserError, reason
 from storage.files import BUNDLE, check_output
 from storage.manifests import MANIFEST, check_files
+from storage.origins import FILE as ORIGIN
 from storage.shared_cache import make_once, once_per_node
 
 # The files from which a model loads: weights, configuration, tokenizer and chat template. The rest of a checkpoint
@@ -32,15 +33,15 @@ def local_checkpoint_storage() -> Path:
     return Path(os.path.realpath(os.environ.get("LOCAL_CHECKPOINT_STORAGE") or BUNDLE / "local_runs" / "checkpoints"))
 
 
-def check_storage(output: Path, ckpt_uuid: str | None) -> None:
+def check_storage(output: Path, starts_from: str | None) -> None:
     """Raise `UserError` unless a local run that writes to `output` can keep its checkpoints where they belong.
 
-    With a `ckpt_uuid` it needs room for a copy of the checkpoint that it starts from, too.
+    If it `starts_from` a checkpoint, it needs room for a copy of that, too.
     """
     if (store := local_checkpoint_storage()) in (folder := Path(os.path.realpath(output)), *folder.parents):
         raise UserError(f"--output {output}: checkpoints are kept in {store}; choose another folder")
     check_output(store, "LOCAL_CHECKPOINT_STORAGE", is_folder=True)
-    if ckpt_uuid:
+    if starts_from:
         check_output(agent_cache(), "HF_HOME", is_folder=True)
 
 
@@ -50,8 +51,8 @@ def is_model_file(path: str) -> bool:
 
 
 def is_downloaded(path: str) -> bool:
-    """Return whether to download `path`: a file of the model, or the manifest."""
-    return is_model_file(path) or Path(path).name == MANIFEST
+    """Return whether to download `path`: a file of the model, the manifest, or what says how it was trained."""
+    return is_model_file(path) or Path(path).name in (MANIFEST, ORIGIN)
 
 
 def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:

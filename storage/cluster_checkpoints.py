@@ -1,53 +1,138 @@
-"""Find and download checkpoints of a cluster from any machine: `exp:12`, `trial:34` and `ckpt:UUID`."""
+"""Find and download checkpoints of a cluster from any machine: `exp:12`, `trial:34`, `ckpt:UUID` and `model:NAME`."""
 
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import determined as det
 from determined.common import api, storage
+from determined.common.api import bindings
 from determined.common.constants import SHARED_FS_CONTAINER_PATH
+from determined.common.util import parse_protobuf_timestamp
 from determined.experimental import Determined, client
 from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from urllib3.exceptions import HTTPError
 
-from config.validation import check_uuid
+from config.cluster_names import CLUSTER_SOURCES, NO_CHECKPOINT, is_cluster_name, parse_cluster_name
 from errors import TemporaryError, UserError, one_line, shorten
-from storage.checkpoints import cached_checkpoint, fetch_once, is_downloaded, model_folder
+from storage.checkpoints import (
+    cached_checkpoint,
+    fetch_once,
+    is_downloaded,
+    is_model_file,
+    local_checkpoint,
+    model_folder,
+)
 from storage.shared_cache import is_made
 
-# What can stand before the colon, and what the number or UUID after it names.
-CLUSTER_SOURCES = {"exp": "experiment", "trial": "trial", "ckpt": "checkpoint"}
+
+def checkpoint_folder(source: str, key: str, verify: bool = True) -> Path:
+    """Return the model folder of a local run's checkpoint, by its UUID, or of a cluster's, which is downloaded.
+
+    Raises `UserError` if there is none or, with `verify`, if a file of its model is damaged.
+    """
+    if is_cluster_name(source):
+        return cluster_checkpoint(source, key)
+    advice = f" (LOCAL_CHECKPOINT_STORAGE names another folder); if it is on a cluster, give ckpt:{source}"
+    return local_checkpoint(source, key, verify, advice)
 
 
 def cluster_checkpoint(source: str, key: str) -> Path:
     """Return the model folder of a checkpoint on the cluster that the environment variable DET_MASTER names.
 
-    `source` is `exp:12` or `trial:34`, for the best checkpoint by the experiment's searcher metric, or `ckpt:UUID`.
-    Only the model files are downloaded, once, to where `download_ckpt` keeps them. Raises `UserError` if there is no
-    such checkpoint or no master.
+    `source` is a name of `config/cluster_names.py`. Only the model files are downloaded, once, to where `download_ckpt`
+    keeps them. Raises `UserError` if there is no such checkpoint or no master.
     """
-    kind, _, name = source.partition(":")
-    if kind == "ckpt":
-        check_uuid(name, key)
-    elif not name.isdecimal():
-        raise UserError(f"{key} {source!r}: after {kind}: comes the number of the {CLUSTER_SOURCES[kind]}")
+    kind, name, _ = parse_cluster_name(source, key)
     if kind != "ckpt" or not is_made(cached_checkpoint(name)):
-        with one_line_cluster_errors(f"{key} {source}", CLUSTER_SOURCES[kind]):
-            checkpoint = _find_checkpoint(kind, name)
-            if checkpoint is None:
-                raise UserError(f"{key} {source}: the {CLUSTER_SOURCES[kind]} has no checkpoint yet that was validated")
-            if checkpoint.state is not client.CheckpointState.COMPLETED:
-                state = checkpoint.state.name.lower() if checkpoint.state else "in an unknown state"
-                raise UserError(f"{key} {source}: the checkpoint is {state}")
-            if checkpoint.training:
-                print(f"{source}: trial {checkpoint.training.trial_id}, checkpoint {checkpoint.uuid}")
-            fetch_once(checkpoint.uuid, lambda folder: _download(checkpoint, folder, key), key)
-            name = checkpoint.uuid
+        checkpoint = find_checkpoint(source, key)
+        name = checkpoint.uuid
+        if checkpoint.training:
+            print(f"{source}: trial {checkpoint.training.trial_id}, checkpoint {name}")
+        fetch_once(name, lambda folder: _download(checkpoint, folder, key), key)
     return model_folder(cached_checkpoint(name), name, key)
+
+
+def find_checkpoint(source: str, key: str) -> client.Checkpoint:
+    """Return the checkpoint that a name of a cluster stands for now. Raises `UserError` unless it is there.
+
+    Of an experiment or a trial it is the best by the experiment's searcher metric, of a model the latest version.
+    """
+    kind, name, version = parse_cluster_name(source, key)
+    checkpoint: client.Checkpoint | None
+    with one_line_cluster_errors(f"{key} {source}", CLUSTER_SOURCES[kind]):
+        if kind == "ckpt":
+            checkpoint = Determined().get_checkpoint(name)
+        elif kind == "model":
+            checkpoint = _registered(name, version, f"{key} {source}")
+        else:
+            checkpoint = _best_checkpoint(kind, int(name))
+        if checkpoint is None:
+            what = "version" if kind == "model" else "checkpoint yet that was validated"
+            raise UserError(f"{key} {source}: the {CLUSTER_SOURCES[kind]} has no {what}")
+        if checkpoint.state is not client.CheckpointState.COMPLETED:
+            state = checkpoint.state.name.lower() if checkpoint.state else "in an unknown state"
+            raise UserError(f"{key} {source}: the checkpoint is {state}")
+    return checkpoint
+
+
+def base_of(source: str, key: str) -> str | None:
+    """Return the model that the first training before a checkpoint started from, as a cluster's master knows it."""
+    training = find_checkpoint(source, key).training
+    hparams: dict[str, Any] = (training.hparams if training else None) or {}
+    before = hparams.get("model_ckpt") or NO_CHECKPOINT
+    if before == NO_CHECKPOINT:
+        return hparams.get("model_name")
+    return base_of(before if is_cluster_name(before) else f"ckpt:{before}", key)
+
+
+def settled_checkpoint(source: str, key: str, experiment_id: int) -> str:
+    """Return the UUID that `source` stands for in all trials and starts of an experiment, which begin at many times.
+
+    It depends only on what was there when the experiment was created, by the master's clock: the latest version then of
+    a model, and the best checkpoint of an experiment that had ended then. Raises `UserError` if that one had not: its
+    best checkpoint could change between two trials.
+    """
+    kind, name, version = parse_cluster_name(source, key)
+    if kind == "ckpt":
+        return name
+    with one_line_cluster_errors(f"{key} {source}", CLUSTER_SOURCES[kind]):
+        session = Determined()._session
+        created = _experiment(session, experiment_id).startTime
+        if kind == "model" and version is None:
+            Determined().get_model(name)
+            found = bindings.get_GetModelVersions(
+                session,
+                modelName=name,
+                sortBy=bindings.v1GetModelVersionsRequestSortBy.VERSION,
+                orderBy=bindings.v1OrderBy.DESC,
+            ).modelVersions
+            version = next((each.version for each in found if not _later(each.creationTime, created)), None)
+            if version is None:
+                raise UserError(f"{key} {source}: the model had no version when experiment {experiment_id} was created")
+            source = f"{source}:{version}"
+    checkpoint = find_checkpoint(source, key)
+    if kind != "model" and checkpoint.training:
+        owner = checkpoint.training.experiment_id
+        with one_line_cluster_errors(f"{key} {source}", CLUSTER_SOURCES[kind]):
+            ended = _experiment(session, owner).endTime
+        if not ended or _later(ended, created):
+            why = f"experiment {owner} had not ended when this one was created, so its best checkpoint may still change"
+            raise UserError(f"{key} {source}: {why}; the best one now is ckpt:{checkpoint.uuid}")
+    return checkpoint.uuid
+
+
+def _experiment(session: api.Session, experiment_id: int) -> bindings.v1Experiment:
+    # The SDK's own Experiment has no times.
+    return bindings.get_GetExperiment(session, experimentId=experiment_id).experiment
+
+
+def _later(time: str, than: str) -> bool:
+    return parse_protobuf_timestamp(time) > parse_protobuf_timestamp(than)
 
 
 def trial_checkpoints(trial_id: int) -> list[str]:
@@ -66,8 +151,12 @@ def trial_checkpoints(trial_id: int) -> list[str]:
 
 @contextmanager
 def one_line_cluster_errors(what: str, kind: str) -> Iterator[None]:
-    """Turn the SDK's errors, such as a missing or refusing master, into a `UserError` about `what`, a `kind`."""
+    """Turn the SDK's errors, such as a missing or refusing master, into a `UserError` about `what`, a `kind`.
+
+    In a container a master that does not answer is worth another try.
+    """
     master = api.get_default_master_url()
+    out_of_reach = TemporaryError if det.get_cluster_info() else UserError
     try:
         master = api.canonicalize_master_url(master)
         yield
@@ -75,23 +164,29 @@ def one_line_cluster_errors(what: str, kind: str) -> Iterator[None]:
         raise
     except api.errors.MasterNotFoundException:
         reason = f"no Determined master at {master} (the environment variable DET_MASTER names it)"
-        raise UserError(f"{what}: {reason}") from None
+        raise out_of_reach(f"{what}: {reason}") from None
     except api.errors.UnauthenticatedException:
         raise UserError(f"{what}: {master} requires you to log in (det user login)") from None
     except api.errors.NotFoundException:
         raise UserError(f"{what}: {master} has no such {kind}") from None
     except (api.errors.BadRequestException, api.errors.BadResponseException, OSError, ValueError) as error:
-        raise UserError(f"{what}: {master}: {one_line(error)}") from error
+        raise out_of_reach(f"{what}: {master}: {one_line(error)}") from error
 
 
-def _find_checkpoint(kind: str, name: str) -> client.Checkpoint | None:
-    """Return the checkpoint that a source names, the best one of an experiment or trial; None if none can be ranked."""
+def _best_checkpoint(kind: str, number: int) -> client.Checkpoint | None:
+    """Return the best checkpoint of an experiment or trial; None if none can be ranked."""
     cluster = Determined()
-    if kind == "ckpt":
-        return cluster.get_checkpoint(name)
-    owner = cluster.get_experiment(int(name)) if kind == "exp" else cluster.get_trial(int(name))
+    owner = cluster.get_experiment(number) if kind == "exp" else cluster.get_trial(number)
     # Without a sort key the API sorts by the searcher's metric, with the best first.
     return next(filter(_can_be_ranked, owner.list_checkpoints()), None)
+
+
+def _registered(name: str, version: int | None, what: str) -> client.Checkpoint | None:
+    """Return the checkpoint of a registered model's version, by default the latest; None if it has no version."""
+    model = Determined().get_model(name)
+    with one_line_cluster_errors(what, "version of this model"):
+        found = model.get_version(-1 if version is None else version)
+    return found.checkpoint if found else None
 
 
 def _can_be_ranked(checkpoint: client.Checkpoint) -> bool:
@@ -135,10 +230,23 @@ def download_files(checkpoint: client.Checkpoint, name: str, folder: Path) -> No
 
     Not through the master, which would send the whole checkpoint. Raises `UserError` if the storage cannot be reached.
     """
-    if all(Path(path).name != name for path in checkpoint.resources or {}):
-        return
+    if any(Path(path).name == name for path in checkpoint.resources or {}):
+        _download_only_from_storage(checkpoint, folder, lambda path: Path(path).name == name)
+
+
+def download_but_weights(checkpoint: client.Checkpoint, folder: Path) -> Path:
+    """Download a model without its weights, as `download_files` does, from a checkpoint that has a config.json.
+
+    Returns the model's own folder.
+    """
+    selected = lambda path: is_model_file(path) and not path.endswith(".safetensors")  # noqa: E731
+    _download_only_from_storage(checkpoint, folder, selected)
+    return next(folder.rglob("config.json")).parent
+
+
+def _download_only_from_storage(checkpoint: client.Checkpoint, folder: Path, select: Callable[[str], bool]) -> None:
     try:
-        _download_from_storage(checkpoint, folder, lambda path: Path(path).name == name)
+        _download_from_storage(checkpoint, folder, select)
     except Exception as error:  # each kind of storage raises its own
         raise UserError(f"the checkpoint storage cannot be reached from here ({shorten(one_line(error))})") from error
 

@@ -229,17 +229,10 @@ class Master:
         self.models[body["name"]] = []
         return self.get_model(body["name"], None, None)
 
-    def get_model(self, name: str, query: Any, body: Any) -> dict[str, Any]:
-        versions = self.models[name]
-        model = {"id": 1, "name": name, "creationTime": NOW, "lastUpdatedTime": NOW, "username": "u", "userId": 1}
-        return {"model": model | {"archived": False, "metadata": {}, "numVersions": len(versions), "workspaceId": 1}}
-
     def register_version(self, name: str, query: Any, body: dict[str, Any]) -> dict[str, Any]:
-        checkpoint = self.get_checkpoint(body["checkpointUuid"], None, None)["checkpoint"]
+        self.get_checkpoint(body["checkpointUuid"], None, None)
         self.models[name].append(body["checkpointUuid"])
-        version = {"id": len(self.models[name]), "version": len(self.models[name]), "checkpoint": checkpoint}
-        version |= {"model": self.get_model(name, None, None)["model"], "creationTime": NOW, "lastUpdatedTime": NOW}
-        return {"modelVersion": version | {"metadata": {}}}
+        return self.model_version(name, len(self.models[name]), None, None) | {"metadata": {}}
 
     # What the SDK asks for.
 
@@ -288,6 +281,36 @@ class Master:
     def get_checkpoint(self, uuid: str, query: Any, body: Any) -> dict[str, Any]:
         return {"checkpoint": self._all_checkpoints(list(self.trials.values()))[uuid]}
 
+    def get_model(self, name: str, query: Any, body: Any) -> dict[str, Any]:
+        return {
+            "model": {
+                **{"name": name, "numVersions": len(self.models[name]), "archived": False, "id": 1, "metadata": {}},
+                **{"creationTime": NOW, "lastUpdatedTime": NOW, "userId": 1, "username": "u", "workspaceId": 1},
+            }
+        }
+
+    def model_versions(self, name: str, query: dict[str, list[str]], body: Any) -> dict[str, Any]:
+        """In no order unless one is asked for."""
+        found = [self.model_version(name, 1 + i, None, None)["modelVersion"] for i in range(len(self.models[name]))]
+        if query.get("sortBy") == ["SORT_BY_VERSION"] and query["orderBy"] == ["ORDER_BY_DESC"]:
+            found.reverse()
+        limit = int(query.get("limit", ["0"])[0]) or len(found)
+        page = {"total": len(found), "startIndex": 0, "endIndex": len(found)}
+        return {"modelVersions": found[:limit], "model": self.get_model(name, None, None)["model"], "pagination": page}
+
+    def model_version(self, name: str, version: int, query: Any, body: Any) -> dict[str, Any]:
+        """The n-th version was made at n minutes past `NOW`."""
+        if not 0 < version <= len(self.models[name]):
+            raise KeyError(f"version {version}")
+        made = NOW.replace("00:00Z", f"{version:02}:00Z")
+        return {
+            "modelVersion": {
+                **{"version": version, "id": version, "creationTime": made, "lastUpdatedTime": made, "username": "u"},
+                "checkpoint": self.get_checkpoint(self.models[name][version - 1], None, None)["checkpoint"],
+                "model": self.get_model(name, None, None)["model"],
+            }
+        }
+
     def checkpoint_files(self, uuid: str, query: Any, body: Any) -> bytes:
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as tar:
@@ -331,7 +354,8 @@ class Master:
         return {
             **{"id": experiment_id, "name": experiment["config"].get("name", ""), "config": experiment["config"]},
             **{"archived": False, "jobId": "1", "numTrials": 1, "originalConfig": experiment["body"]["config"]},
-            **{"projectId": 1, "projectOwnerId": 1, "searcherType": "single", "startTime": NOW, "username": "u"},
+            **{"projectId": 1, "projectOwnerId": 1, "searcherType": "single", "username": "u"},
+            **{"startTime": NOW, "endTime": NOW, **experiment.get("times", {})},
             "state": experiment.get("state", "STATE_COMPLETED"),
         }
 
@@ -362,7 +386,6 @@ ROUTES = {
     r"POST /api/v1/checkpoints": Master.checkpoint,
     r"PATCH /api/v1/checkpoints": Master.delete_checkpoints,
     r"POST /api/v1/models": Master.create_model,
-    r"GET /api/v1/models/([^/]+)": Master.get_model,
     r"POST /api/v1/models/([^/]+)/versions": Master.register_version,
     r"GET /api/v1/experiments/(\d+)": Master.get_experiment,
     r"GET /api/v1/experiments/(\d+)/checkpoints": Master.experiment_checkpoints,
@@ -371,6 +394,9 @@ ROUTES = {
     r"GET /api/v1/trials/(\d+)": Master.get_trial,
     r"GET /api/v1/trials/(\d+)/checkpoints": Master.trial_checkpoints,
     r"GET /api/v1/checkpoints/([^/]+)": Master.get_checkpoint,
+    r"GET /api/v1/models/([^/]+)": Master.get_model,
+    r"GET /api/v1/models/([^/]+)/versions": Master.model_versions,
+    r"GET /api/v1/models/([^/]+)/versions/(\d+)": Master.model_version,
     r"GET /checkpoints/([^/]+)": Master.checkpoint_files,
 }
 

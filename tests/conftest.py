@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def dpo_config(tiny) -> dict[str, Any]:
         "searcher": {"name": "single", "metric": "eval_rewards/accuracies", "smaller_is_better": False},
         "hyperparameters": {
             "model_name": str(tiny / "base"),
+            "model_ckpt": "none",
             "datasets": [str(tiny / "questions"), str(tiny / "conversations")],
             "dpo_beta": 0.1,
             "max_length": 384,
@@ -248,3 +250,48 @@ def browser():
         sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses to be root in one
         with playwright.chromium.launch(executable_path=path, args=[*flags, *sandbox]) as browser:
             yield browser
+
+
+@pytest.fixture
+def master(tmp_path, monkeypatch):
+    """An experiment with two trials and three validated checkpoints, and one with a trial that has none."""
+    from cluster import Master, Trial
+
+    searcher = {"name": "grid", "metric": "eval_rewards/accuracies", "smaller_is_better": False}
+    storage = tmp_path / "storage"
+    with Master(storage) as master:
+        for experiment_id in (1, 2):
+            config = {"searcher": searcher, "checkpoint_storage": {"type": "shared_fs", "host_path": str(storage)}}
+            master.experiments[experiment_id] = {"config": config, "body": {"config": ""}}
+        master.trials = {1: Trial(1, 1, {}), 2: Trial(2, 1, {}), 3: Trial(3, 2, {})}
+        monkeypatch.setenv("DET_MASTER", master.url)
+        monkeypatch.setenv("DET_USER", "determined")
+        monkeypatch.setenv("DET_PASS", "Strong-enough-1")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        yield master
+
+
+@pytest.fixture
+def save(master, tiny):
+    """A checkpoint as a trial leaves it, with the tiny base for its model; returns its UUID."""
+
+    def save(trial_id, steps, accuracy=None):
+        name = str(uuid.uuid4())
+        folder = master.storage / name / f"checkpoint-{steps}"
+        shutil.copytree(tiny / "base", folder)
+        (folder / "optimizer.pt").write_bytes(b"x" * 1000)
+        resources = {f"checkpoint-{steps}/{file.name}": str(file.stat().st_size) for file in folder.iterdir()}
+        report = {"kind": "checkpoint", "uuid": name, "steps_completed": steps, "resources": resources}
+        master.trials[trial_id].reports.append(report)
+        if accuracy is not None:
+            metrics = {"eval_rewards/accuracies": accuracy}
+            report = {"kind": "validation", "steps_completed": steps, "metrics": metrics}
+            master.trials[trial_id].reports.append(report)
+        return name
+
+    return save
+
+
+@pytest.fixture
+def saved(save):
+    return {"a": save(1, 2, 0.5), "b": save(1, 4, 0.75), "c": save(2, 4, 0.7), "unvalidated": save(2, 5)}

@@ -23,6 +23,7 @@ import report
 import sft_finetune
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from errors import UserError
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 
@@ -40,7 +41,9 @@ def test_sft_yaml_is_the_published_experiment():
 
 def test_dpo_yaml_is_the_published_grid():
     trials = expand_trials(read_experiment_config(str(REPO / "dpo.yaml")))
-    parsed = [parse_hyperparameters(DPOHyperparameters, trial) for trial in trials]
+    with pytest.raises(UserError, match="model_ckpt is missing"):  # nobody means to train nine models without SFT
+        parse_hyperparameters(DPOHyperparameters, trials[0])
+    parsed = [parse_hyperparameters(DPOHyperparameters, trial | {"model_ckpt": "exp:12"}) for trial in trials]
     assert [(h.dpo_beta, h.args.learning_rate) for h in parsed] == [
         (beta, rate) for beta in (0.1, 0.05, 0.01) for rate in (1e-7, 5e-7, 5e-8)
     ]

@@ -23,10 +23,12 @@ from determined import core
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
 from config.search import check_training_length
+from config.validation import is_uuid
 from errors import CommandLine, TemporaryError, UserError, about, at_least, one_line, os_errors_of
 from storage.checkpoints import agent_cache, check_storage, local_checkpoint_storage
 from storage.files import check_output, read_json_lines
 from storage.locks import only_writer
+from storage.origins import Origin
 from storage.shared_cache import once_per_node
 from trial.events import TRAINED, LocalCheckpointContext, LocalPreemptContext, LocalTrainContext, is_event, read_events
 
@@ -47,6 +49,8 @@ class Trial(Generic[Hyperparameters]):
     earlier_checkpoints: Callable[[], list[str]] = list  # returns the UUIDs of all that were saved, the latest first
     boards: Path | None = None  # the folder for TensorBoard's files of training_args.report_to
     memory_ran_out: Path | None = None  # a file to leave for the next start if memory runs out; see speed/fitting.py
+    experiment_id: int = 0  # of the cluster
+    origin: Origin | None = None  # for its checkpoints, once it is known which model it starts from
 
     def run(self, train: Callable[["Trial[Hyperparameters]"], None]) -> None:
         """Call `train` with this trial; if memory runs out, once more with the choices that take the least of it.
@@ -87,6 +91,12 @@ class Trial(Generic[Hyperparameters]):
         if self.core_context.distributed.rank == 0:
             logger.info(text)
             self.core_context.train.set_status(text)
+
+    def remember_origin(self, base: str | None, model_ckpt: str | None = None) -> None:
+        """Set what checkpoints will say of the training: see `Origin` for the arguments."""
+        hparams = self.hparams
+        beta = getattr(hparams.args, "beta", None)
+        self.origin = Origin(base, model_ckpt, beta, hparams.split_seed, hparams.sources)
 
     def should_preempt(self) -> bool:
         """Return whether the cluster needs the trial's slots. Call it on every rank, in step with the others.
@@ -151,7 +161,8 @@ def _open_on_cluster(
         cache = agent_cache() / f"trials-{os.getuid()}"  # another user could read it, but not add to it
         trial_id, latest = info.trial.trial_id, info.latest_checkpoint
         earlier = functools.partial(trial_checkpoints, trial_id)
-        yield Trial(hparams, core_context, trial_id, metric, latest, cache, True, earlier, boards)
+        number = info.trial.experiment_id
+        yield Trial(hparams, core_context, trial_id, metric, latest, cache, True, earlier, boards, experiment_id=number)
 
 
 @contextmanager
@@ -192,7 +203,10 @@ def _open_locally(
     check_output(Path(arguments.cache or Path(arguments.output, "cache")), "--cache", is_folder=True)
     with about(arguments.config):
         hparams = parse_hyperparameters(cls, values)
-    check_storage(Path(arguments.output), hparams.model_ckpt)
+        if hparams.checkpoint and not is_uuid(hparams.checkpoint.removeprefix("ckpt:")):
+            command = f"python local_experiment.py {arguments.config}"
+            raise UserError(f"model_ckpt {hparams.checkpoint} may be another one at the next start; run {command}")
+    check_storage(Path(arguments.output), hparams.checkpoint)
     metric, output, storage = config["searcher"].get("metric"), Path(arguments.output), local_checkpoint_storage()
     cache, events = Path(arguments.cache or output / "cache"), output / "events.jsonl"
     hparams.args.output_dir = str(output / "trainer")

@@ -268,6 +268,8 @@ class DetCallback(determined.transformers.DetCallback):
         self._save_log_state(folder, args)
         if state.is_world_process_zero:
             self.trainer.evaluations.write(folder)
+            if self.trial.origin:
+                self.trial.origin.write(folder)
         core_context.distributed.allgather(None)  # the other ranks of this node have written their files too
         files = core_context.distributed.gather(hash_files(folder) if core_context.distributed.local_rank == 0 else {})
         if files:  # on the first rank; `upload` has the others wait for it

@@ -11,8 +11,10 @@ from config.training_args import DPO_LOSSES
 from errors import UserError
 
 SFT = {"model_name": "m", "dataset": "d"}
-DPO = {"model_name": "m", "datasets": ["d"]}
+DPO = {"model_name": "m", "model_ckpt": "none", "datasets": ["d"]}
 UUID = "6b6fbaa7-faa9-4449-867b-2939a147a335"
+
+MISSING = r"hyperparameters\.model_ckpt is missing: give the UUID of an SFT checkpoint, or exp:12, .*; none starts from"
 
 
 def sft(**values):
@@ -94,8 +96,13 @@ def test_sft_errors_name_the_key(values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_name": None}, "hyperparameters: give model_ckpt"),
-        ({"model_ckpt": ""}, None),
+        ({"model_name": None}, r"hyperparameters\.model_ckpt: none needs a model_name"),
+        ({"model_ckpt": ""}, MISSING),  # as a YAML template may leave it
+        ({"model_ckpt": None}, MISSING),
+        ({"model_ckpt": "exp:best"}, r"hyperparameters.model_ckpt 'exp:best': after exp: comes the number of the exp"),
+        ({"model_ckpt": "model:m:0"}, "the version '0' is not a number from 1"),
+        ({"model_ckpt": "model:"}, "after model: comes a registered model's name"),
+        ({"model_ckpt": "experiment:12"}, "is not a checkpoint UUID .*, nor exp:12, trial:34, ckpt:UUID or model:NAME"),
         ({"model_ckpt": "../x"}, "model_ckpt '../x' is not a checkpoint UUID"),
         ({"model_ckpt": UUID + "/.."}, "is not a checkpoint UUID"),
         ({"datasets": "d"}, "datasets is 'd', which is not a list"),
@@ -122,9 +129,6 @@ def test_sft_errors_name_the_key(values, message):
     ],
 )
 def test_dpo_errors_name_the_key(values, message):
-    if message is None:  # an empty model_ckpt, as a YAML template may leave it, is none
-        assert dpo(**values).model_ckpt == ""
-        return
     with pytest.raises(UserError, match=message):
         dpo(**values)
 

@@ -14,7 +14,7 @@ from config.trying_out import training_elsewhere
 from errors import UserError
 
 SFT = {"model_name": "m", "dataset": "d"}
-DPO = {"model_name": "m", "datasets": ["d"]}
+DPO = {"model_name": "m", "model_ckpt": "none", "datasets": ["d"]}
 
 
 def parse(training_args, cls=SFTHyperparameters, **others):

@@ -88,7 +88,9 @@ def test_text_of_a_command_line_is_converted_and_its_options_are_named():
 
 
 def test_parsed_hyperparameters_can_be_copied_and_pickled():
-    hparams = parse_hyperparameters(DPOHyperparameters, {"model_name": "m", "datasets": ["d", {"name": "e"}]})
+    hparams = parse_hyperparameters(
+        DPOHyperparameters, {"model_name": "m", "model_ckpt": "none", "datasets": ["d", {"name": "e"}]}
+    )
     for same in (copy.deepcopy(hparams), pickle.loads(pickle.dumps(hparams))):
         assert same == hparams
         assert same.args.beta == hparams.args.beta

@@ -336,7 +336,7 @@ DPO: list[tuple[Any, ...]] = [
     ("datasets", ["d" * 5000], "data"),
     ("model_name", DROP, "model_name"),
     *(("model_name", value) for value in ("./nowhere", "/", "{tiny}", "{tiny}/questions", "a\0b", "m" * 5000, "{tiny}/base/config.json")),
-    *(("model_ckpt", value) for value in (3, "latest", "../../x", "6b6fbaa7-faa9-4449-867b-2939a147a335", "6b6fbaa7-faa9-4449-867b-2939a147a335\n", ["x"], "6b6fbaa7/faa9-4449-867b-2939a147a335")),
+    *(("model_ckpt", value) for value in (3, "latest", "../../x", "6b6fbaa7-faa9-4449-867b-2939a147a335", "6b6fbaa7-faa9-4449-867b-2939a147a335\n", ["x"], "6b6fbaa7/faa9-4449-867b-2939a147a335", DROP, None, "", "exp:", "exp:x", "model:", "model:a/b", "model:a:0", "model:a:" + "9" * 5000, "ckpt:x")),
     *(("dpo_beta", value) for value in (0, -1, NAN, INF, "a", True, [0.1])),
     *(("dpo_loss", value) for value in ("sigmoyd", [], ["sigmoid", "x"], 3, "kto_pair", "cdpo", "", {"a": 1}, "exo_pair")),
     *(("max_length", value) for value in (0, -5, "x", 1.5, NAN)),

@@ -52,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "searcher": {"name": "single", "metric": "eval_rewards/accuracies", "smaller_is_better": False},
         "hyperparameters": {
             "model_name": "{tiny}/base",
+            "model_ckpt": "none",
             "datasets": [{"name": "{tiny}/questions", "number_of_samples": 20}],
             "dpo_beta": 0.1,
             "max_length": 384,

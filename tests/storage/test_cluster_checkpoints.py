@@ -1,60 +1,14 @@
 """What inference.py takes from a cluster: Determined's SDK against a master that alone is made up (see cluster.py)."""
 
 import shutil
-import uuid
 
 import pytest
-from cluster import Master, Trial
 
 import inference
 from errors import TemporaryError, UserError
-from storage.cluster_checkpoints import cluster_checkpoint, trial_checkpoints
+from storage.cluster_checkpoints import cluster_checkpoint, settled_checkpoint, trial_checkpoints
 from storage.manifests import hash_files, write_manifest
 from trial.models import load_model_and_tokenizer
-
-CONFIG = {"searcher": {"name": "grid", "metric": "eval_rewards/accuracies", "smaller_is_better": False}}
-
-
-@pytest.fixture
-def master(tmp_path, monkeypatch):
-    """An experiment with two trials and three validated checkpoints, and one with a trial that has none."""
-    storage = tmp_path / "storage"
-    with Master(storage) as master:
-        for experiment_id in (1, 2):
-            config = CONFIG | {"checkpoint_storage": {"type": "shared_fs", "host_path": str(storage)}}
-            master.experiments[experiment_id] = {"config": config, "body": {"config": ""}}
-        master.trials = {1: Trial(1, 1, {}), 2: Trial(2, 1, {}), 3: Trial(3, 2, {})}
-        monkeypatch.setenv("DET_MASTER", master.url)
-        monkeypatch.setenv("DET_USER", "determined")
-        monkeypatch.setenv("DET_PASS", "Strong-enough-1")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        yield master
-
-
-@pytest.fixture
-def save(master, tiny):
-    """A checkpoint as a trial leaves it, with the tiny base for its model; returns its UUID."""
-
-    def save(trial_id, steps, accuracy=None):
-        name = str(uuid.uuid4())
-        folder = master.storage / name / f"checkpoint-{steps}"
-        shutil.copytree(tiny / "base", folder)
-        (folder / "optimizer.pt").write_bytes(b"x" * 1000)
-        resources = {f"checkpoint-{steps}/{file.name}": str(file.stat().st_size) for file in folder.iterdir()}
-        report = {"kind": "checkpoint", "uuid": name, "steps_completed": steps, "resources": resources}
-        master.trials[trial_id].reports.append(report)
-        if accuracy is not None:
-            metrics = {"eval_rewards/accuracies": accuracy}
-            report = {"kind": "validation", "steps_completed": steps, "metrics": metrics}
-            master.trials[trial_id].reports.append(report)
-        return name
-
-    return save
-
-
-@pytest.fixture
-def saved(save):
-    return {"a": save(1, 2, 0.5), "b": save(1, 4, 0.75), "c": save(2, 4, 0.7), "unvalidated": save(2, 5)}
 
 
 def files_of(folder):
@@ -67,6 +21,32 @@ def test_an_experiment_or_trial_gives_its_best_checkpoint_by_the_searchers_metri
         assert folder.parent.name == saved[expected]
         assert "optimizer.pt" not in files_of(folder)
         load_model_and_tokenizer(str(folder))
+
+
+def test_a_registered_model_gives_its_latest_version_or_the_one_that_is_named(master, saved):
+    master.models = {"helper": [saved["b"], saved["a"]]}
+    for source, expected in {"model:helper": "a", "model:helper:2": "a", "model:helper:1": "b"}.items():
+        assert cluster_checkpoint(source, "--model m").parent.name == saved[expected]
+    assert not master.unknown
+
+
+def test_a_name_stands_for_the_same_checkpoint_in_every_trial(master, saved, save):
+    """For what it was when the experiment of the trials was created, or for nothing if that may still change."""
+    master.experiments[3] = {**master.experiments[2], "times": {"startTime": "2026-01-01T00:02:30.5Z"}}
+    for source, expected in {"exp:1": "b", "trial:2": "c", f"ckpt:{saved['a']}": "a"}.items():
+        assert settled_checkpoint(source, "model_ckpt", 3) == saved[expected]
+    master.models = {"helper": [saved["a"], saved["b"], saved["c"]]}  # of 00:01, 00:02 and 00:03
+    assert settled_checkpoint("model:helper", "model_ckpt", 3) == saved["b"]
+    assert settled_checkpoint("model:helper:3", "model_ckpt", 3) == saved["c"]
+    with pytest.raises(UserError, match="model:helper: the model had no version when experiment 1 was created"):
+        settled_checkpoint("model:helper", "model_ckpt", 1)
+
+    best = save(1, 6, 0.9)
+    for ended in (None, "2026-01-01T00:02:31Z"):
+        master.experiments[1]["times"] = {"endTime": ended}
+        with pytest.raises(UserError, match=f"exp:1: experiment 1 had not ended when .* now is ckpt:{best}"):
+            settled_checkpoint("exp:1", "model_ckpt", 3)
+    assert not master.unknown
 
 
 def test_a_cluster_checkpoint_is_downloaded_once(master, saved):
@@ -126,9 +106,15 @@ def test_the_published_flags_exp_id_and_trial_id_work(call, saved, tiny):
         ("trial:3", "trial:3: the trial has no checkpoint yet that was validated"),
         ("exp:best", "'exp:best': after exp: comes the number of the experiment"),
         ("ckpt:../x", "'../x' is not a checkpoint UUID"),
+        ("model:nobody", "model:nobody: {url} has no such model"),
+        ("model:nobody:1", "model:nobody:1: {url} has no such model"),
+        ("model:helper:9", "model:helper:9: {url} has no such version of this model"),
+        ("model:new", "model:new: the model has no version"),
+        ("model:helper:two", "'model:helper:two': the version 'two' is not a number"),
     ],
 )
 def test_mistakes_get_one_line(call, master, saved, source, message):
+    master.models = {"helper": [saved["a"]], "new": []}
     status, _, err = call(inference.main, "--model", f"m={source}")
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("error: --model m")

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import inference
 from comparison.options import parse_command_line, parse_hyperparameters
 from storage.manifests import MANIFEST
+from storage.origins import read_origin
 from trial.events import read_events
 
 needs_containers = pytest.mark.skipif(not containers_work(), reason="this machine lets us make no namespaces")
@@ -221,12 +222,14 @@ def test_a_container_resumes_from_the_checkpoint_before_a_damaged_one(master, st
 def test_dpo_killed_on_two_slots_ends_like_untouched(
     master, create, start, untouched, sft_starts, sft_trial, tiny, folder
 ):
-    """From the checkpoint of the test above, which both ranks get through one download."""
-    sft_checkpoint = sft_trial.of_kind("checkpoint")[-1]["uuid"]
+    """From the best checkpoint of the test above, which both ranks get through one download, at both starts."""
+    validated = master.experiment_checkpoints(sft_trial.experiment_id, None, None)["checkpoints"]
+    best = next(found for found in validated if found["training"]["searcherMetric"] is not None)
+    sft_checkpoint, sft_step = best["uuid"], best["metadata"]["steps_completed"]
     trials = create(
         "dpo.yaml",
         **SMALL,
-        hyperparameters__model_ckpt=sft_checkpoint,
+        hyperparameters__model_ckpt=f"exp:{sft_trial.experiment_id}",
         hyperparameters__datasets=[str(tiny / "questions")],
         hyperparameters__training_args__precompute_ref_batch_size=32,
         hyperparameters__training_args__per_device_eval_batch_size=32,
@@ -255,10 +258,16 @@ def test_dpo_killed_on_two_slots_ends_like_untouched(
     told = [report["status"] for report in trial.of_kind("status")]
     passes = [status.split(" in ")[0] for status in told if status.startswith("reference log-probs")]
     assert passes == ["reference log-probs computed", "reference log-probs reused"]
-    downloaded = folder / "huggingface" / "determined" / sft_checkpoint / "checkpoint-4"
+    named = f"exp:{sft_trial.experiment_id} is checkpoint {sft_checkpoint}"
+    assert told.count(named) == 2
+    downloaded = folder / "huggingface" / "determined" / sft_checkpoint / f"checkpoint-{sft_step}"
+    assert read_origin(downloaded).base == str(tiny / "base")
     assert not list(downloaded.glob("optimizer*"))
+    saved = read_origin(next((master.storage / trial.of_kind("checkpoint")[-1]["uuid"]).glob("checkpoint-*")))
+    assert (saved.base, saved.model_ckpt, saved.beta) == (str(tiny / "base"), sft_checkpoint, trial.hparams["dpo_beta"])
     # Off the cluster the SFT checkpoint has to be in the local store.
     (Path(os.environ["LOCAL_CHECKPOINT_STORAGE"]) / sft_checkpoint).symlink_to(master.storage / sft_checkpoint)
+    trial.hparams = trial.hparams | {"model_ckpt": sft_checkpoint}
     assert same_as(untouched(trial, "dpo_finetune", 2), trial, master)
 
 

@@ -130,7 +130,7 @@ def test_a_batch_that_there_are_not_enough_rows_for_is_one_line(call, write_conf
 def test_dpo_without_a_checkpoint_says_so(train, dpo_config):
     reports = train(dpo_finetune, dpo_config, **{f"{ARGS}max_steps": 1})
     statuses = [report["status"] for report in reports["status"]]
-    assert any(status.startswith("no model_ckpt: DPO starts from ") for status in statuses)
+    assert any(status.startswith("no checkpoint: DPO starts from ") for status in statuses)
 
 
 def test_reference_log_probs_before_or_during_training_give_the_same_losses(train, trainers, dpo_config):
@@ -235,7 +235,9 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
     hparams = json.loads(json.dumps(sft_config["hyperparameters"]))
     hparams["training_args"] |= {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "trainer")}
     searcher = {"name": "adaptive_asha", "metric": "eval_loss", "time_metric": "batches", "max_time": 4}
-    trial_info = SimpleNamespace(trial_id=7, hparams=hparams, _config=sft_config | {"searcher": searcher})
+    trial_info = SimpleNamespace(
+        trial_id=7, experiment_id=3, hparams=hparams, _config=sft_config | {"searcher": searcher}
+    )
     info = SimpleNamespace(task_type="TRIAL", latest_checkpoint=None, trial=trial_info, slot_ids=[0, 1])
     info.container_addrs = ["127.0.0.1"]
     monkeypatch.setattr(det, "get_cluster_info", lambda: info)
