@@ -189,7 +189,7 @@ KEYS: list[tuple[str, Any, str | None]] = [
     ("searcher.name", 3, None),
     ("searcher.name", ["grid"], None),
     ("searcher.name", {"a": 1}, None),
-    ("searcher.name", "adaptive_asha", None),
+    ("searcher.name", "adaptive_asha", "max_trials"),
     ("searcher.nme", "grid", None),
     ("searcher.metric", DROP, None),
     ("searcher.metric", 3, None),
