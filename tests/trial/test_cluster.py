@@ -73,9 +73,10 @@ def create(master, det):
 
 @pytest.fixture(scope="module")
 def start(master, folder, tiny):
-    def start(trial, slots: int) -> Container:
-        env = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
-        return Container(master, trial, slots, [folder, tiny, REPO, Path(sys.prefix)], folder / "containers", **env)
+    def start(trial, slots: int, uid: int | None = None, **env: str) -> Container:
+        env = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", **env}
+        keep = [folder, tiny, REPO, Path(sys.prefix)]
+        return Container(master, trial, slots, keep, folder / "containers", uid, **env)
 
     return start
 
