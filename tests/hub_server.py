@@ -13,7 +13,7 @@ COMMIT = "a" * 40
 
 @contextmanager
 def served(folder: Path, name: str):
-    """The hub's address, and a list that grows: (file, bytes) for each piece of a file that was sent, and each whole data file."""
+    """The hub's address, and a list that grows: (file, bytes) for each data file, or piece of a file, that was sent."""
     sent: list[tuple[str, int]] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -83,13 +83,13 @@ WITHIN, IN_CONTAINER = f"host_tmp/huggingface/user-{ME}", f"tmp/huggingface-{ME}
         (lambda disk, home: make(home, OTHER, 0o700), BESIDE, "Permission denied"),
         (lambda disk, home: make(home, 0, 0o777), BESIDE, "it belongs to another user"),
         (lambda disk, home: make(make(home, ME) / "datasets", 0), BESIDE, "files of another user are in it"),
-        (lambda disk, home: make(make(make(home, ME) / "hub", ME) / ".locks", 0), BESIDE, "files of another user are in it"),
+        (lambda _, home: make(make(make(home, ME) / "hub", ME) / "x", 0), BESIDE, "files of another user are in it"),
         (lambda disk, home: home.write_text(""), BESIDE, "File exists"),
         (lambda disk, home: (make(home, 0, 0o1777), disk.chmod(0o755)), WITHIN, "it belongs to another user"),
         (lambda disk, home: (make(home, 0), disk.chmod(0o755)), IN_CONTAINER, "Permission denied"),
         (lambda disk, home: disk.chmod(0o755), IN_CONTAINER, "Permission denied"),
         (lambda disk, home: disk.rmdir(), IN_CONTAINER, "Permission denied"),
-        (lambda disk, home: (make(home, 0), make(Path(f"{home}-{ME}"), OTHER, 0o777)), IN_CONTAINER, "Permission denied"),
+        (lambda _, home: (make(home, 0), make(Path(f"{home}-{ME}"), OTHER, 0o777)), IN_CONTAINER, "Permission denied"),
     ],
 )  # fmt: skip
 def test_each_user_writes_to_a_folder_of_their_own(agent, prepare, expected, why):
