@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 # What is read without running code that is in it. A pickle (.bin, .pt) or a .py file of another user is not linked: the
 # libraries then download their own.
@@ -43,16 +44,23 @@ def why_not_own(folder: Path) -> str:
     try:
         folder.mkdir(0o755, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
-            # Not compared with this process's uid, which a network's disk may know by another number.
-            if os.fstat(probe.fileno()).st_uid != folder.stat().st_uid:
-                return "it belongs to another user"
+            uid = os.fstat(probe.fileno()).st_uid  # a network's disk may know this process's by another number
+        if folder.stat().st_uid != uid:
+            return "it belongs to another user"
         # Root or another user may have left something in it: locks, models, the folders themselves.
         written = [path for name in WRITTEN for path in (folder / name, *(folder / name).glob("*"))]
-        if any(path.exists() and not (path.is_symlink() or os.access(path, os.W_OK)) for path in written):
+        if any(_owner(path) not in (None, uid) and not os.access(path, os.W_OK) for path in written):
             return "files of another user are in it"
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def _owner(path: Path) -> int | None:
+    """Return the uid of a file, folder or link; None if it is not there, perhaps no longer."""
+    with suppress(FileNotFoundError):
+        return path.lstat().st_uid
+    return None
 
 
 def link_readable(shared: Path, own: Path) -> int:
@@ -67,7 +75,7 @@ def link_readable(shared: Path, own: Path) -> int:
         with suppress(OSError):  # another container of this user is at it as well
             link.parent.mkdir(0o755, parents=True, exist_ok=True)
             if not link.exists():
-                partial = link.with_name(f"{link.name}.{os.getpid()}")
+                partial = link.with_name(f"{link.name}.{uuid4().hex}")
                 if _is_ref(place):  # a small file, which the hub's client writes over
                     shutil.copyfile(file, partial)
                 else:
