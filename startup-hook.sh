@@ -1,6 +1,7 @@
 # Determined sources this file in every container, at every start, before the entrypoint. It installs the packages of
 # requirements.txt that the image lacks. Two packages keep their version: the image's torch, which is built for its
 # CUDA, and the determined that the cluster installed, which matches its master. If nothing is missing, pip is not run.
+# Dockerfile runs it as well, when an image is built.
 kept_packages=$(mktemp)
 wanted_packages=$(mktemp)
 python3 - "$kept_packages" "$wanted_packages" <<'PYTHON' || exit 1
@@ -44,3 +45,8 @@ if [ -s "$wanted_packages" ]; then
   }
 fi
 rm -f "$kept_packages" "$wanted_packages"
+# Another user's containers may have made HF_HOME on this agent. The entrypoint inherits the choice.
+if [ -n "${HF_HOME:-}" ]; then
+  HF_HOME=$(python3 -m storage.hf_home) || exit 1
+  export HF_HOME
+fi

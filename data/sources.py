@@ -28,7 +28,7 @@ from errors import TemporaryError, UserError, nearest, reading, reason
 from signals import CRASHES, run_in_child
 from storage.files import check_output, refuse_special_files
 from storage.fingerprints import fingerprint
-from storage.hub import check_hub_id, looks_like_path, quiet_lookup
+from storage.hub import check_hub_id, looks_like_path, no_such, quiet_lookup
 
 CHILD_SECONDS, CHILD_BYTES = 60, 10**8  # for a child to read a source, and how much; it shows no progress
 MOST_OTHER_FILES = 10_000  # in a folder of data; of its own formats it may have any number
@@ -202,7 +202,7 @@ def _load_arguments(source: DataSource) -> dict[str, Any]:
     refuse_special_files(path, name, "**/*")
     if not path.exists():
         if path.suffix in FILE_FORMATS or looks_like_path(source.name):
-            raise UserError(f"{name}: no such file or folder")
+            raise UserError(f"{name}: {no_such('file or folder')}")
         check_hub_id(source.name, name)
     if path.exists() and ("::" in source.name or (path.is_dir() and glob.escape(source.name) != source.name)):
         raise UserError(f"{name}: rename it, as datasets reads :: as a link, and *, ? or [ of a folder as a pattern")
@@ -271,7 +271,7 @@ def _explain_load_errors(source: DataSource) -> Iterator[None]:
         elif is_local or "split" in text:
             problem = f"{name}: {reason(error)}"
         else:
-            problem = f"{name}: no such file or folder, and the hub does not provide it ({reason(error)})"
+            problem = f"{name}: {no_such('file or folder')}, and the hub does not provide it ({reason(error)})"
         # The hub and the network raise errors of many kinds, which may pass. A ValueError is the user's mistake.
         raise (UserError if is_local or isinstance(cause, ValueError) else TemporaryError)(problem) from error
 

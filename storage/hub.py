@@ -17,6 +17,19 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def no_such(what: str) -> str:
+    """Return that there is "no such `what`", a file or folder that a user named; and in a container, what it sees."""
+    import determined as det
+
+    info = det.get_cluster_info()
+    if info is None or info.task_type != "TRIAL":
+        return f"no such {what}"
+    mounts = info.trial._config.get("bind_mounts") or []
+    seen = [f"its agent's {mount['host_path']} as {mount['container_path']}" for mount in mounts]
+    disk = ", ".join(seen) or "nothing of its agent's disk, as there are no bind_mounts"
+    return f"no such {what} (in a container: it sees what was uploaded, and {disk})"
+
+
 def check_hub_id(source: str, what: str) -> None:
     """Raise `UserError` about `what` if `source`, which is no local path, cannot be a hub id either.
 
@@ -30,10 +43,10 @@ def check_hub_id(source: str, what: str) -> None:
     try:
         validate_repo_id(source)
     except HFValidationError as error:
-        raise UserError(f"{what}: no such file or folder, and a hub id is name or owner/name") from error
+        raise UserError(f"{what}: {no_such('file or folder')}, and a hub id is name or owner/name") from error
     cached = any(Path(HF_HUB_CACHE).glob(f"*--{source.replace('/', '--')}"))
     if not cached and (problem := _why_out_of_reach()):
-        raise TemporaryError(f"{what}: no such file or folder, and the hub cannot be reached ({problem})")
+        raise TemporaryError(f"{what}: {no_such('file or folder')}, and the hub cannot be reached ({problem})")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,12 +33,15 @@ from processes import free_ports
 from config.experiment import expand_trials
 
 # What a container does before the entrypoint, in Determined's order. The hook is sourced under `set -e`, as there.
-CONTAINER = """
+MOUNTS = """
 set -e
 mount -t tmpfs tmpfs /run
-PRIVATE_TMP
-mkdir -p /run/determined/info /run/determined/train
+PRIVATE_FOLDERS
+mkdir -p -m 777 /run/determined /run/determined/info /run/determined/train
 cd FOLDER
+"""
+CONTAINER = """
+set -e
 python3 -m determined.exec.prep_container --proxy --download_context_directory
 source startup-hook.sh
 python3 -m determined.exec.prep_container --rendezvous --resources
@@ -402,9 +406,21 @@ ROUTES = {
 
 
 class Container:
-    """A container of a trial, started anew as a cluster would: nothing in it but what the master and the agent give."""
+    """A container of a trial, started anew as a cluster would: nothing in it but what the master and the agent give.
 
-    def __init__(self, master: Master, trial: Trial, slots: int, keep: list[Path], folder: Path, **env: str) -> None:
+    With a `uid` it runs as that user, as for an account that is linked to an agent user. Only root can start it then.
+    """
+
+    def __init__(
+        self,
+        master: Master,
+        trial: Trial,
+        slots: int,
+        keep: list[Path],
+        folder: Path,
+        uid: int | None = None,
+        **env: str,
+    ) -> None:
         trial.starts += 1
         self.trial = trial
         allocation = f"{trial.id}.{trial.starts}"
@@ -436,13 +452,31 @@ class Container:
         folder = folder / allocation
         folder.mkdir(parents=True)
         self.log = folder.with_name(f"{allocation}.log")
-        # A /tmp of its own too, in which what the test keeps outside it stays to be seen.
-        private_tmp = [f"mkdir -p /run/kept/{i} && mount --bind {path} /run/kept/{i}" for i, path in enumerate(keep)]
-        private_tmp += ["mount -t tmpfs tmpfs /tmp"]
-        private_tmp += [f"mkdir -p {path} && mount --bind /run/kept/{i} {path}" for i, path in enumerate(keep)]
-        script = CONTAINER.replace("PRIVATE_TMP", "\n".join(private_tmp)).replace("FOLDER", str(folder))
+        # A /tmp of its own too, in which what the test keeps outside it stays to be seen. The same for folders of root
+        # that another user may not enter, if the test or its Python is in them.
+        private, user = ["/tmp"], ["unshare", "-rm"]
+        inside = ["bash", "-c", CONTAINER]
+        if uid is not None:
+            keep = [*keep, Path(sys.base_prefix)]
+            closed = [[str(p) for p in reversed(path.parents) if not p.stat().st_mode & 1] for path in keep]
+            private += {first for first, *_ in filter(None, closed) if not first.startswith("/tmp/")}
+            user, inside = ["unshare", "-m"], ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *inside]
+            os.chown(folder, uid, uid)
+        mounts = [f"mkdir -p /run/kept/{i} && mount --bind {path} /run/kept/{i}" for i, path in enumerate(keep)]
+        mounts += [f"mount -t tmpfs -o mode={1777 if path == '/tmp' else 755} tmpfs {path}" for path in private]
+        mounts += [f"mkdir -p {path} && mount --bind /run/kept/{i} {path}" for i, path in enumerate(keep)]
+        script = MOUNTS.replace("PRIVATE_FOLDERS", "\n".join(mounts)).replace("FOLDER", str(folder))
         with self.log.open("w") as log:
-            command = ["unshare", "-rm", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script]
+            command = [
+                *user,
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "bash",
+                "-c",
+                f"{script}exec {shlex.join(inside)}",
+            ]
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
     def kill(self) -> None:

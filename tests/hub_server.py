@@ -13,7 +13,7 @@ COMMIT = "a" * 40
 
 @contextmanager
 def served(folder: Path, name: str):
-    """The hub's address, and a list that grows: (file, bytes) for each piece of a file that was sent."""
+    """The hub's address, and a list that grows: (file, bytes) for each data file, or piece of a file, that was sent."""
     sent: list[tuple[str, int]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -58,6 +58,8 @@ def served(folder: Path, name: str):
             headers = {"ETag": f'"{len(data)}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked is None:
+                if self.command == "GET" and file.endswith(".parquet"):
+                    sent.append((file, len(data)))
                 self.answer(data, **headers)
             else:
                 start, end = int(asked[1]), min(int(asked[2]), len(data) - 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import make
 import pytest
+import yaml
 from conftest import REPO
 from determined.cli import cli
 from determined.cli._declarative_argparse import add_args
@@ -123,13 +124,14 @@ def test_what_det_uploads(tmp_path):
     ]
     written += ["sft/model.safetensors", "wandb/run-1/x", "mlruns/0/x"]
     own = ["mine.jsonl", "data/mine.csv", "mine/train.parquet", "my_model/tokenizer.json", "questions.txt"]
-    for name in (*copied, *generated, *written, *own):
+    made = ["local_runs/tiny/base/model.safetensors", "local_runs/tiny/questions/train.jsonl"]
+    for name in (*copied, *generated, *written, *own, *made):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
     uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
     rooms = ("config", "storage", "metrics", "trial", "speed", "data", "experiment", "comparison", "pages")
     needed = {name for name in copied if ("/" not in name and name.endswith(".py")) or name.startswith(rooms)}
-    assert needed | {"startup-hook.sh", "requirements.txt", "inference.yaml"} | set(own) <= uploaded
+    assert needed | {"startup-hook.sh", "requirements.txt", "inference.yaml", *own, *made} <= uploaded
     assert not uploaded & {*generated, *written}
     assert not any(name.startswith("tests/") for name in uploaded)
     ignored = ["git", "check-ignore", "--no-index", *written, *own, *copied]
@@ -207,6 +209,47 @@ def test_startup_hook_says_what_failed(tmp_path):
     assert hook.returncode == 1
     assert "done" not in hook.stdout
     assert hook.stderr.splitlines()[-1].startswith("startup-hook.sh: could not install no-such-package-anywhere==1 ")
+
+
+def dockerfile(instruction: str) -> list[str]:
+    text = re.sub(r"^#.*\n", "", (REPO / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [line.removeprefix(instruction).strip() for line in text.splitlines() if line.startswith(f"{instruction} ")]
+
+
+def test_the_dockerfile_builds_on_the_image_of_the_yamls():
+    (argument,), (base,) = dockerfile("ARG"), dockerfile("FROM")
+    assert base == "${BASE}"
+    yamls = [REPO / f"{name}.yaml" for name in ("sft", "dpo", "inference", "examples/tiny/sft", "examples/tiny/dpo")]
+    assert {f"BASE={yaml.safe_load(path.read_text())['environment']['image']}" for path in yamls} == {argument}
+
+
+def test_the_dockerfile_leaves_nothing_to_the_hook(tmp_path):
+    """Its RUN line, in an image that lacks one package, and Determined as a base image does."""
+    for name in dockerfile("COPY")[0].split()[:-1]:
+        shutil.copy(REPO / name, tmp_path)
+    with (tmp_path / "requirements.txt").open("a") as requirements:
+        requirements.write("something-missing>=1\n")
+    wheel(tmp_path / "wheels", "something_missing", "1.5")
+    wheel(tmp_path / "wheels", "determined", "0.38.1")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    target = tmp_path / "target"
+    image = {"PATH": path, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_TARGET": str(target)}
+    (run,) = dockerfile("RUN")
+    built = subprocess.run(["sh", "-c", run], cwd=tmp_path, env=image, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    found = {path.name for path in target.iterdir()}
+    assert found == {"something_missing-1.5.dist-info", "determined-0.38.1.dist-info"}
+
+    (target / "pip.py").write_text("raise SystemExit('pip was started')")
+    hook = run_hook(tmp_path, PYTHONPATH=f"{target}:{REPO}")
+    assert (hook.stdout.strip(), hook.stderr) == ("done", "")
+
+
+def test_entrypoints_run_where_there_is_only_python3():
+    for path in (*REPO.glob("*.yaml"), *(REPO / "examples" / "tiny").glob("*t.yaml"), REPO / "examples/tiny/dpo.yaml"):
+        words = shlex.split(yaml.safe_load(path.read_text())["entrypoint"])
+        assert words[0] == "python3"
+        assert "python" not in words
 
 
 def test_the_readme_shows_the_files_that_there_are():

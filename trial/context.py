@@ -152,7 +152,7 @@ def _open_on_cluster(
     check_searcher_metric(cls, metric)
     check_training_length(searcher, hparams.args)
     if distributed is None and (slots := len(info.slot_ids) * len(info.container_addrs)) > 1:
-        launcher = "python -m determined.launch.torch_distributed"
+        launcher = "python3 -m determined.launch.torch_distributed"
         raise UserError(f"the trial has {slots} slots and one process: begin the YAML's entrypoint with {launcher}")
     with open_core_context(info, distributed) as core_context:
         # A run of its own on the trial's board: two files that grow at once in one folder would hide each other.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from errors import TemporaryError, UserError, about, one_line, reading
 from storage.files import refuse_special_files
-from storage.hub import check_hub_id, looks_like_path, quiet_lookup
+from storage.hub import check_hub_id, looks_like_path, no_such, quiet_lookup
 from storage.manifests import check_files
 from trial.events import read_events
 
@@ -32,7 +32,7 @@ def check_source(source: str, key: str, subfolder: str = "") -> None:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{what}: a folder without a config.json is no model{_meant(path)}")
     if not path.is_dir() and (looks_like_path(source) or Path(source).exists()):
-        raise UserError(f"{what}: {'not a' if path.exists() else 'no such'} folder")
+        raise UserError(f"{what}: {'not a folder' if path.exists() else no_such('folder')}")
     if not path.is_dir():
         check_hub_id(source, what)
 
@@ -65,7 +65,7 @@ def _find_on_hub(source: str, key: str, **where: Any) -> None:
 
 def _not_given(source: str, key: str, error: UserError) -> TemporaryError:
     what = f"{key} {source!r}: "
-    return TemporaryError(f"{what}no such folder, and the hub does not give it: {str(error).removeprefix(what)}")
+    return TemporaryError(f"{what}{no_such('folder')}, and the hub does not give it: {str(error).removeprefix(what)}")
 
 
 def _meant(folder: Path) -> str:

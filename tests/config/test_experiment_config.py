@@ -87,6 +87,7 @@ def test_search_errors(config, message):
 def test_entrypoint_script_is_found_behind_a_launcher():
     launched = "python -m determined.launch.torch_distributed python own.py --flag"
     assert entrypoint_script({"entrypoint": launched}) == ["own.py", "--flag"]
+    assert entrypoint_script({"entrypoint": launched.replace("python ", "python3 ")}) == ["own.py", "--flag"]
     for words in ('bash -c "python sft_finetune.py --debug"', ["/bin/sh", "-c", "python sft_finetune.py --debug"]):
         assert entrypoint_script({"entrypoint": words}) == ["sft_finetune.py", "--debug"]
     assert entrypoint_script({"entrypoint": ["python3", "train.py"]}) == ["train.py"]

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -14,6 +15,19 @@ from storage import hub
 def test_what_is_no_hub_id_is_refused_unasked(name):
     with pytest.raises(UserError, match=r"^model_name: no such file or folder, and a hub id is name or owner/name$"):
         hub.check_hub_id(name, "model_name")
+
+
+def test_a_container_says_what_it_sees(monkeypatch):
+    assert hub.no_such("folder") == "no such folder"
+    config = {
+        "bind_mounts": [{"host_path": "/data", "container_path": "/d"}, {"host_path": "/t", "container_path": "/u"}]
+    }
+    info = SimpleNamespace(task_type="TRIAL", trial=SimpleNamespace(_config=config))
+    monkeypatch.setattr("determined.get_cluster_info", lambda: info)
+    both = "it sees what was uploaded, and its agent's /data as /d, its agent's /t as /u"
+    assert hub.no_such("folder") == f"no such folder (in a container: {both})"
+    del config["bind_mounts"]
+    assert hub.no_such("folder").endswith("and nothing of its agent's disk, as there are no bind_mounts)")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,13 +61,14 @@ def det(master, folder):
 def create(master, det):
     """`det e create CONFIG .`, in the repository, as a user would; returns the trials that the master then has."""
 
-    def create(config: str, **overrides):
+    def create(config: str, bundle: Path = REPO, **overrides):
         words = ["e", "create", config, "."]
         for key, value in overrides.items():
             words += ["--config", f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).strip()}"]
-        shown = det(*words)
+        shown = det(*words, cwd=bundle)
         assert f"Created experiment {len(master.experiments)}" in shown.stdout, shown.stderr
-        assert len(json.dumps(master.experiments[len(master.experiments)]["raw"])) < 2**20  # with .venv and all here
+        uploaded = [file for file in master.experiments[len(master.experiments)]["raw"] if "/tiny/" not in file["path"]]
+        assert len(json.dumps(uploaded)) < 2**20  # with .venv and all here
         return [trial for trial in master.trials.values() if trial.experiment_id == len(master.experiments)]
 
     return create
@@ -74,9 +76,10 @@ def create(master, det):
 
 @pytest.fixture(scope="module")
 def start(master, folder, tiny):
-    def start(trial, slots: int) -> Container:
-        env = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
-        return Container(master, trial, slots, [folder, tiny, REPO, Path(sys.prefix)], folder / "containers", **env)
+    def start(trial, slots: int, uid: int | None = None, **env: str) -> Container:
+        env = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", **env}
+        keep = [folder, tiny, REPO, Path(sys.prefix)]
+        return Container(master, trial, slots, keep, folder / "containers", uid, **env)
 
     return start
 
@@ -353,6 +356,44 @@ def test_a_preempted_comparison_answers_nothing_twice(
     assert f"checkpoint {page.name}: comparison.json has 0 of " in fourth.log.read_text()
     page = master.storage / trial.of_kind("checkpoint")[-1]["uuid"]
     assert json.loads((page / "comparison.json").read_text())["questions"] == here
+
+
+@needs_containers
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start containers of another user")
+def test_the_tiny_example_beside_another_users_cache(create, start, master, folder, tiny, tmp_path):
+    """Its model and data are uploaded. HF_HOME belongs to root, and nobody may write beside it."""
+    bundle, home = tmp_path / "bundle", folder / "agent" / "huggingface"
+    for name in subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split():
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, bundle / name)
+    shutil.copytree(tiny, bundle / "local_runs" / "tiny")
+    (home / "datasets").mkdir(parents=True)
+    folder.chmod(0o755)  # pytest's own are for its user alone
+    master.storage.chmod(0o777)
+    small = {"max_steps": 1, "logging_steps": 1, "num_train_epochs": 1}
+    small = {f"hyperparameters__training_args__{key}": value for key, value in small.items()}
+    (trial,) = create("examples/tiny/sft.yaml", bundle, **small)
+    container = start(trial, slots=1, uid=1001, HF_HOME=str(home))
+    assert container.wait() == 0, container.log.read_text()
+    (told,) = [line for line in container.log.read_text().splitlines() if "HF_HOME" in line]
+    assert told == (
+        f"startup-hook.sh: HF_HOME {home}: Permission denied: using /tmp/huggingface-1001,"
+        " with no files of models and data that can be read there"
+    )
+    assert [report["steps_completed"] for report in trial.of_kind("checkpoint")] == [1]
+    assert (master.storage / trial.of_kind("checkpoint")[0]["uuid"]).stat().st_uid == 1001
+    assert [path.name for path in home.rglob("*")] == ["datasets"]
+
+
+@needs_containers
+def test_a_path_that_a_container_does_not_see_is_told_with_its_bind_mounts(create, start):
+    mounts = yaml.safe_load((REPO / "sft.yaml").read_text())["bind_mounts"]
+    (trial,) = create("examples/tiny/sft.yaml", hyperparameters__dataset="/tmp/mine.jsonl", bind_mounts=mounts)
+    container = start(trial, slots=1)
+    assert container.wait() == 2
+    told = "error: data set /tmp/mine.jsonl: no such file or folder"
+    told += " (in a container: it sees what was uploaded, and its agent's /tmp as /host_tmp)"
+    assert told in container.log.read_text().splitlines()
 
 
 def test_a_yaml_and_a_command_line_give_the_same_options():

@@ -243,7 +243,7 @@ def test_in_a_trial_everything_comes_from_the_cluster(call, sft_config, tmp_path
     monkeypatch.setattr(det, "get_cluster_info", lambda: info)
     status, _, err = call(sft_finetune.main)
     assert (status, err.count("\n")) == (2, 1)
-    assert "the trial has 2 slots and one process: begin the YAML's entrypoint with python -m determined.launch" in err
+    assert "the trial has 2 slots and one process: begin the YAML's entrypoint with python3 -m determined.launch" in err
     info.slot_ids = [0]
     storage, uploaded = tmp_path / "storage", []
 
