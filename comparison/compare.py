@@ -270,7 +270,8 @@ def compare(
     console: Console,
 ) -> Comparison:
     """Let each of `models`, folders or hub ids by name, answer the questions and score the pairs."""
-    prompts, preferred, pairs, sources, _ = questions
+    prompts, preferred, pairs, held_out, whole, _ = questions
+    sources = (*held_out, *whole)
     origins = read_origins(models)
     betas = reward_betas(models, origins, options.beta)
     warnings = list(trained_on(questions, origins))

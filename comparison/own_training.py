@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from comparison.questions import Questions
+from config.hyperparameters import DEFAULT_BETA, DEFAULT_EVAL_RATIO
 from data.splitting import prompt_key, row_prompt
 from dataset_utils import load_dpo_dataset
 from errors import UserError
 from pages.terminal import plural
 from storage.origins import Origin, read_origin
-
-DEFAULT_BETA = 0.1  # TRL's
 
 
 def read_origins(models: Mapping[str, str]) -> dict[str, Origin]:
@@ -48,8 +47,7 @@ def trained_on(questions: Questions, origins: Mapping[str, Origin]) -> Iterator[
         return
     keys = [prompt_key(row_prompt(row)) for row in questions.pairs]
     for name, origin in origins.items():
-        held_out_alike = questions.seed == origin.data_seed and all(s in origin.sources for s in questions.sources)
-        if origin.beta is None or held_out_alike:
+        if origin.beta is None or _held_out_alike(questions, origin):
             continue
         try:
             trained = load_dpo_dataset(origin.sources, origin.data_seed)["train"]
@@ -60,3 +58,21 @@ def trained_on(questions: Questions, origins: Mapping[str, Origin]) -> Iterator[
         if known := sum(key in prompts for key in keys):
             of = f"{name} was trained on the prompts of {known} of these {plural(len(keys), 'pair')}"
             yield f"{of}: its own run holds out others (data_seed {origin.data_seed}, or its eval_ratio or data)"
+
+
+def _held_out_alike(questions: Questions, origin: Origin) -> bool:
+    """Return whether a training has held out the prompts of all pairs of `questions`, without a look at its rows.
+
+    A prompt's side depends on the prompt, the seed and the ratio alone, not on a data set's name or place.
+    """
+    if questions.evaluation or questions.seed != origin.data_seed:
+        return False
+    if all(source in origin.sources for source in questions.sources):
+        return True
+    if any(source.evaluation for source in (*questions.sources, *origin.sources)):
+        return False
+    asked, trained = (
+        [DEFAULT_EVAL_RATIO if source.eval_ratio is None else source.eval_ratio for source in sources]
+        for sources in (questions.sources, origin.sources)
+    )
+    return max(asked) <= min(trained)

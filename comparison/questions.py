@@ -32,7 +32,8 @@ class Questions(NamedTuple):
     prompts: list[list[Message]]
     preferred: list[str | None]  # the answer to each question that people preferred, if it is known
     pairs: Dataset | None
-    sources: tuple[DataSource, ...] = ()  # the preference data sets
+    sources: tuple[DataSource, ...] = ()  # the preference data sets whose held-out rows they are
+    evaluation: tuple[DataSource, ...] = ()  # and those that are used as a whole
     seed: int = DEFAULT_SPLIT_SEED  # that held the pairs out
 
 
@@ -69,7 +70,7 @@ def load_questions(options: ComparisonOptions, console: Console) -> Questions:
     if not own:
         rows = first("number_of_samples", default=10)
         own, preferred = rows["prompt"][:], rows["chosen"][:]
-    return Questions(own, preferred, pairs if len(pairs) else None, (*sources, *evaluation), seed)
+    return Questions(own, preferred, pairs if len(pairs) else None, tuple(sources), tuple(evaluation), seed)
 
 
 def find_blog_questions(key: str, console: Console) -> Dataset:

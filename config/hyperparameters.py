@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SPLIT_SEED = 42
 DEFAULT_EVAL_RATIO = 0.2
+DEFAULT_BETA = 0.1  # TRL's
 EVALUATION_KEYS = ("eval_ratio", "eval_split", "eval_dataset")  # of a source of rows; one of them says what is held out
 
 

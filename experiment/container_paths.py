@@ -1,10 +1,21 @@
 """Paths as an experiment's containers see them, looked for on this machine."""
 
 import os
+from pathlib import PurePosixPath
 from typing import Any
 
+WORKDIR = PurePosixPath("/run/determined/workdir")  # where a container has the folder that `det e create` uploads
 PATHS = ("model_name", "dataset", "datasets", "eval_dataset", "name")  # hyperparameters; the last is of a data set
 VALUES = ("val", "vals")  # of a search space
+
+
+def host_path(name: str, mounts: list[dict[str, Any]]) -> str | None:
+    """Return the path on an agent of what its containers call `name`; None if it is in none of the `bind_mounts`."""
+    inside, outside = WORKDIR / name, None
+    for mount in sorted(mounts, key=lambda mount: len(mount["container_path"])):  # the innermost last
+        if inside.is_relative_to(folder := WORKDIR / mount["container_path"]):
+            outside = str(PurePosixPath(mount["host_path"]) / inside.relative_to(folder))
+    return outside
 
 
 class ContainerPaths:
@@ -14,21 +25,20 @@ class ContainerPaths:
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.mounts = [(m["container_path"].rstrip("/"), m["host_path"]) for m in config.get("bind_mounts") or []]
+        self.mounts = config.get("bind_mounts") or []
         self.found: dict[str, str] = {}  # what was asked for, and where it is here
         self.unseen: dict[str, str] = {}  # what is not here, and why
 
     def here(self, path: str) -> str:
         """Return where `path` is on this machine; `path` itself if it is here, is not here, or is no container's."""
-        mounts = [mount for mount in self.mounts if path == mount[0] or path.startswith(f"{mount[0]}/")]
-        if not mounts or os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
+        on_host = host_path(path, self.mounts)
+        if on_host is None:
             return path
-        container, host = max(mounts)  # the innermost
-        on_host = host.rstrip("/") + path.removeprefix(container)
-        if os.path.exists(on_host):  # noqa: PTH110
-            self.found[path] = on_host
-            return on_host
-        self.unseen[path] = f"only the containers see {container}, and this machine has no {on_host}"
+        for place in (on_host, path):
+            if os.path.exists(place):  # noqa: PTH110 - Path.exists raises for a name that is too long
+                self.found[path] = place
+                return place
+        self.unseen[path] = f"only the containers see {path}, and this machine has no {on_host}"
         return path
 
     def translate(self, value: Any, is_path: bool = False) -> Any:

@@ -7,24 +7,25 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from config.cluster_names import NO_CHECKPOINT, is_cluster_name
 from config.yaml_files import read_yaml
+from data.sources import FILE_FORMATS
 from errors import UserError
+from experiment.container_paths import host_path
 from experiment.kinds import DPO, SFT
 from experiment.results import Experiment, TrialResult, flatten
 from experiment.settings import rank_settings, settings_verdict
 from experiment.verdicts import Verdict, args_of, beta_of
 from storage.checkpoints import local_checkpoint
-from storage.cluster_checkpoints import base_of, checkpoint_folder
+from storage.cluster_checkpoints import base_of, checkpoint_folder, settled_checkpoint
 from storage.files import BUNDLE, is_object, read_json_lines
 from storage.hub import looks_like_path
 from storage.origins import read_origin
 
 TASK = "inference.yaml"
-WORKDIR = PurePosixPath("/run/determined/workdir")  # where a container has the folder that `det e create` uploads
 
 
 def winner(verdict: Verdict) -> Iterator[str]:
@@ -47,14 +48,17 @@ def compare_command(experiment: Experiment) -> str | None:
     best = experiment.best()
     if best is None or experiment.kind is not DPO:
         return None
-    options, mounts = compare_options(experiment, best), experiment.config.get("bind_mounts") or []
+    options = compare_options(experiment, best)
     if experiment.folder is None:
+        find = partial(path_on_this_machine, mounts=experiment.config.get("bind_mounts") or [])
         try:
-            find = partial(path_on_this_machine, mounts=mounts)
-            options["model"] = {name: source and find(source) for name, source in options["model"].items()}
-            options["dataset"] = [_move_source(source, find) for source in options["dataset"]]
+            here = {
+                "model": {name: source and find(source) for name, source in options["model"].items()},
+                "dataset": [_move_source(source, find) for source in options["dataset"]],
+            }
         except FileNotFoundError:
-            return _as_task(options, mounts)
+            return _as_task(options, experiment.config)
+        options |= here
     models = {name: source for name, source in options.pop("model").items() if source}
     words = [word for name, source in models.items() for word in ("--model", f"{name}={source}")]
     for name, value in options.items():
@@ -66,12 +70,14 @@ def compare_command(experiment: Experiment) -> str | None:
 
 def compare_options(experiment: Experiment, best: TrialResult) -> dict[str, Any]:
     """Return the options of inference.py that compare the best trial with what it came from; None for one unset."""
-    hparams = best["hparams"]
+    hparams, sft = best["hparams"], starting_checkpoint(experiment, best["hparams"])
     prefix = "" if experiment.folder else "ckpt:"  # of a cluster's checkpoint
-    sft = hparams.get("model_ckpt")
-    sft = None if sft in (None, NO_CHECKPOINT) else sft if is_cluster_name(sft) else f"{prefix}{sft}"
     return {
-        "model": {"base": base_model(experiment, hparams), "sft": sft, "dpo": f"{prefix}{best['checkpoint_uuid']}"},
+        "model": {
+            "base": base_model(experiment, hparams, sft),
+            "sft": sft,
+            "dpo": f"{prefix}{best['checkpoint_uuid']}",
+        },
         "reference": "sft" if sft else None,  # DPO's own rewards are measured against it
         "beta": beta_of(hparams),  # and scaled by beta
         "dataset": list(hparams["datasets"]),
@@ -79,18 +85,33 @@ def compare_options(experiment: Experiment, best: TrialResult) -> dict[str, Any]
     }
 
 
+def starting_checkpoint(experiment: Experiment, hparams: dict[str, Any]) -> str | None:
+    """Return the checkpoint that a DPO trial started from, as inference.py takes it; None if it started from none.
+
+    A cluster's name that may mean another one by now is settled as the trial did.
+    """
+    start = hparams.get("model_ckpt")
+    if start in (None, NO_CHECKPOINT):
+        return None
+    if experiment.folder is None and not is_cluster_name(start):
+        return f"ckpt:{start}"
+    if experiment.number is not None and is_cluster_name(start):
+        with suppress(UserError):
+            return f"ckpt:{settled_checkpoint(start, 'model_ckpt', experiment.number)}"
+    return start
+
+
 def path_on_this_machine(name: str, mounts: list[dict[str, Any]]) -> str:
     """Return where the file or folder that a container calls `name` is on this machine; a hub id as it is.
 
     `mounts` are an experiment's `bind_mounts`. Raises `FileNotFoundError` if it is not here.
     """
-    inside, outside = WORKDIR / name, None if name.startswith("/") else name
-    for mount in sorted(mounts, key=lambda mount: len(mount["container_path"])):  # the innermost last
-        if inside.is_relative_to(folder := WORKDIR / mount["container_path"]):
-            outside = str(Path(mount["host_path"]) / inside.relative_to(folder))
-    if outside is None or ((outside != name or looks_like_path(name)) and not os.access(outside, os.R_OK)):
+    outside = host_path(name, mounts)
+    is_path = outside is not None or looks_like_path(name) or Path(name).suffix in FILE_FORMATS
+    seen = outside if outside is not None or Path(name).is_absolute() else name
+    if seen is None or (is_path and not os.access(seen, os.R_OK)):
         raise FileNotFoundError(name)
-    return outside
+    return seen
 
 
 def _move_source(source: Any, move: Callable[[str], str]) -> Any:
@@ -100,32 +121,44 @@ def _move_source(source: Any, move: Callable[[str], str]) -> Any:
     return {key: _move_source(of, move) if key in ("name", "eval_dataset") and of else of for key, of in source.items()}
 
 
-def _as_task(options: dict[str, Any], mounts: list[dict[str, Any]]) -> str:
-    """Return the command that compares on the cluster, with overrides of what inference.yaml sets otherwise."""
+def _as_task(options: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return the command that compares on the cluster, with overrides of what inference.yaml sets otherwise.
+
+    `config` is that of the experiment, from which the containers' image and mounts are taken.
+    """
     task = read_yaml(str(BUNDLE / TASK))
     values = {f"model.{name}": source for name, source in options.pop("model").items()} | options
     values = {f"hyperparameters.{name}": value for name, value in values.items()}
     values = {name: value for name, value in values.items() if value is not None or name in dict(flatten(task))}
-    mounts = [{key: mount[key] for key in ("host_path", "container_path")} for mount in mounts]
+    defaults = {"read_only": False, "propagation": "rprivate"}  # which a master fills in
+    mounts = [
+        {key: value for key, value in mount.items() if value is not None and defaults.get(key) != value}
+        for mount in config.get("bind_mounts") or []
+    ]
     if mounts and mounts != task.get("bind_mounts"):
         values["bind_mounts"] = mounts
+    image = (config.get("environment") or {}).get("image")
+    images = set(image.values()) if isinstance(image, dict) else {image}  # a master has one for each kind of device
+    if len(images) == 1 and not images & {None, task["environment"]["image"]}:
+        values["environment.image"] = images.pop()
     texts = [f"{name}={of if isinstance(of, str) else json.dumps(of)}" for name, of in values.items()]
     return shlex.join(["det", "e", "create", TASK, ".", *(word for text in texts for word in ("--config", text))])
 
 
-def base_model(experiment: Experiment, hparams: dict[str, Any]) -> str | None:
-    """Return the model at the beginning of SFT, which the checkpoint that a DPO trial started from names.
+def base_model(experiment: Experiment, hparams: dict[str, Any], start: str | None) -> str | None:
+    """Return the model at the beginning of SFT, as `start`, the checkpoint that a DPO trial started from, names it.
 
-    If nobody knows any more, it is the trial's own `model_name`, which `dpo_command` has set to it.
+    None if nobody knows any more, or if it was a path of a container that is not on this machine.
     """
-    start, base = hparams.get("model_ckpt") or NO_CHECKPOINT, None
-    if start != NO_CHECKPOINT:
-        with suppress(UserError):
-            if experiment.folder is None:
-                base = base_of(start if is_cluster_name(start) else f"ckpt:{start}", "model_ckpt")
-            elif origin := read_origin(checkpoint_folder(start, "model_ckpt", verify=False)):
-                base = origin.base
-    return base or hparams.get("model_name")
+    if start is None:
+        return hparams.get("model_name")
+    with suppress(UserError):
+        if experiment.folder is None:
+            return base_of(start, "model_ckpt")
+        if origin := read_origin(checkpoint_folder(start, "model_ckpt", verify=False)):
+            base = origin.base or ""
+            return base if not looks_like_path(base) or Path(base).exists() else None
+    return None
 
 
 def dpo_command(experiment: Experiment) -> str | None:
@@ -133,7 +166,7 @@ def dpo_command(experiment: Experiment) -> str | None:
     best = experiment.best()
     if best is None or experiment.kind is not SFT:
         return None
-    command, started = ["det", "e", "create"], {"config_file": "sft.yaml", "model_def": "."}
+    command, started = ["det", "e", "create"], {"config_file": _config_named(experiment.name), "model_def": "."}
     if experiment.folder:
         command = ["python", "local_experiment.py"]
         for row in read_json_lines(experiment.folder / "command.json"):
@@ -142,10 +175,14 @@ def dpo_command(experiment: Experiment) -> str | None:
     config = Path(started["config_file"])
     beside = config.with_name(config.name.replace("sft", "dpo"))
     dpo_config = str(beside if beside.exists() and beside != config else "dpo.yaml")
-    # The base model goes along so that the comparison at the end can include it.
-    overrides = {"model_ckpt": best["checkpoint_uuid"], "model_name": best["hparams"]["model_name"]}
-    words = [word for key, value in overrides.items() for word in ("--config", f"hyperparameters.{key}={value}")]
-    return shlex.join([*command, dpo_config, started["model_def"], *words])
+    override = f"hyperparameters.model_ckpt={best['checkpoint_uuid']}"
+    return shlex.join([*command, dpo_config, started["model_def"], "--config", override])
+
+
+def _config_named(name: str) -> str:
+    """Return which of this project's YAMLs describes the experiment `name`: sft.yaml, unless another has its name."""
+    configs = (path for path in sorted(BUNDLE.glob("examples/*/sft.yaml")) if read_yaml(str(path)).get("name") == name)
+    return next((str(path.relative_to(BUNDLE)) for path in configs), "sft.yaml")
 
 
 def registry_name(experiment: Experiment) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from config.hyperparameters import DEFAULT_BETA
 from experiment.results import Experiment, TrialResult, short_name
 from metrics.evaluations import preference_losses
 from metrics.intervals import Estimate, differences_from, estimate
@@ -29,7 +30,7 @@ def args_of(hparams: dict[str, Any]) -> dict[str, Any]:
 
 def beta_of(hparams: dict[str, Any]) -> float:
     """Return a DPO trial's beta, under either of its names, or else TRL's default."""
-    return hparams.get("dpo_beta") or args_of(hparams).get("beta") or 0.1
+    return hparams.get("dpo_beta") or args_of(hparams).get("beta") or DEFAULT_BETA
 
 
 def loss_of(hparams: dict[str, Any]) -> list[str]:

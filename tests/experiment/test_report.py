@@ -436,7 +436,6 @@ def test_sft_goes_on_with_dpo(write):
     assert next(page.section("winner").all("h2")).text == "Its best checkpoint"
     assert page.commands[1] == (
         f"python local_experiment.py dpo.yaml . --config hyperparameters.model_ckpt={uuid_of(1, 40)}"
-        " --config hyperparameters.model_name=base"
     )
     assert page.section("grid") is None
     assert [h3.text for h3 in page.section("curves").all("h3")] == ["Loss"]
@@ -541,7 +540,7 @@ def test_without_results_there_is_still_a_page(write):
 def test_commands_of_a_local_trial(write):
     page = page_of(write(DPO, ACCURACIES))
     assert page.commands[1] == (
-        f"python inference.py --model base=base --model sft={DPO['hyperparameters']['model_ckpt']}"
+        f"python inference.py --model sft={DPO['hyperparameters']['model_ckpt']}"  # which does not tell its base
         f" --model dpo={uuid_of(2, 40)} --reference sft --beta 0.1 --dataset pairs"
         " --data-seed 7 --output_file comparison.html"
     )
@@ -678,7 +677,7 @@ def test_an_experiment_of_the_cluster_has_the_page_of_a_local_one(master, write)
         assert cluster.section(section).text == local.section(section).text
     assert cluster.commands[0] == local.commands[0] == uuid_of(2, 40)
     assert cluster.commands[1] == (
-        f"python inference.py --model base=base --model sft=ckpt:{DPO['hyperparameters']['model_ckpt']}"
+        f"python inference.py --model sft=ckpt:{DPO['hyperparameters']['model_ckpt']}"
         f" --model dpo=ckpt:{uuid_of(2, 40)} --reference sft --beta 0.1 --dataset pairs"
         " --data-seed 7 --output_file comparison.html"
     )
@@ -697,17 +696,27 @@ def det_arguments(command):
     return parser.parse_args(shlex.split(command)[1:])
 
 
-def cluster_command(master, folder, datasets, mounts, **hyperparameters):
+@pytest.fixture
+def their_base(monkeypatch):
+    """Have the master know what SFT began with: the DPO trials' own `model_name` here."""
+
+    def know(name):
+        monkeypatch.setattr("experiment.next_steps.base_of", lambda source, key: name)
+
+    return know
+
+
+def cluster_command(master, folder, datasets, mounts, image=None, **hyperparameters):
     """The command that compares, of an experiment of the cluster with these data sets and bind mounts."""
     on_cluster(master, folder)
-    master.experiments[1]["config"] |= {"bind_mounts": mounts}
+    master.experiments[1]["config"] |= {"bind_mounts": mounts, "environment": {"image": image}}
     for trial in master.trials.values():
         trial.hparams |= {"datasets": datasets} | hyperparameters
     experiment = read_cluster("exp:1")
     return next(step for step in next_steps(experiment, experiment.best()) if step[0].startswith("Compare"))
 
 
-def test_a_clusters_data_are_compared_here_if_a_bind_mount_leads_to_them(master, write, tmp_path):
+def test_a_clusters_data_are_compared_here_if_a_bind_mount_leads_to_them(master, write, tmp_path, their_base):
     (tmp_path / "disk" / "tiny" / "base").mkdir(parents=True)
     (tmp_path / "disk" / "tiny" / "it, too.jsonl").touch()
     mounts = [
@@ -717,9 +726,8 @@ def test_a_clusters_data_are_compared_here_if_a_bind_mount_leads_to_them(master,
     ]
     details = {"name": "/host_tmp/data/tiny/it, too.jsonl", "eval_dataset": {"name": "beside/it, too.jsonl"}}
     data = [details, "argilla/dpo-mix-7k", "beside/it, too.jsonl"]
-    title, command = cluster_command(
-        master, write(DPO, ACCURACIES), data, mounts, model_name="/host_tmp/data/tiny/base"
-    )
+    their_base("/host_tmp/data/tiny/base")
+    title, command = cluster_command(master, write(DPO, ACCURACIES), data, mounts)
     assert title == "Compare its answers with those of the models that it came from"
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", "inference.py")
@@ -734,7 +742,7 @@ def test_a_clusters_data_are_compared_here_if_a_bind_mount_leads_to_them(master,
 
 
 TMP = [{"host_path": "/tmp", "container_path": "/host_tmp", "read_only": False, "propagation": "rprivate"}]
-DISK = [{"host_path": "/disk", "container_path": "/data"}]
+DISK = [{"host_path": "/disk", "container_path": "/data", "read_only": True, "propagation": "rprivate"}]
 
 
 @pytest.mark.parametrize(
@@ -746,22 +754,28 @@ DISK = [{"host_path": "/disk", "container_path": "/data"}]
     ],
 )
 def test_data_that_only_containers_see_are_compared_on_the_cluster(
-    master, write, datasets, mounts, changes, monkeypatch
+    master, write, datasets, mounts, changes, monkeypatch, their_base, tmp_path
 ):
-    title, command = cluster_command(master, write(DPO, ACCURACIES), datasets, mounts, **changes)
+    """As the trials had them: also a base that is here beside data that are not, one's own image, read-only mounts."""
+    (tmp_path / "base").mkdir()
+    mounts = [*mounts, {"host_path": str(tmp_path), "container_path": "/here"}]
+    their_base(base := changes.get("model_name") or "/here/base")
+    image = dict.fromkeys(("cpu", "cuda", "rocm"), "mine:1")
+    title, command = cluster_command(master, write(DPO, ACCURACIES), datasets, mounts, image, **changes)
     assert title.endswith("where its data are: the log ends with the command that downloads the page")
     arguments = det_arguments(command)
     assert (arguments.config_file.name, str(arguments.model_def)) == ("inference.yaml", ".")
     monkeypatch.chdir(REPO)
     config = read_experiment_config("inference.yaml", arguments.config)
     own = read_experiment_config("inference.yaml")
-    kept = [{key: mount[key] for key in ("host_path", "container_path")} for mount in mounts]
+    defaults = {"read_only": False, "propagation": "rprivate"}
+    kept = [{key: value for key, value in mount.items() if defaults.get(key) != value} for mount in mounts]
     assert config["bind_mounts"] == kept
-    assert ("bind_mounts" in command) == (kept != own["bind_mounts"])
+    assert config["environment"]["image"] == "mine:1"
     options = parse_hyperparameters(config["hyperparameters"])
     hparams = DPO["hyperparameters"] | changes
     sft = {"exp:12": "exp:12", None: None}.get(hparams["model_ckpt"], f"ckpt:{hparams['model_ckpt']}")
-    models = {"base": hparams["model_name"], "sft": sft, "dpo": f"ckpt:{uuid_of(2, 40)}"}
+    models = {"base": base, "sft": sft, "dpo": f"ckpt:{uuid_of(2, 40)}"}
     assert options.model == {name: source for name, source in models.items() if source}
     assert options.dataset == datasets
     assert (options.reference, options.beta, options.data_seed) == ("sft" if sft else None, 0.1, 7)
