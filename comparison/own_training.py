@@ -47,7 +47,7 @@ def trained_on(questions: Questions, origins: Mapping[str, Origin]) -> Iterator[
         return
     keys = [prompt_key(row_prompt(row)) for row in questions.pairs]
     for name, origin in origins.items():
-        if origin.beta is None or _held_out_alike(questions, origin):
+        if origin.beta is None or held_out_alike(questions, origin):
             continue
         try:
             trained = load_dpo_dataset(origin.sources, origin.data_seed)["train"]
@@ -60,7 +60,7 @@ def trained_on(questions: Questions, origins: Mapping[str, Origin]) -> Iterator[
             yield f"{of}: its own run holds out others (data_seed {origin.data_seed}, or its eval_ratio or data)"
 
 
-def _held_out_alike(questions: Questions, origin: Origin) -> bool:
+def held_out_alike(questions: Questions, origin: Origin) -> bool:
     """Return whether a training has held out the prompts of all pairs of `questions`, without a look at its rows.
 
     A prompt's side depends on the prompt, the seed and the ratio alone, not on a data set's name or place.

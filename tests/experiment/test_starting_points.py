@@ -9,8 +9,10 @@ from conftest import REPO
 
 import inference
 import local_experiment
-from comparison.own_training import describe_betas, reward_betas
+from comparison.own_training import describe_betas, held_out_alike, reward_betas
+from comparison.questions import Questions
 from config.experiment import read_experiment_config
+from config.hyperparameters import DataSource
 from experiment.container_paths import ContainerPaths
 from experiment.next_steps import base_model
 from experiment.results import Experiment
@@ -132,6 +134,21 @@ def test_a_dry_run_says_what_only_containers_see(call, write_config, dpo_config,
     status, _, err = call(local_experiment.main, config, "--dry-run", "--config", "hyperparameters.dpo_beta=0", *both)
     assert status == 2
     assert "dpo_beta 0 is not greater than 0" in err
+
+
+def test_what_a_training_held_out_depends_on_seed_and_ratio_not_on_names():
+    there = Origin("base", None, 0.1, 42, [DataSource("/host_tmp/a"), DataSource("b", eval_ratio=0.3)])
+    split = Origin("base", None, 0.1, 42, [DataSource("a", eval_split="test")])
+
+    def alike(origin, *sources, evaluation=(), seed=42):
+        return held_out_alike(Questions([], [], None, sources, evaluation, seed), origin)
+
+    assert alike(there, DataSource("/tmp/a"), DataSource("c", eval_ratio=0.1))
+    assert not alike(there, DataSource("/tmp/a"), seed=7)
+    assert not alike(there, DataSource("b", eval_ratio=0.25))  # of a, a fifth was held out
+    assert not alike(there, DataSource("/tmp/a"), evaluation=(DataSource("/host_tmp/a"),))  # with what was trained on
+    assert alike(split, DataSource("a", eval_split="test"))
+    assert not alike(split, DataSource("a"))
 
 
 def test_the_innermost_mount_decides_where_a_path_is(tmp_path):
