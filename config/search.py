@@ -18,6 +18,7 @@ from errors import UserError, nearest
 
 HALVING = ("adaptive_asha", "async_halving")
 DRAWING = ("random", *HALVING)
+DIVISOR = 4  # the master's default
 DEFAULT_SEED = 0  # of the draws, where there is no reproducibility.experiment_seed; the master would take the time
 # The keys of each type of hyperparameter that a search varies, beside `type`.
 WHOLE = Annotated[int, Field(ge=-(2**62), lt=2**62)]  # so that a range has less than 2**63 of them
@@ -114,7 +115,7 @@ class Bracket:
 
 def make_brackets(searcher: dict[str, Any]) -> list[Bracket]:
     """Return the brackets of a search, those that stop more trials first."""
-    given: dict[str, Any] = {"divisor": 4, "max_rungs": 5, "max_concurrent_trials": 16}  # the master's defaults
+    given: dict[str, Any] = {"divisor": DIVISOR, "max_rungs": 5, "max_concurrent_trials": 16}  # the master's defaults
     given |= {key: value for key, value in searcher.items() if value is not None}
     divisor, trials, most = given["divisor"], given["max_trials"], given["max_concurrent_trials"]
     if given["name"] == "async_halving":
@@ -159,7 +160,7 @@ class Halving:
     """
 
     def __init__(self, searcher: dict[str, Any]) -> None:
-        self.divisor: float = searcher.get("divisor") or 4
+        self.divisor: float = searcher.get("divisor") or DIVISOR
         self.sign = -1 if searcher.get("smaller_is_better") is False else 1
         self.brackets = make_brackets(searcher)
         self.bracket_of = [bracket for bracket in self.brackets for _ in range(bracket.initial)]  # by trial id - 1
@@ -174,7 +175,7 @@ class Halving:
         the later one is taken for better. A metric that is not a number is never among them. (A master ends the whole
         experiment then.) What a stopped trial reports does not count.
         """
-        bracket = self.bracket_of[trial_id - 1]
+        bracket = self._bracket(trial_id)
         while trial_id not in self.stopped and (rung := self.passed.get(trial_id, 0)) < len(bracket.rungs):
             if int(time) < bracket.rungs[rung]:
                 break
@@ -192,12 +193,20 @@ class Halving:
 
     def end(self, trial_id: int, failed: bool = False) -> None:
         """Take in that a trial has ended, which makes room for another. One that failed was the worst at its rung."""
-        bracket = self.bracket_of[trial_id - 1]
+        bracket = self._bracket(trial_id)
         if failed and (rung := self.passed.get(trial_id, 0)) < len(bracket.rungs):
             bracket.scores[rung][trial_id] = math.inf  # until it reports there, if it is tried again
-        if trial_id not in self.ended and sum(of is bracket for of in self.bracket_of) < bracket.trials:
+        if trial_id not in self.ended and self._has_room(bracket):
             self.bracket_of.append(bracket)
         self.ended.add(trial_id)
+
+    def _bracket(self, trial_id: int) -> Bracket:
+        while len(self.bracket_of) < trial_id:  # a power cut has taken what made room for it
+            self.bracket_of.append(next(filter(self._has_room, self.brackets)))
+        return self.bracket_of[trial_id - 1]
+
+    def _has_room(self, bracket: Bracket) -> bool:
+        return sum(of is bracket for of in self.bracket_of) < bracket.trials
 
 
 def count_trials(searcher: dict[str, Any]) -> int:
@@ -216,7 +225,7 @@ def describe_search(config: dict[str, Any]) -> list[str]:
     which = f"{DEFAULT_SEED}, the default here" if seed is None else str(seed)
     said = [f"Their values are drawn (reproducibility.experiment_seed: {which})."]
     if searcher["name"] in HALVING:
-        brackets, best = make_brackets(searcher), f"the best 1/{searcher.get('divisor') or 4:g} there"
+        brackets, best = make_brackets(searcher), f"the best 1/{searcher.get('divisor') or DIVISOR:g} there"
         for bracket in brackets:
             *rungs, last = (str(rung) for rung in bracket.rungs)
             many = f"{bracket.trials} of them" if len(brackets) > 1 else "They"

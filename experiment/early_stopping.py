@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from config.search import Halving
+from config.search import Halving, count_trials
 from errors import os_errors_of
-from storage.files import append_json_line
+from storage.files import append_json_line, flush_to_disk
 from trial.events import Decision, TrialEvent, read_decisions
 
 
@@ -23,7 +23,7 @@ class EarlyStopping:
         self.answered = set[tuple[int, int]]()  # by trial id and step
         self.stops: dict[int, int] = {}  # the step at which each stopped trial stops
         for decision in read_decisions(file):
-            if decision["trial_id"] in range(1, len(self.search.bracket_of) + 1):
+            if decision["trial_id"] in range(1, count_trials(searcher) + 1):
                 self._take(decision)
 
     def _take(self, decision: Decision) -> None:
@@ -39,6 +39,8 @@ class EarlyStopping:
     def _write(self, decision: Decision) -> None:
         with os_errors_of(self.file):
             append_json_line(self.file, decision)
+            flush_to_disk(self.file)
+            flush_to_disk(self.file.parent, within=False)
 
     def exists(self, trial_id: int) -> bool:
         """Return whether the search has created the trial by now."""

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from config.validation import is_uuid
 from errors import UserError
 from experiment.container_paths import ContainerPaths
 from experiment.kinds import DPO, Hyperparameters, kind_of
+from experiment.results import read_local_config
 from storage.checkpoints import cached_checkpoint, local_checkpoint, model_folder
 from storage.cluster_checkpoints import client, download_but_weights, find_checkpoint
 from storage.files import is_object, read_json_lines
@@ -33,7 +35,13 @@ def settle_checkpoints(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     """
     known, settled = list[Any](), dict[str, str]()
     with suppress(UserError):  # damaged: it is written anew
-        known += [row.get("checkpoints") for row in read_json_lines(folder / "command.json") if is_object(row, {})]
+        rows = read_json_lines(folder / "command.json")
+        known += [row["checkpoints"] for row in rows if is_object(row, {"checkpoints": dict})]
+    damaged = not known
+    with suppress(UserError):
+        if damaged:  # the same places of experiment.json have what the names stood for
+            began = _texts(read_local_config(folder)["hyperparameters"].get(KEY))
+            known = [dict(zip(_texts(config["hyperparameters"].get(KEY)), began, strict=False))]
 
     def settle(value: Any) -> Any:
         if isinstance(value, dict):  # a search space
@@ -42,7 +50,9 @@ def settle_checkpoints(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
             return [settle(part) for part in value]
         if not (isinstance(value, str) and is_cluster_name(value)) or parse_cluster_name(value, KEY).kind == "ckpt":
             return value
-        earlier = [found[value] for found in known if is_object(found, {value: str})]
+        earlier = [found[value] for found in known if str(found.get(value)).startswith("ckpt:")]
+        if earlier and damaged:  # by a name that was changed, too: so say it
+            print(f"{folder / 'command.json'}: damaged; {value} is {earlier[0]}, as experiment.json has it")
         settled[value] = earlier[0] if earlier else f"ckpt:{find_checkpoint(value, KEY).uuid}"
         return settled[value]
 
@@ -50,6 +60,14 @@ def settle_checkpoints(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     if KEY in hyperparameters:
         hyperparameters[KEY] = settle(hyperparameters[KEY])
     return {**config, "hyperparameters": hyperparameters}, settled
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+    else:
+        yield str(value)
 
 
 def as_seen_here(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

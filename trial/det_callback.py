@@ -1,7 +1,8 @@
 """Determined's callback for the Trainer, corrected where release 0.38.1 does not work with transformers 5.
 
 A trial resumes exactly. Whether it is stopped at a step, in the middle of an evaluation, or killed at any moment, it
-ends with the weights and logged metrics of an undisturbed one (bit for bit on deterministic hardware).
+ends with the weights and the logged metrics (but for its speed) of an undisturbed one, bit for bit on deterministic
+hardware.
 
 What a start restores, and who does it:
 
@@ -29,6 +30,7 @@ import determined.transformers
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import SaveStrategy
 
 from errors import DISK_FULL, TemporaryError, UserError
 from metrics.evaluations import read_evaluations
@@ -232,6 +234,10 @@ class DetCallback(determined.transformers.DetCallback):
             logger.info("preempted after the evaluation of step %d: saving", state.global_step)
             self.preempted = control.should_training_stop = True
             control.should_save |= self.epoch_ended  # else on_epoch_end comes next, and sees to it
+        if control.should_save and args.save_strategy == SaveStrategy.BEST:
+            # The training ends here. The Trainer (5.23) would save this step only if the evaluation is the best so far.
+            # This can go once it keeps to `should_save`.
+            args.save_strategy = SaveStrategy.STEPS
 
     def _restore_rng_state(self) -> None:
         """Have training go on the same if an evaluation is made up for later.

@@ -15,7 +15,7 @@ from determined import core
 from determined.common.storage import SharedFSStorageManager
 
 from config.validation import is_uuid
-from errors import os_errors_of
+from errors import TemporaryError, os_errors_of
 from storage.files import append_json_line, flush_to_disk, is_object, read_json_lines
 
 
@@ -121,7 +121,8 @@ class LocalTrainContext(core.DummyTrainContext):
 class LocalPreemptContext(core.DummyPreemptContext):
     """Stop a trial where the search of its experiment says so in `search.jsonl`, as a cluster does by preempting it.
 
-    After an evaluation it waits for the answer, so a trial stops at the same step however fast it is.
+    After an evaluation it waits for the answer, so a trial stops at the same step however fast it is. Raises
+    `TemporaryError` if there is none.
     """
 
     def __init__(
@@ -145,7 +146,8 @@ class LocalPreemptContext(core.DummyPreemptContext):
                 if (decision["trial_id"], decision["steps_completed"]) == (self.trial_id, step):
                     return decision["stop"]
             time.sleep(0.02)
-        return False
+        waited = f"no answer of the search to the evaluation of step {step} in {ANSWER_SECONDS} s"
+        raise TemporaryError(f"{self.search}: {waited}")
 
 
 def read_decisions(path: Path) -> list[Decision]:

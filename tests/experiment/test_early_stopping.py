@@ -114,6 +114,52 @@ def test_what_was_decided_is_decided_again(tmp_path):
     assert again.is_stopped(2, [saved | {"steps_completed": 2}])
 
 
+def test_decisions_that_a_power_cut_took_are_made_anew(tmp_path):
+    searcher = SEARCHER | {"max_trials": 3, "bracket_rungs": [2], "max_concurrent_trials": 1}
+    found = {"kind": "validation", "steps_completed": 8, "metrics": {"batches": 8, SEARCHER["metric"]: 0.9}}
+    first = EarlyStopping(searcher, tmp_path / "search.jsonl")
+    first.end(1, failed=True)
+    first.tell(2, [found])
+    lines = first.file.read_text().splitlines(keepends=True)
+    for left in ("", lines[1]):  # without what made room for trial 2, which has completed
+        first.file.write_text(left)
+        again = EarlyStopping(searcher, first.file)
+        again.tell(2, [found])
+        again.end(2, failed=False)
+        assert (again.exists(3), again.exists(4)) == (True, False)
+        assert again.search.brackets[0].scores[1] == {2: -0.9}
+        assert first.file.read_text() == lines[1]
+
+
+@pytest.mark.parametrize(("strategy", "stop"), [("best", 2), ("best", None), ("epoch", 2), ("steps", 2), ("no", 2)])
+def test_the_last_step_is_saved_under_every_save_strategy(call, write_config, dpo_config, tmp_path, strategy, stop):
+    """At the end of an epoch whose evaluation is worse than the first."""
+    length = {"max_steps": -1, "num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": strategy}
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # it only falls
+    source = {"name": dpo_config["hyperparameters"]["datasets"][0], "number_of_samples": 5}
+    changes = {"hyperparameters__datasets": [source]} | {f"{ARGS}{key}": v for key, v in (length | best).items()}
+    path, search, folder = write_config(dpo_config, **changes), tmp_path / "search.jsonl", tmp_path / "out"
+    for step in (1, 2, 3):
+        append_json_line(search, Decision(trial_id=7, steps_completed=step, time=step, metric=0.5, stop=step == stop))
+    status, _, err = call(dpo_finetune.main, "--config", path, "--output", folder, "--trial-id", 7, "--search", search)
+    assert status == 0, err
+    events = read_events(folder / "events.jsonl")
+    last = stop or 3
+    assert [e["steps_completed"] for e in events if e["kind"] == "validation"] == [*range(1, last + 1)]
+    saved = [1, last] if strategy in ("best", "epoch") else [last]
+    assert [e["steps_completed"] for e in events if e["kind"] == "checkpoint"] == saved
+
+
+def test_a_search_that_does_not_answer_is_said(call, write_config, dpo_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("trial.events.ANSWER_SECONDS", 0)
+    source = {"name": dpo_config["hyperparameters"]["datasets"][0], "number_of_samples": 5}
+    path, search = write_config(dpo_config, hyperparameters__datasets=[source], **SHORT), tmp_path / "search.jsonl"
+    options = ("--config", path, "--output", tmp_path / "out", "--trial-id", 7, "--search", search)
+    status, _, err = call(dpo_finetune.main, *options)
+    assert status
+    assert err.splitlines()[-1].endswith(f"{search}: no answer of the search to the evaluation of step 1 in 0 s")
+
+
 def test_a_random_search(call, write_config, dpo_config, tmp_path):
     searcher = {"name": "random", "metric": SEARCHER["metric"], "smaller_is_better": False, "max_trials": 2}
     changes = {"searcher": searcher, f"{ARGS}learning_rate": DRAWN, f"{ARGS}max_steps": 1}

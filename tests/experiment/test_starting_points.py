@@ -49,6 +49,12 @@ def test_a_run_keeps_the_checkpoint_that_a_name_stood_for(
     status, out, err = call(*words)
     assert status == 0, err
     assert "completed before, kept" in out
+    (tmp_path / "out" / "command.json").write_bytes(bytes(100))
+    status, out, err = call(*words)
+    assert status == 0, err
+    assert f"damaged; exp:1 is ckpt:{saved['b']}, as experiment.json has it" in out
+    assert "completed before, kept" in out
+    assert json.loads((tmp_path / "out" / "command.json").read_text())["checkpoints"] == {"exp:1": f"ckpt:{saved['b']}"}
 
     models = ("--model", f"sft=ckpt:{saved['b']}", "--model", f"dpo={dpo}", "--reference", "sft", "--device", "cpu")
     words = (inference.main, *models, "--dataset", tiny / "conversations", "--max-new-tokens", 1)
