@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from harness import REPO, Outcome, Server, changed
 
+from trial.throughput import METRICS
+
 ARGS = "hyperparameters.training_args"
 SIX = {f"{ARGS}.max_steps": 6, f"{ARGS}.save_strategy": "steps", f"{ARGS}.save_steps": 2}
 SEEDS = {"searcher.name": "grid", f"{ARGS}.seed": {"type": "categorical", "vals": [1, 2]}}
@@ -43,7 +45,9 @@ def end_of_trial(scratch: Path) -> dict[str, Any]:
     metrics = {}
     for event in events:
         if event.get("kind") in ("training", "validation") and isinstance(event.get("metrics"), dict):
-            metrics[f"{event['kind']} {event['steps_completed']}"] = event["metrics"]
+            # But for the speed, which no two runs have in common.
+            kept = {name: value for name, value in event["metrics"].items() if name not in METRICS}
+            metrics[f"{event['kind']} {event['steps_completed']}"] = kept
     return {"weights": weights_of(scratch / "store", saved[-1] if saved else None), "metrics": metrics}
 
 
