@@ -14,6 +14,7 @@ WORKDIR /opt/requirements
 COPY requirements.txt startup-hook.sh ./
 # First Determined, whose containers install their own release of it: its dependencies are found then, without an index,
 # and the release that is here is not installed again. The rest is startup-hook.sh's, which keeps the base's torch.
-RUN export PIP_NO_CACHE_DIR=1 && python3 -m pip install -q $(grep '^determined==' requirements.txt) && \
+# (Nothing is kept in a base's HF_HOME: storage/hf_home.py chooses one at a container's start.)
+RUN export PIP_NO_CACHE_DIR=1 && unset HF_HOME && python3 -m pip install -q $(grep '^determined==' requirements.txt) && \
     bash -ec 'source ./startup-hook.sh'
 WORKDIR /

@@ -69,7 +69,8 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
             mode = core.DownloadMode.NoSharedDownload
             core_context.checkpoint.download(ckpt_uuid, folder, download_mode=mode, selector=is_downloaded)
         except CheckpointNotFound:
-            raise TemporaryError(f"model_ckpt {ckpt_uuid}: no such checkpoint in the storage") from None
+            gone = "no such checkpoint in the storage (or is it in another checkpoint_storage than this experiment's?)"
+            raise TemporaryError(f"model_ckpt {ckpt_uuid}: {gone}") from None
         except Exception as error:  # each kind of storage raises its own
             raise TemporaryError(f"model_ckpt {ckpt_uuid}: {reason(error)}") from error
 

@@ -234,6 +234,7 @@ def test_the_dockerfile_leaves_nothing_to_the_hook(tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     target = tmp_path / "target"
     image = {"PATH": path, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_TARGET": str(target)}
+    image["HF_HOME"] = "/data"  # as in images of Hugging Face
     (run,) = dockerfile("RUN")
     built = subprocess.run(["sh", "-c", run], cwd=tmp_path, env=image, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

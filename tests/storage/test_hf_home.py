@@ -14,7 +14,8 @@ import pytest
 from conftest import REPO
 from datasets import Dataset
 
-from storage.hf_home import choose_home, link_readable
+from storage import hf_home
+from storage.hf_home import choose_home, take_readable
 
 FORK = multiprocessing.get_context("fork")
 ME, OTHER = 1001, 1002
@@ -38,6 +39,12 @@ def make(folder: Path, uid: int | None = None, mode: int = 0o755) -> Path:
     if uid is not None:
         os.chown(folder, uid, uid)
     return folder
+
+
+def link(path: Path, target: Path | str, uid: int = 0) -> None:
+    path.symlink_to(target)
+    if uid:
+        os.lchown(path, uid, uid)
 
 
 def chosen(agent: Path, uid: int, barrier=None):
@@ -81,6 +88,9 @@ WITHIN, IN_CONTAINER = f"host_tmp/huggingface/user-{ME}", f"tmp/huggingface-{ME}
         (lambda disk, home: make(home, 0), BESIDE, "Permission denied"),
         (lambda disk, home: make(home, OTHER), BESIDE, "Permission denied"),
         (lambda disk, home: make(home, OTHER, 0o700), BESIDE, "Permission denied"),
+        (lambda disk, home: make(home, ME, 0o2775), BESIDE, "others may write to it (chmod go-w)"),
+        (lambda disk, home: link(home, make(disk / "a", ME), OTHER), BESIDE, "it belongs to another user"),
+        (lambda disk, home: link(home, make(disk / "a", ME)), SHARED, ""),  # root's
         (lambda disk, home: make(home, 0, 0o777), BESIDE, "it belongs to another user"),
         (lambda disk, home: make(make(home, ME) / "datasets", 0), BESIDE, "files of another user are in it"),
         (lambda _, home: make(make(make(home, ME) / "hub", ME) / "x", 0), BESIDE, "files of another user are in it"),
@@ -105,6 +115,20 @@ def test_root_leaves_another_users_folder_alone(agent):
 
 
 @needs_root
+def test_root_does_not_use_what_another_user_left_in_its_folder(agent):
+    make(make(agent / SHARED, 0) / "modules", OTHER)
+    assert chosen(agent, 0) == ("host_tmp/huggingface-0", "files of another user are in it", 0, 0)
+
+
+@needs_root
+def test_what_is_kept_stays_in_a_mounted_folder(agent, monkeypatch):
+    """`container_path: /data/hf` of a group's folder: /data is the container's own disk."""
+    make(agent / SHARED, 0, 0o2775)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == agent / SHARED)
+    assert chosen(agent, 0) == ("host_tmp/huggingface/user-0", "others may write to it (chmod go-w)", 0, 0)
+
+
+@needs_root
 def test_of_two_users_who_start_at_once_each_gets_one(agent):
     for _ in range(5):
         barrier = FORK.Barrier(4)
@@ -116,12 +140,15 @@ def test_of_two_users_who_start_at_once_each_gets_one(agent):
         make(agent / "host_tmp", mode=0o1777)
 
 
+COMMIT = "abc" + 37 * "0"
+
+
 def snapshot(hub: Path, files: dict[str, str]) -> Path:
     """A model on the hub's layout, and its folder."""
     model = hub / "models--owner--name"
     for folder in ("blobs", "refs", "snapshots/abc"):
         (model / folder).mkdir(parents=True)
-    (model / "refs" / "main").write_text("abc")
+    (model / "refs" / "main").write_text(COMMIT)
     for name, text in files.items():
         (model / "blobs" / f"etag-{name}").write_text(text)
         (model / "snapshots" / "abc" / name).symlink_to(f"../../blobs/etag-{name}")
@@ -136,22 +163,73 @@ def test_links_lead_to_what_is_no_code_and_complete(tmp_path):
     (shared / "datasets" / "pairs" / "hash.incomplete" / "train.arrow").touch()
     (shared / "datasets" / "pairs" / "train.lock").touch()
     (model / "snapshots" / "abc" / "gone.json").symlink_to("../../blobs/nowhere")
-    assert link_readable(shared, own) == len(safe)
+    assert take_readable(shared, own) == len(safe)
     linked = own / "hub" / "models--owner--name" / "snapshots" / "abc"
     assert {path.name: path.read_text() for path in linked.iterdir()} == safe
     assert not (own / "datasets").exists()
 
     ref = own / "hub" / "models--owner--name" / "refs" / "main"
-    assert (ref.is_symlink(), ref.read_text()) == (False, "abc")
+    assert (ref.is_symlink(), ref.read_text()) == (False, COMMIT)
     ref.write_text("def")
     (linked / "config.json").unlink()
     (linked / "config.json").write_text("own")
     (model / "blobs" / "etag-model.safetensors").rename(model / "blobs" / "other")
     (model / "snapshots" / "abc" / "model.safetensors").unlink()
     (model / "snapshots" / "abc" / "model.safetensors").symlink_to("../../blobs/other")
-    assert link_readable(shared, own) == len(safe) - 1
+    assert take_readable(shared, own) == len(safe)
     assert (ref.read_text(), (linked / "config.json").read_text()) == ("def", "own")  # what is one's own stays
     assert (linked / "model.safetensors").read_text() == "w"  # a link to what was gone
+
+
+def test_a_hostile_folder_neither_runs_code_nor_leads_to_secrets(tmp_path, monkeypatch):
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    code = {
+        "config.json": '{"text_config": {"auto_map": {"AutoConfig": "owner/evil--evil.Config"}}}',
+        "tokenizer_config.json": '{"auto\\u005fmap": {}}',
+        "adapter_config.json": '{"base_model_name_or_path": "owner/evil"}',
+        "nested.json": 100_000 * "[",
+        "utf16.json": "no JSON",
+        "large.txt": 101 * "a",
+    }
+    model = snapshot(shared / "hub", {**code, "model.safetensors": "w", "chat_template.jinja": "t"})
+    monkeypatch.setattr(hf_home, "LARGEST_COPY", 100)
+    (secret := tmp_path / "secret").mkdir()
+    (secret / "s.jsonl").write_text(COMMIT)
+    files = model / "snapshots" / "abc"
+    for path in (files / "s.jsonl", files / "s.model", files / "s.safetensors", model / "refs" / "secret"):
+        link(path, secret / "s.jsonl")
+    link(model / "refs" / "environ", "/proc/self/environ")
+    link(files / "environ.jinja", "/proc/self/environ")
+    link(files / "long.txt", 300 * "x")
+    link(files / "loop.txt", "loop.txt")
+    link(files / "folder", secret)
+    link(shared / "datasets", secret)
+    (model / "refs" / "pr").mkdir()
+    (model / "refs" / "pr" / "1").write_text("HF_TOKEN=hf_x")
+    os.mkfifo(files / "pipe.txt")
+
+    # A folder and a file that become links once they have been looked at.
+    (files / "swapped").mkdir()
+    (files / "swapped" / "s.jsonl").write_text("pairs")
+    (files / "replaced.txt").write_text("text")
+    looked_at = hf_home._readable
+
+    def swap(folder):
+        found = list(looked_at(folder))
+        shutil.rmtree(files / "swapped")
+        link(files / "swapped", secret)
+        (files / "replaced.txt").unlink()
+        os.mkfifo(files / "replaced.txt")
+        return iter(found)
+
+    monkeypatch.setattr(hf_home, "_readable", swap)
+    take_readable(shared, own)
+    taken = {path.relative_to(own / "hub" / model.name): path for path in own.rglob("*") if not path.is_dir()}
+    kept = {Path("refs/main"): COMMIT, Path("snapshots/abc/model.safetensors"): "w"}
+    kept |= {Path("snapshots/abc/chat_template.jinja"): "t"}
+    assert {place: path.read_text() for place, path in taken.items()} == kept
+    assert [place.name for place, path in taken.items() if path.is_symlink()] == ["model.safetensors"]
+    assert {path.stat().st_mode & 0o077 for path in taken.values() if not path.is_symlink()} == {0}
 
 
 LOAD = """
