@@ -265,10 +265,13 @@ class Master:
 
     def get_trial(self, trial_id: int, query: Any, body: Any) -> dict[str, Any]:
         trial = self.trials[trial_id]
+        latest = [{"totalBatches": r["steps_completed"]} for r in trial.of_kind("validation")][-1:]
+        validation = {"metrics": {"avgMetrics": {}}, "numInputs": 0, **latest[0]} if latest else None
         return {
             "trial": {
                 **{"id": trial_id, "experimentId": trial.experiment_id, "hparams": trial.hparams, "startTime": NOW},
                 **{"state": trial.state, "restarts": 0, "totalBatchesProcessed": 0, "bestValidation": None},
+                "latestValidation": validation,
             }
         }
 

@@ -22,7 +22,7 @@ from determined import core
 
 from config.experiment import expand_trials, read_experiment_config
 from config.hyperparameters import Hyperparameters, check_searcher_metric, parse_hyperparameters
-from config.search import check_training_length
+from config.search import HALVING, check_training_length
 from config.validation import is_uuid
 from errors import CommandLine, TemporaryError, UserError, about, at_least, one_line, os_errors_of
 from storage.checkpoints import agent_cache, check_storage, local_checkpoint_storage
@@ -162,6 +162,10 @@ def _open_on_cluster(
         trial_id, latest = info.trial.trial_id, info.latest_checkpoint
         earlier = functools.partial(trial_checkpoints, trial_id)
         number = info.trial.experiment_id
+        if searcher["name"] in HALVING:
+            from trial.search_stops import SearchPreemptContext
+
+            core_context.preempt = SearchPreemptContext(core_context, trial_id)
         yield Trial(hparams, core_context, trial_id, metric, latest, cache, True, earlier, boards, experiment_id=number)
 
 

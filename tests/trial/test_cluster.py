@@ -124,19 +124,26 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def sft_trial(create, tiny):
-    (trial,) = create(
-        "sft.yaml",
-        **SMALL,
-        hyperparameters__model_name=str(tiny / "base"),
-        hyperparameters__dataset=str(tiny / "instructions"),
-        hyperparameters__dataset_subsets=[{"subset": "home", "number_of_samples": 40}],
-        hyperparameters__max_seq_length=256,
-        hyperparameters__training_args__report_to=["tensorboard"],
-        resources__slots_per_trial=1,
-        profiling__begin_on_batch=2,
-    )
-    return trial
+def create_sft(create, tiny):
+    def create_sft(**overrides):
+        (trial,) = create(
+            "sft.yaml",
+            **SMALL,
+            hyperparameters__model_name=str(tiny / "base"),
+            hyperparameters__dataset=str(tiny / "instructions"),
+            hyperparameters__dataset_subsets=[{"subset": "home", "number_of_samples": 40}],
+            hyperparameters__max_seq_length=256,
+            resources__slots_per_trial=1,
+            **overrides,
+        )
+        return trial
+
+    return create_sft
+
+
+@pytest.fixture(scope="module")
+def sft_trial(create_sft):
+    return create_sft(hyperparameters__training_args__report_to=["tensorboard"], profiling__begin_on_batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +173,28 @@ def test_sft_preempted_on_one_slot_ends_like_untouched(master, sft_starts, untou
     assert sft_trial.of_kind("progress")[-1]["progress"] == 1.0
     assert sft_trial.of_kind("status")[-1]["status"] == "training"
     assert same_as(untouched(sft_trial, "sft_finetune", 1), sft_trial, master)
+
+
+@needs_containers
+def test_a_trial_that_the_search_stops_saves_the_step_where_it_was_compared(master, create_sft, start):
+    """The master only calls it STOPPING_COMPLETED, before it stores the evaluation, and sends no signal."""
+    trial = create_sft()
+    searcher = {"name": "adaptive_asha", "max_trials": 4, "time_metric": "batches", "max_time": 4}
+    master.experiments[trial.experiment_id]["config"]["searcher"] |= searcher
+    trial.state = "STATE_RUNNING"
+
+    def search(trial, report):
+        if report["kind"] == "validation":
+            trial.state = "STATE_STOPPING_COMPLETED"
+
+    master.watch = search
+    container = start(trial, slots=1)
+    assert container.wait() == 0, container.log.read_text()
+    master.watch = lambda trial, report: None
+    assert "the search stops this trial, for its evaluation at step 2" in container.log.read_text()
+    for kind in ("training", "validation", "checkpoint"):
+        assert trial.of_kind(kind)[-1]["steps_completed"] == 2
+    assert trial.acknowledged == 0
 
 
 @needs_containers
