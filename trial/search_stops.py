@@ -52,7 +52,7 @@ class SearchPreemptContext(core.DummyPreemptContext):
                 with one_line_cluster_errors(f"trial {self.trial_id}", "trial"):
                     trial = bindings.get_GetTrial(Determined()._session, trialId=self.trial_id).trial
                 if trial.state is bindings.trialv1State.STOPPING_COMPLETED:
-                    logger.info("the search stops this trial, for its evaluation at step %d", step)
+                    logger.info("the search ends this trial with its evaluation at step %d", step)
                     return True
                 if trial.latestValidation and trial.latestValidation.totalBatches >= step:
                     return False

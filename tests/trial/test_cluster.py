@@ -191,7 +191,7 @@ def test_a_trial_that_the_search_stops_saves_the_step_where_it_was_compared(mast
     container = start(trial, slots=1)
     assert container.wait() == 0, container.log.read_text()
     master.watch = lambda trial, report: None
-    assert "the search stops this trial, for its evaluation at step 2" in container.log.read_text()
+    assert "the search ends this trial with its evaluation at step 2" in container.log.read_text()
     for kind in ("training", "validation", "checkpoint"):
         assert trial.of_kind(kind)[-1]["steps_completed"] == 2
     assert trial.acknowledged == 0
