@@ -122,7 +122,7 @@ class ComparisonOptions(Sampling):
     model that is prompted differently, such as a base model without a chat template, is scored on other tokens
     (default: base, or the first model)"""
     beta: float | None = Field(None, gt=0)
-    """factor of the rewards, as in DPO (default: the one that a DPO model was trained with)"""
+    """factor of the rewards, as in DPO (default: the one that a DPO model was trained with; 0.1 if there is none)"""
     max_length: int = Field(4096, ge=2)
     """limit of a pair, in tokens; its prompt and its answers get half of it each and are cut to fit"""
     output_file: Texts = []

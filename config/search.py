@@ -94,6 +94,8 @@ def check_training_length(searcher: dict[str, Any], args: Any) -> None:
     time_metric, max_time = searcher["time_metric"], searcher["max_time"]
     if (time_metric, max_time) != (unit, length):
         right = f"time_metric: {unit} and max_time: {length:g}"
+        if time_metric == unit:
+            right = f"max_time: {length:g}, or {key.rpartition('.')[2]}: {max_time}"
         if not float(length).is_integer():
             right = "max_steps, with time_metric: batches and max_time the same, as max_time is a whole number"
         given = f"searcher.time_metric {time_metric!r} with max_time {max_time}"
@@ -230,6 +232,6 @@ def describe_search(config: dict[str, Any]) -> list[str]:
             *rungs, last = (str(rung) for rung in bracket.rungs)
             many = f"{bracket.trials} of them" if len(brackets) > 1 else "They"
             end, at = f"{last} {searcher['time_metric']}", " or ".join(rungs)
-            where = f"are stopped early at {at} of {end} unless they are among {best}"
+            where = f"are stopped at their first evaluation from {at} of {end} on, unless they are among {best}"
             said.append(f"{many} {where if rungs else f'all train to the end, {end}'}.")
     return said

@@ -1,5 +1,6 @@
 """Find and download checkpoints of a cluster from any machine: `exp:12`, `trial:34`, `ckpt:UUID` and `model:NAME`."""
 
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -163,7 +164,8 @@ def one_line_cluster_errors(what: str, kind: str) -> Iterator[None]:
     except UserError:
         raise
     except api.errors.MasterNotFoundException:
-        reason = f"no Determined master at {master} (the environment variable DET_MASTER names it)"
+        named = "names it" if os.environ.get("DET_MASTER") else "is not set"
+        reason = f"no Determined master at {master} (the environment variable DET_MASTER {named})"
         raise out_of_reach(f"{what}: {reason}") from None
     except api.errors.UnauthenticatedException:
         raise UserError(f"{what}: {master} requires you to log in (det user login)") from None

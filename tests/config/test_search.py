@@ -215,7 +215,7 @@ def test_each_trial_that_ends_makes_room_for_one_more():
             "num_train_epochs 2, the length of a training: set time_metric: epochs and max_time: 2",
         ),
         ("epochs", 3, 64, 3.0, "max_steps 64, the length of a training: set time_metric: batches and max_time: 64"),
-        ("epochs", 1, -1, 2.0, "set time_metric: epochs and max_time: 2"),
+        ("epochs", 1, -1, 2.0, "set max_time: 2, or num_train_epochs: 1"),
         ("eval_loss", 2, -1, 2.0, "searcher.time_metric 'eval_loss' with max_time 2 does not fit hyperparameters.tra"),
         ("epochs", 1, -1, 1.5, "set max_steps, with time_metric: batches and max_time the same"),
     ],
@@ -242,7 +242,8 @@ def test_a_search_is_described():
     said = describe_search({"searcher": asha(bracket_rungs=[3, 1])})
     assert "12 of them" not in said[1]
     assert said[1:] == [
-        "14 of them are stopped early at 4 or 16 of 64 batches unless they are among the best 1/4 there.",
+        "14 of them are stopped at their first evaluation from 4 or 16 of 64 batches on, unless they are among the best"
+        " 1/4 there.",
         "2 of them all train to the end, 64 batches.",
     ]
 
