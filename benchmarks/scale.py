@@ -29,7 +29,6 @@ import throughput
 from throughput import REPO, CommandLine, UserError, at_least, check_output, exit_on_user_error
 
 COLOURS = {"ours": "tab:blue", "trl-fp32": "tab:gray", "trl": "tab:brown"}
-PEAK = throughput.PEAK_FLOPS["H100"]  # the H200 has the same peak
 # Mean number of tokens in a row. Cosmopedia's card states 25 billion tokens in 30 million texts. The numbers for its
 # prompts and for the pairs of dpo-mix-7k and truthy-dpo are means over public samples.
 TOKENS = {"sft": {"prompt": 43, "completion": 830}, "dpo": {"prompt": 656, "chosen": 352, "rejected": 355}}
@@ -152,14 +151,16 @@ def full_run(utilisation: float) -> None:
     import transformers
 
     from config.experiment import expand_trials, read_experiment_config
+    from trial.throughput import PEAKS
 
+    peak = PEAKS["H100"]  # the H200 has the same peak
     config = transformers.GemmaConfig(**throughput.GEMMA_2B)
     experiments = {kind: expand_trials(read_experiment_config(str(REPO / f"{kind}.yaml"))) for kind in TOKENS}
     rows = {"sft": sum(share["number_of_samples"] for share in experiments["sft"][0]["dataset_subsets"]), "dpo": PAIRS}
     tokens = {kind: sum(lengths.values()) for kind, lengths in TOKENS.items()}
     learned = {"sft": 1.0, "dpo": 1 - TOKENS["dpo"]["prompt"] / tokens["dpo"]}  # sft.yaml supervises prompts too
 
-    print(f"Computed, not measured: Gemma-2B at {utilisation:.0%} of the {PEAK / 1e12:.0f} TFLOP/s of an H100 or H200.")
+    print(f"Computed, not measured: Gemma-2B at {utilisation:.0%} of the {peak / 1e12:.0f} TFLOP/s of an H100 or H200.")
     print("Loading and saving are not counted. Two cards take half as many steps, and so half as many evaluations.\n")
     print("| | cards | rows trained on | rows evaluated | hours | card hours |\n|---|---|---|---|---|---|")
     for cards in (1, 2):
@@ -173,7 +174,7 @@ def full_run(utilisation: float) -> None:
             evaluated = len(trials) * math.ceil(steps / given["eval_steps"]) * held_out
             evaluated += rows[kind] if kind == "dpo" else 0  # the reference pass
             operations = tokens[kind] * throughput.flops_per_token(config, tokens[kind], learned[kind])
-            hours.append((trained + evaluated / 3) * operations / (cards * PEAK * utilisation) / 3600)
+            hours.append((trained + evaluated / 3) * operations / (cards * peak * utilisation) / 3600)
             name = "SFT" if kind == "sft" else "DPO, nine trials and the reference pass"
             print(f"| {name} | {cards} | {trained:,} | {evaluated:,} | {hours[-1]:.2f} | {cards * hours[-1]:.2f} |")
         print(f"| together | {cards} | | | {sum(hours):.2f} | {cards * sum(hours):.2f} |")
