@@ -1,6 +1,6 @@
 """What names a checkpoint: its UUID or, through a cluster's master, `exp:12`, `trial:34`, `ckpt:UUID`, `model:NAME`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from config.validation import check_uuid, is_uuid
 from errors import UserError
@@ -22,6 +22,14 @@ class ClusterName(NamedTuple):
 def is_cluster_name(source: str) -> bool:
     """Return whether `source` begins as a name that a cluster's master knows."""
     return ":" in source and source.partition(":")[0] in CLUSTER_SOURCES
+
+
+def starting_name(hparams: dict[str, Any]) -> str | None:
+    """Return the checkpoint that a cluster's trial started from, by a cluster's name; None: from its model_name."""
+    start = hparams.get("model_ckpt") or NO_CHECKPOINT
+    if start == NO_CHECKPOINT:
+        return None
+    return start if is_cluster_name(start) else f"ckpt:{start}"
 
 
 def parse_cluster_name(source: str, key: str) -> ClusterName:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config.cluster_names import NO_CHECKPOINT, is_cluster_name
+from config.cluster_names import starting_name
 from config.yaml_files import read_yaml
 from data.sources import FILE_FORMATS
 from errors import UserError
@@ -90,15 +90,13 @@ def starting_checkpoint(experiment: Experiment, hparams: dict[str, Any]) -> str 
 
     A cluster's name that may mean another one by now is settled as the trial did.
     """
-    start = hparams.get("model_ckpt")
-    if start in (None, NO_CHECKPOINT):
-        return None
-    if experiment.folder is None and not is_cluster_name(start):
-        return f"ckpt:{start}"
-    if experiment.number is not None and is_cluster_name(start):
+    name = starting_name(hparams)
+    if name is None or experiment.folder:
+        return name and str(hparams["model_ckpt"])  # here a UUID stays one
+    if experiment.number is not None:
         with suppress(UserError):
-            return f"ckpt:{settled_checkpoint(start, 'model_ckpt', experiment.number)}"
-    return start
+            return f"ckpt:{settled_checkpoint(name, 'model_ckpt', experiment.number)}"
+    return name
 
 
 def path_on_this_machine(name: str, mounts: list[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat_format import set_chat_format
-from config.cluster_names import NO_CHECKPOINT, is_cluster_name, parse_cluster_name
+from config.cluster_names import NO_CHECKPOINT, is_cluster_name, parse_cluster_name, starting_name
 from config.experiment import entrypoint_script
 from config.hyperparameters import ChatTokens
 from config.validation import is_uuid
@@ -134,9 +134,8 @@ def _as_trained(checkpoint: client.Checkpoint, shown: str, paths: ContainerPaths
     (A master sends a checkpoint as a whole only, with the weights and the optimizer.)
     """
     hparams: dict[str, Any] = (checkpoint.training.hparams if checkpoint.training else None) or {}
-    before = str(hparams.get(KEY) or NO_CHECKPOINT)
-    if before != NO_CHECKPOINT:
-        found = _model_of(f"ckpt:{before}" if is_uuid(before) else before, paths)
+    if before := starting_name(hparams):
+        found = _model_of(before, paths)
         return found._replace(shown=shown, note=found.note or f"{why}: shown as its trial began")
     tokens, name = ChatTokens(**(hparams.get("chat_tokens") or {})), str(hparams.get("model_name"))
     note = f"{why}: shown with the tokenizer of {name}, from which its trial started, and the tokens that it added"

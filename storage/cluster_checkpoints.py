@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from urllib3.exceptions import HTTPError
 
-from config.cluster_names import CLUSTER_SOURCES, NO_CHECKPOINT, is_cluster_name, parse_cluster_name
+from config.cluster_names import CLUSTER_SOURCES, is_cluster_name, parse_cluster_name, starting_name
 from errors import TemporaryError, UserError, one_line, shorten
 from storage.checkpoints import (
     cached_checkpoint,
@@ -85,10 +85,8 @@ def base_of(source: str, key: str) -> str | None:
     """Return the model that the first training before a checkpoint started from, as a cluster's master knows it."""
     training = find_checkpoint(source, key).training
     hparams: dict[str, Any] = (training.hparams if training else None) or {}
-    before = hparams.get("model_ckpt") or NO_CHECKPOINT
-    if before == NO_CHECKPOINT:
-        return hparams.get("model_name")
-    return base_of(before if is_cluster_name(before) else f"ckpt:{before}", key)
+    before = starting_name(hparams)
+    return base_of(before, key) if before else hparams.get("model_name")
 
 
 def settled_checkpoint(source: str, key: str, experiment_id: int) -> str:
