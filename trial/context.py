@@ -30,7 +30,8 @@ from storage.files import check_output, read_json_lines
 from storage.locks import only_writer
 from storage.origins import Origin
 from storage.shared_cache import once_per_node
-from trial.events import TRAINED, LocalCheckpointContext, LocalPreemptContext, LocalTrainContext, is_event, read_events
+from trial.events import TRAINED, LocalCheckpointContext, LocalTrainContext, is_event, read_events
+from trial.search_stops import SearchPreemptContext, ask_master, ask_runner
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +164,7 @@ def _open_on_cluster(
         earlier = functools.partial(trial_checkpoints, trial_id)
         number = info.trial.experiment_id
         if searcher["name"] in HALVING:
-            from trial.search_stops import SearchPreemptContext
-
-            core_context.preempt = SearchPreemptContext(core_context, trial_id)
+            core_context.preempt = SearchPreemptContext(core_context, functools.partial(ask_master, trial_id))
         yield Trial(hparams, core_context, trial_id, metric, latest, cache, True, earlier, boards, experiment_id=number)
 
 
@@ -239,10 +238,10 @@ def _open_locally(
             return [event["uuid"] for event in reversed(read_events(events)) if event["kind"] == "checkpoint"]
 
         core_context = stack.enter_context(core.init(distributed=distributed, checkpoint_storage=str(storage)))
-        core_context.train = train = LocalTrainContext(events, values)
+        core_context.train = LocalTrainContext(events, values)
         if arguments.search:
-            search = Path(arguments.search)
-            core_context.preempt = LocalPreemptContext(core_context.distributed, train, search, arguments.trial_id)
+            ask = functools.partial(ask_runner, Path(arguments.search), arguments.trial_id)
+            core_context.preempt = SearchPreemptContext(core_context, ask)
         core_context.checkpoint = LocalCheckpointContext(core_context.distributed, storage, events)
         latest = next(iter(saved()), None)
         yield Trial(hparams, core_context, arguments.trial_id, metric, latest, cache, False, saved, output)

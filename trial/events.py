@@ -7,7 +7,6 @@
 {"kind": "status", "status": "loading the model"}
 """
 
-import time
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, Unpack
 
@@ -15,7 +14,7 @@ from determined import core
 from determined.common.storage import SharedFSStorageManager
 
 from config.validation import is_uuid
-from errors import TemporaryError, os_errors_of
+from errors import os_errors_of
 from storage.files import append_json_line, flush_to_disk, is_object, read_json_lines
 
 
@@ -43,7 +42,6 @@ class Decision(TypedDict):
 
 
 DECISION = {"trial_id": int, "steps_completed": int, "time": float | int | None, "metric": float | int, "stop": bool}
-ANSWER_SECONDS = 60  # that a trial waits for it at most
 STEP = {"steps_completed": int}
 FIELDS: dict[str, dict[str, Any]] = {
     "hparams": {"hparams": dict},
@@ -93,14 +91,11 @@ class LocalTrainContext(core.DummyTrainContext):
     def __init__(self, events: Path, hparams: dict[str, Any]) -> None:
         super().__init__()
         self.events, self.hparams = events, hparams
-        self.evaluated: int | None = None  # the step of the last evaluation
         self.begun = any(event["kind"] == "hparams" for event in read_events(events))
 
     def report_metrics(self, group: Any, steps_completed: int, metrics: dict[str, Any]) -> None:
         """Write an event of the kind `group`: training or validation."""
         self._append(kind=group, steps_completed=steps_completed, metrics=metrics)
-        if group == "validation":
-            self.evaluated = steps_completed
 
     def report_progress(self, progress: float) -> None:
         """Write how far the trial is, from 0 to 1."""
@@ -116,38 +111,6 @@ class LocalTrainContext(core.DummyTrainContext):
                 append_event(self.events, kind="hparams", hparams=self.hparams)
                 self.begun = True
             append_event(self.events, **event)
-
-
-class LocalPreemptContext(core.DummyPreemptContext):
-    """Stop a trial where the search of its experiment says so in `search.jsonl`, as a cluster does by preempting it.
-
-    After an evaluation it waits for the answer, so a trial stops at the same step however fast it is. Raises
-    `TemporaryError` if there is none.
-    """
-
-    def __init__(
-        self, distributed: core.DistributedContext, train: LocalTrainContext, search: Path, trial_id: int
-    ) -> None:
-        super().__init__(distributed)
-        self.train, self.search, self.trial_id = train, search, trial_id
-        self.stop = False
-        self.start()
-
-    def should_preempt(self, auto_ack: bool = True) -> bool:
-        """Return whether the trial is to stop. Call it on every rank, in step with the others."""
-        if self._dist.rank == 0 and self.train.evaluated is not None:
-            self.stop, self.train.evaluated = self._answer(self.train.evaluated), None
-        return bool(self._dist.broadcast(self.stop))
-
-    def _answer(self, step: int) -> bool:
-        give_up = time.monotonic() + ANSWER_SECONDS
-        while time.monotonic() < give_up:
-            for decision in read_decisions(self.search):
-                if (decision["trial_id"], decision["steps_completed"]) == (self.trial_id, step):
-                    return decision["stop"]
-            time.sleep(0.02)
-        waited = f"no answer of the search to the evaluation of step {step} in {ANSWER_SECONDS} s"
-        raise TemporaryError(f"{self.search}: {waited}")
 
 
 def read_decisions(path: Path) -> list[Decision]:

@@ -151,7 +151,7 @@ def test_the_last_step_is_saved_under_every_save_strategy(call, write_config, dp
 
 
 def test_a_search_that_does_not_answer_is_said(call, write_config, dpo_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("trial.events.ANSWER_SECONDS", 0)
+    monkeypatch.setattr("trial.search_stops.RUNNER_SECONDS", 0)
     source = {"name": dpo_config["hyperparameters"]["datasets"][0], "number_of_samples": 5}
     path, search = write_config(dpo_config, hyperparameters__datasets=[source], **SHORT), tmp_path / "search.jsonl"
     options = ("--config", path, "--output", tmp_path / "out", "--trial-id", 7, "--search", search)
