@@ -178,21 +178,25 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens
     The embedding matrix grows to a multiple of 64 rows, which suits tensor cores. The input and output rows of new ids
     start as the mean of the old rows: a random row can give its token a logit above that of every trained token.
     """
-    import torch
-
     old_size = len(tokenizer)
     added: dict[str, Any] = {"additional_special_tokens": special_tokens}
     new = tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
-    if new == 0:
-        return 0
-    if len(tokenizer) > cast(int, model.get_input_embeddings().num_embeddings):
+    if new:
+        start_new_rows(model, old_size, len(tokenizer))
+    return new
+
+
+def start_new_rows(model: PreTrainedModel, old_size: int, new_size: int) -> None:
+    """Make the rows of the embeddings from `old_size` on the mean of those before, of which `new_size` are needed."""
+    import torch
+
+    if new_size > cast(int, model.get_input_embeddings().num_embeddings):
         # mean_resizing would draw the rows from a normal distribution around the mean; we want the mean itself.
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+        model.resize_token_embeddings(new_size, pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             weight = cast("torch.Tensor", layer.weight)
             weight[old_size:] = weight[:old_size].mean(dim=0)
-    return new
 
 
 def set_chat_format(model: PreTrainedModel, tokenizer: Tokenizer, special_tokens: list[str] | None = None) -> None:

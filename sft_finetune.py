@@ -12,21 +12,19 @@ if TYPE_CHECKING:
 def train(trial: "Trial[SFTHyperparameters]") -> None:
     """Fine-tune the trial's model on its conversations."""
     # Imported once the command line and the YAML have been read: torch and what is built on it take seconds.
-    from chat_format import set_chat_format
     from dataset_utils import load_sft_dataset, prepare_evaluations, tokenize_once, tokenize_sft_dataset
     from metrics.exact_evaluation import ExactSFTTrainer
     from speed.hardware import suit_hardware
     from speed.padding_free import flatten_while_loading
     from trial.det_callback import train_or_resume
-    from trial.models import load_model_and_tokenizer
+    from trial.policy import load_policy
 
     hparams, args = trial.hparams, trial.hparams.args
     rows = load_sft_dataset(**hparams.load_options)
 
     trial.status(f"loading {hparams.model_name}")
     trial.remember_origin(base=hparams.model_name)
-    model, tokenizer = load_model_and_tokenizer(hparams.model_name, **hparams.model_init_kwargs)
-    set_chat_format(model, tokenizer, hparams.added_tokens)
+    model, tokenizer = load_policy(hparams, hparams.model_name, added_tokens=hparams.added_tokens)
 
     trial.status("preparing the training")
     # Token ids, cut to max_seq_length, with labels of -100 where a token is not supervised.

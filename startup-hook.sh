@@ -5,6 +5,8 @@
 kept_packages=$(mktemp)
 wanted_packages=$(mktemp)
 python3 - "$kept_packages" "$wanted_packages" <<'PYTHON' || exit 1
+import json
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +20,10 @@ if sys.version_info < (3, 11):
     found = ".".join(map(str, sys.version_info[:2]))
     sys.exit(f"startup-hook.sh: the image has Python {found}, but 3.11 or newer is needed; choose another environment.image")
 kept, wanted = [], []
-for line in Path("requirements.txt").read_text().splitlines():
+lines = Path("requirements.txt").read_text().splitlines()
+if json.loads(os.environ.get("DET_HPARAMS") or "{}").get("load_in_4bit"):
+    lines.append("bitsandbytes>=0.46")  # not for all: it has 60 MB, and each start would import it for a second
+for line in lines:
     text = line.partition("#")[0].strip()
     if not text:
         continue

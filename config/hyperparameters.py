@@ -12,12 +12,15 @@ from config.validation import FORBID_UNKNOWN, Beta, Count, NotEmpty, PartialShar
 from errors import UserError, about
 
 if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
 DEFAULT_SPLIT_SEED = 42
 DEFAULT_EVAL_RATIO = 0.2
 DEFAULT_BETA = 0.1  # TRL's
+SHOWN = ("max_seq_length", "dpo_beta", "dpo_loss", "max_length", "max_prompt_length", "max_target_length", "lora")
 EVALUATION_KEYS = ("eval_ratio", "eval_split", "eval_dataset")  # of a source of rows; one of them says what is held out
 
 
@@ -107,6 +110,9 @@ class TrainingHyperparameters(Generic[TrlConfig]):
 
     args: TrlConfig  # TRL's config of the run
     training_args: dict[str, Any]  # as the YAML has them
+    lora: dict[str, Any] | None  # as the YAML has it
+    load_in_4bit: bool
+    lora_config: "LoraConfig | None" = None  # peft's; None: all weights are trained
     added_tokens: list[str] | None = None  # to add to the model's own
     packing: bool = False  # whether TRL packs several rows into one sequence
     checkpoint: str | None = None  # where DPO starts, as `model_ckpt` names it; None: at `model_name`, as SFT does
@@ -120,6 +126,19 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         if metric and f"eval_{metric.removeprefix('eval_')}" not in self.eval_metrics:
             known = ", ".join(self.eval_metrics)
             raise UserError(f".training_args.metric_for_best_model {metric!r} is not one that is reported: {known}")
+
+    def set_lora(self) -> None:
+        """Build peft's config from `lora`, once `args` are known. Raises `UserError` for what is wrong in it."""
+        from config.lora import build_lora_config, check_4bit
+
+        if self.load_in_4bit:
+            check_4bit(self.args, has_lora=self.lora is not None)
+        if self.lora is None:
+            return
+        self.lora_config = build_lora_config(self.lora)
+        if self.args.fsdp:
+            why = "one GPU holds all of a frozen base"
+            raise UserError(f".training_args.fsdp has no use with lora: {why}; set fsdp: false and remove fsdp_config")
 
     @property
     def sources(self) -> list[DataSource]:
@@ -143,9 +162,33 @@ class TrainingHyperparameters(Generic[TrlConfig]):
 
     @property
     def model_init_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`. TRL ignores them here, as the model is built before the trainer."""
+        """Keyword arguments for `from_pretrained`. TRL ignores them here, as the model is built before the trainer.
+
+        Under an adapter the weights have autocast's type: as they never change, no step is lost to its rounding.
+        """
         given: Any = self.args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
-        return {**given, "trust_remote_code": self.args.trust_remote_code}
+        kwargs = {**given, "trust_remote_code": self.args.trust_remote_code}
+        if self.lora_config is not None:
+            kwargs.setdefault("dtype", self.computed_dtype)
+        if self.load_in_4bit:
+            from config.lora import build_quantization
+
+            kwargs["quantization_config"] = build_quantization(self.computed_dtype)
+        return kwargs
+
+    def shown_values(self) -> dict[str, Any]:
+        """Return what anyone may see of the hyperparameters: numbers, switches and names of choices, no text."""
+        choices = ("optim", "lr_scheduler_type", "loss_type", "packing_strategy")
+        given = {name: getattr(self, name, None) for name in SHOWN}
+        given |= {k: v for k, v in self.training_args.items() if isinstance(v, int | float) or k in choices}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def computed_dtype(self) -> "torch.dtype":
+        """The type of matrix products: autocast's, or float32 without it."""
+        import torch
+
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
 
 
 @dataclass(config=FORBID_UNKNOWN)
@@ -164,6 +207,8 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
     max_seq_length: PositiveInt | None = None  # tokens of a row, prompt and answer; None: TRL's default, 1024
     data_collator: DataCollator = field(default_factory=DataCollator)  # which tokens are supervised
     chat_tokens: ChatTokens = field(default_factory=ChatTokens)  # whether turn markers become tokens
+    lora: dict[str, Any] | None = None  # keys of peft's LoraConfig: train an adapter; None: train all weights
+    load_in_4bit: bool = False  # QLoRA: hold the weights under the adapter in 4 bits
     training_args: dict[str, Any] = field(default_factory=dict)  # keys of TRL's SFTConfig
 
     def __post_init__(self) -> None:
@@ -177,6 +222,7 @@ class SFTHyperparameters(TrainingHyperparameters["SFTConfig"]):
 
         self.args = build_sft_config(self.training_args, {"max_length": ("max_seq_length", self.max_seq_length)})
         self.check_metric()
+        self.set_lora()
         self.packing = self.args.packing
         self.added_tokens = self.chat_tokens.special_tokens if self.chat_tokens.add_chat_tokens else None
 
@@ -221,6 +267,8 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
     max_prompt_length: PositiveInt | None = None  # tokens of a prompt; None: never cut, see max_length
     max_target_length: PositiveInt | None = None  # tokens of an answer; None: no limit of its own
     precompute_ref_log_probs: bool | None = None  # the reference's log-probs in one pass before training
+    lora: dict[str, Any] | None = None  # as in SFT, and so is the next
+    load_in_4bit: bool = False
     training_args: dict[str, Any] = field(default_factory=dict)  # keys of TRL's DPOConfig
 
     def __post_init__(self) -> None:
@@ -247,6 +295,9 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
         own |= {"beta": ("dpo_beta", self.dpo_beta), "loss_type": ("dpo_loss", self.dpo_loss)}
         self.args = build_dpo_config(self.training_args, own)
         self.check_metric()
+        self.set_lora()
+        if self.lora_config is not None and self.args.sync_ref_model:  # TRL refuses it once the model is loaded
+            raise UserError(".training_args.sync_ref_model: with lora the reference is the model under the adapter")
 
     @property
     def sources(self) -> list[DataSource]:

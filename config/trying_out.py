@@ -35,6 +35,13 @@ def training_elsewhere() -> Iterator[None]:
         _elsewhere.reset(token)
 
 
+def warn_elsewhere(problem: str) -> None:
+    """Raise `UserError` about something that this machine lacks; only warn of it within `training_elsewhere`."""
+    if not _elsewhere.get():
+        raise UserError(problem)
+    logger.warning("%s (on this machine)", problem)
+
+
 @contextmanager
 def _trying(key: str) -> Iterator[None]:
     """Turn what a library raises within into a `UserError` about `key`, or a warning (see `training_elsewhere`)."""
@@ -42,9 +49,9 @@ def _trying(key: str) -> Iterator[None]:
         with reading(key):
             yield
     except UserError as error:
-        if not (_elsewhere.get() and any(sign in str(error) for sign in ABOUT_THE_MACHINE)):
+        if not any(sign in str(error) for sign in ABOUT_THE_MACHINE):
             raise
-        logger.warning("%s (on this machine)", error)
+        warn_elsewhere(str(error))
 
 
 @torch.random.fork_rng(devices=[])  # the weights of the small models are drawn

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chat_format import set_chat_format
+from adapters.stack import AdapterStack
 from config.cluster_names import NO_CHECKPOINT, is_cluster_name, parse_cluster_name, starting_name
 from config.experiment import entrypoint_script
 from config.hyperparameters import ChatTokens
@@ -22,7 +22,7 @@ from storage.checkpoints import cached_checkpoint, local_checkpoint, model_folde
 from storage.cluster_checkpoints import client, download_but_weights, find_checkpoint
 from storage.files import is_object, read_json_lines
 from storage.shared_cache import is_made
-from trial.models import load_model_and_tokenizer
+from trial.policy import load_policy
 
 KEY = "model_ckpt"
 _temporary: list[tempfile.TemporaryDirectory[str]] = []  # folders until this process ends
@@ -92,11 +92,9 @@ class StartingModel(NamedTuple):
     added_tokens: list[str] | None = None  # before the training begins
     note: str = ""
 
-    def load(self, hparams: Hyperparameters) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, hparams: Hyperparameters) -> tuple[PreTrainedModel | AdapterStack, PreTrainedTokenizerBase]:
         """Return the model without its weights, and its tokenizer, both with the chat format."""
-        model, tokenizer = load_model_and_tokenizer(self.source, weights=False, **hparams.model_init_kwargs)
-        set_chat_format(model, tokenizer, self.added_tokens)
-        return model, tokenizer
+        return load_policy(hparams, self.source, added_tokens=self.added_tokens, weights=False)
 
 
 def starting_model(hparams: Hyperparameters, paths: ContainerPaths) -> StartingModel:

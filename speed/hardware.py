@@ -19,9 +19,10 @@ import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel
 
+from adapters.stack import AdapterStack, base_model, lora_layers
 from speed.compiled_layers import can_compile, compile_layers
 from speed.fitting import GPU_TYPES, fit_memory, resident_memory
-from speed.memory import FLOAT32, TrainingSetup
+from speed.memory import TrainingSetup
 from speed.output_layer import adapt_fused_head_to_cpu, add_embedding_gradient_in_place
 from speed.padding_free import remove_padding, why_padded
 
@@ -40,8 +41,23 @@ def attend_without_plans() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def describe_precision(hparams: Any, model: PreTrainedModel) -> list[str]:
+    """Return in which types a training computes and, if it trains an adapter, what that is, as phrases."""
+    autocast = "bf16" if hparams.args.bf16 else "fp16" if hparams.args.fp16 else None
+    if hparams.lora_config is None:
+        return [f"{autocast} autocast" + " over float32 weights" * (autocast == "bf16") if autocast else "float32"]
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    base = "4 bits (NF4)" if hparams.load_in_4bit else autocast or "float32"
+    return [f"LoRA: {trained:,} float32 parameters on a frozen base in {base}"]
+
+
 def suit_hardware(
-    trial: Trial, model: PreTrainedModel, dataset: DatasetDict, *, pairs: bool, reference: PreTrainedModel | None = None
+    trial: Trial,
+    model: PreTrainedModel | AdapterStack,
+    dataset: DatasetDict,
+    *,
+    pairs: bool,
+    reference: PreTrainedModel | None = None,
 ) -> None:
     """Set up the models and what `trial.hparams.args` leaves open for the fastest training that fits, and log it.
 
@@ -49,6 +65,7 @@ def suit_hardware(
     says whether a row of the tokenized `dataset` is two sequences; `reference` is DPO's, if it stays in memory.
     """
     args, given = trial.hparams.args, trial.hparams.training_args
+    model, adapters = base_model(model), lora_layers(model)
     why, on_gpu = why_padded(model, args), args.device.type in GPU_TYPES
     fused = on_gpu and why is None and can_compile(args, given.get("torch_compile"))
     models = [model] if reference is None else [model, reference]
@@ -57,11 +74,13 @@ def suit_hardware(
             remove_padding(each, pairs)
         if fused:
             compile_layers(each, trial.cache)
+    for layer in adapters:  # autocast casts what goes into an adapter; peft would cast it to float32 before
+        layer.cast_input_dtype_enabled = not (args.bf16 or args.fp16)
     attend_without_plans()
     if on_gpu and "accelerator_config" not in given:
         cast(Any, args.accelerator_config).non_blocking = args.dataloader_pin_memory
     choices = [
-        "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
+        *describe_precision(trial.hparams, model),
         f"padded batches ({why})" if why else "no padding" + (", a pair's prompt once" if pairs else ""),
     ]
     if fused:
@@ -74,6 +93,7 @@ def suit_hardware(
         # These families have none; without checkpointing the Trainer would have DDP look for them in every step.
         args.ddp_find_unused_parameters = False
     setup = TrainingSetup.from_args(args, fused, reference is not None, args.world_size, args.device.type)
-    process = max(0, resident_memory() - len(models) * FLOAT32 * model.num_parameters())
+    held = sum(weight.nbytes for each in models for weight in each.parameters())
+    process = max(0, resident_memory() - held)
     choices += fit_memory(trial, model, dataset, setup, process, padding_free=why is None)
     trial.status("training with " + "; ".join(choices))

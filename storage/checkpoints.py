@@ -9,8 +9,10 @@ from determined import core
 from determined.errors import CheckpointNotFound
 from huggingface_hub.constants import HF_HOME
 
-from config.validation import check_uuid
+from config.validation import check_uuid, is_uuid
 from errors import TemporaryError, UserError, reason
+from storage.adapter_chains import CONFIG as ADAPTER_CONFIG
+from storage.adapter_chains import is_adapter, read_chain
 from storage.files import BUNDLE, check_output
 from storage.manifests import MANIFEST, check_files
 from storage.origins import FILE as ORIGIN
@@ -21,7 +23,7 @@ from storage.shared_cache import make_once, once_per_node
 MODEL_FILES = (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja",
+    "merges.txt", "chat_template.jinja", ADAPTER_CONFIG,
 )  # fmt: skip
 
 
@@ -75,7 +77,10 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
             raise TemporaryError(f"model_ckpt {ckpt_uuid}: {reason(error)}") from error
 
     once_per_node(core_context.distributed, lambda: fetch_once(ckpt_uuid, download, "model_ckpt"))
-    return str(model_folder(cached_checkpoint(ckpt_uuid), ckpt_uuid))
+    folder = model_folder(cached_checkpoint(ckpt_uuid), ckpt_uuid)
+    if base := checkpoint_below(folder):
+        download_ckpt(base, core_context)
+    return str(folder)
 
 
 def agent_cache() -> Path:
@@ -100,6 +105,20 @@ def fetch_once(ckpt_uuid: str, fetch: Callable[[Path], None], key: str) -> None:
 
     folder = cached_checkpoint(ckpt_uuid)
     make_once(folder, make, lambda: print(f"checkpoint {ckpt_uuid}: another process is fetching it"))
+
+
+def checkpoint_below(folder: Path) -> str | None:
+    """Return the UUID of the checkpoint with all weights that an adapter stands on; None if it is no checkpoint."""
+    if is_adapter(folder) and is_uuid(base := read_chain(folder).base):
+        return base
+    return None
+
+
+def find_checkpoint_here(ckpt_uuid: str) -> Path:
+    """Return the model folder of a checkpoint that is on this machine: a local run's, or one that was downloaded."""
+    if (cached := cached_checkpoint(ckpt_uuid)).is_dir():
+        return model_folder(cached, ckpt_uuid)
+    return local_checkpoint(ckpt_uuid, "the checkpoint that the adapter stands on,")
 
 
 def local_checkpoint(ckpt_uuid: str, key: str, verify: bool = False, advice: str = "") -> Path:

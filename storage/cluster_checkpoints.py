@@ -22,6 +22,7 @@ from config.cluster_names import CLUSTER_SOURCES, is_cluster_name, parse_cluster
 from errors import TemporaryError, UserError, one_line, shorten
 from storage.checkpoints import (
     cached_checkpoint,
+    checkpoint_below,
     fetch_once,
     is_downloaded,
     is_model_file,
@@ -55,7 +56,10 @@ def cluster_checkpoint(source: str, key: str) -> Path:
         if checkpoint.training:
             print(f"{source}: trial {checkpoint.training.trial_id}, checkpoint {name}")
         fetch_once(name, lambda folder: _download(checkpoint, folder, key), key)
-    return model_folder(cached_checkpoint(name), name, key)
+    folder = model_folder(cached_checkpoint(name), name, key)
+    if base := checkpoint_below(folder):
+        cluster_checkpoint(f"ckpt:{base}", key)
+    return folder
 
 
 def find_checkpoint(source: str, key: str) -> client.Checkpoint:

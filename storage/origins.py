@@ -1,11 +1,13 @@
 """What a checkpoint says of the training that saved it: `trial.json`, beside the weights.
 
-A comparison reads it, wherever the checkpoint has gone. Other hyperparameters are not in it: one could be a token.
+A comparison and an export read it, wherever the checkpoint has gone. Hyperparameters that could be a token or a path
+are not in it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,6 +26,8 @@ class Origin:
     beta: Beta | None  # of DPO; None for SFT
     data_seed: int  # draws the samples and what is held out
     sources: list[DataSource]  # the rows that were trained on or held out
+    load_in_4bit: bool = False  # whether the weights under its adapter were rounded to 4 bits
+    hyperparameters: dict[str, Any] = field(default_factory=dict)  # as the YAML has them
 
     def write(self, folder: Path) -> None:
         """Write `FILE` into a checkpoint's folder."""

@@ -97,7 +97,13 @@ class Trial(Generic[Hyperparameters]):
         """Set what checkpoints will say of the training: see `Origin` for the arguments."""
         hparams = self.hparams
         beta = getattr(hparams.args, "beta", None)
-        self.origin = Origin(base, model_ckpt, beta, hparams.split_seed, hparams.sources)
+        sources, shown = hparams.sources, hparams.shown_values()
+        self.origin = Origin(base, model_ckpt, beta, hparams.split_seed, sources, hparams.load_in_4bit, shown)
+
+    @property
+    def starting_checkpoint(self) -> str | None:
+        """UUID of the checkpoint that DPO started from."""
+        return self.origin.model_ckpt if self.origin else None
 
     def should_preempt(self) -> bool:
         """Return whether the cluster needs the trial's slots. Call it on every rank, in step with the others.

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from errors import TemporaryError, UserError, about, one_line, reading
+from storage.adapter_chains import find_base, is_adapter, read_chain
+from storage.checkpoints import find_checkpoint_here
 from storage.files import refuse_special_files
 from storage.hub import check_hub_id, looks_like_path, no_such, quiet_lookup
 from storage.manifests import check_files
+from storage.origins import read_origin
 from trial.events import read_events
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ def check_source(source: str, key: str, subfolder: str = "") -> None:
     path = Path(source, subfolder)
     what = f"{key} {str(path)!r}" if subfolder else f"{key} {source!r}"
     refuse_special_files(path, what)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not ((path / "config.json").is_file() or is_adapter(path)):
         raise UserError(f"{what}: a folder without a config.json is no model{_meant(path)}")
     if not path.is_dir() and (looks_like_path(source) or Path(source).exists()):
         raise UserError(f"{what}: {'not a folder' if path.exists() else no_such('folder')}")
@@ -49,6 +52,9 @@ def check_model(source: str, key: str, **model_init_kwargs: Any) -> None:
     if (folder := Path(source, subfolder)).is_dir():
         with about(f"{key} {str(folder)!r}"):
             check_files(folder, [WEIGHT_FILES], lambda name: fnmatch(name, "*.safetensors*") and "/" not in name)
+            base = find_base(read_chain(folder), find_checkpoint_here, "it") if is_adapter(folder) else None
+        if base:
+            check_model(base, f"{key} {str(folder)!r}: its base")
     else:
         _find_on_hub(source, key, **where)
 
@@ -81,21 +87,59 @@ def _meant(folder: Path) -> str:
 
 
 def load_model_and_tokenizer(
-    source: str, key: str = "model_name", weights: bool = True, **model_init_kwargs: Any
+    source: str, key: str = "model_name", weights: bool = True, merge: bool = True, **model_init_kwargs: Any
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model with float32 weights (see `config/training_args.py`) and its tokenizer.
 
     `source` is a folder or a hub id, and `key` is its name in a `UserError`. `model_init_kwargs` go to the model's
     `from_pretrained`. Without `weights` only the config and the tokenizer are read, and the parameters have shapes but
     no values (torch's meta device).
+
+    The folder may be of an adapter. Then its adapters are merged in float32 into the model that they stand on. Without
+    `merge` they stay apart, frozen: the model is an `AdapterStack`.
     """
+    folder, what = Path(source), f"{key} {source!r}"
+    if not is_adapter(folder):
+        return _load_whole_model(source, key, weights, **model_init_kwargs)
+    import torch
+
+    from adapters.four_bit import round_to_4bit
+    from adapters.stack import merge_adapters, stack_adapters
+
+    with about(what):
+        chain = read_chain(folder)
+        base = find_base(chain, find_checkpoint_here, "it")
+    given = {name: value for name, value in model_init_kwargs.items() if name not in ("revision", "subfolder")}
+    dtype = given.get("dtype", torch.float32)
+    if merge:
+        given["dtype"] = torch.float32  # in which nothing of an adapter is lost
+    if chain.revision:
+        given["revision"] = chain.revision
+    model, tokenizer = _load_whole_model(base, what, weights, str(folder), **given)
+    origin = read_origin(folder)
+    if weights and origin and origin.load_in_4bit and "quantization_config" not in given:
+        round_to_4bit(model)
+    if merge and weights:
+        model = merge_adapters(model, chain.adapters).to(dtype)
+    else:
+        model = cast(Any, stack_adapters(model, chain.adapters))
+        model = model.unload() if merge else model
+    with reading(f"{what}: generation_config.json"), quiet_lookup():
+        model.generation_config = type(model.generation_config).from_pretrained(source)
+    return model, tokenizer
+
+
+def _load_whole_model(
+    source: str, key: str, weights: bool, tokenizer_folder: str | None = None, **model_init_kwargs: Any
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load what `load_model_and_tokenizer` does of a model that is no adapter; `tokenizer_folder` may have another."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.quantizers import AutoHfQuantizer
 
     what, subfolder = f"{key} {source!r}", model_init_kwargs.get("subfolder") or ""
     check_source(source, key, subfolder)
-    folder = Path(source, subfolder)
+    folder = Path(tokenizer_folder or Path(source, subfolder))
     if folder.is_dir() and not any(file for name in TOKENIZER_FILES for file in folder.glob(name)):
         raise UserError(f"{what}: it has no tokenizer")  # transformers would make an empty one
     # These say where to look and how far to trust it, for the tokenizer as well.
@@ -103,12 +147,14 @@ def load_model_and_tokenizer(
     try:
         kwargs = " with its model_init_kwargs" if model_init_kwargs.keys() - {"dtype", "trust_remote_code"} else ""
         with reading(what + kwargs), quiet_lookup(), warnings.catch_warnings(action="ignore"):
-            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+            where = {} if tokenizer_folder else shared
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or source, **where)
             if weights:
                 given = {"dtype": torch.float32, **model_init_kwargs, "output_loading_info": True}
                 model, info = cast(Any, AutoModelForCausalLM).from_pretrained(source, **given)
             else:
-                config, _ = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **model_init_kwargs)
+                without = {k: v for k, v in model_init_kwargs.items() if k not in ("dtype", "quantization_config")}
+                config, _ = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **without)
                 if getattr(config.get_text_config(), "num_hidden_layers", 1) > MOST_LAYERS:
                     raise ValueError(f"its config.json says that it has more than {MOST_LAYERS} layers")
                 if quantization := getattr(config, "quantization_config", None):
@@ -116,9 +162,8 @@ def load_model_and_tokenizer(
                 trust = bool(shared.get("trust_remote_code"))
                 attention = {"attn_implementation": model_init_kwargs.get("attn_implementation")}
                 with torch.device("meta"):
-                    model = AutoModelForCausalLM.from_config(
-                        config, dtype=torch.float32, trust_remote_code=trust, **attention
-                    )
+                    dtype = model_init_kwargs.get("dtype", torch.float32)
+                    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust, **attention)
     except UserError as error:
         if "ignore_mismatched_sizes" in str(error):
             raise UserError(f"{what}: its weights have other shapes than its config.json says") from error
