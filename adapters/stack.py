@@ -91,7 +91,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
         model.set_adapter(OWN)
     output: Any = model.get_base_model().get_output_embeddings()
     if isinstance(output, TrainableTokensWrapper):
-        # TRL's fused head (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
+        # TRL (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
         output.bias = output.original_module.bias
     return model
 
