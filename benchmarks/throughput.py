@@ -16,6 +16,9 @@ steps. The configurations take turns, round by round. The table shows medians ov
                    memory. It needs a CUDA device and the package liger-kernel
     trl-no-checkpointing    trl without activation checkpointing
     trl-fp32       the same in float32: the fastest of TRL's on a CPU without bf16 instructions
+    ours-lora      ours with a `lora` block (LORA, below); ours-qlora also has load_in_4bit, and needs a GPU
+    trl-lora       trl with the same adapter, as a peft_config, on a bf16 base where it computes in bf16; trl-lora-fp32
+                   is trl-fp32 with it
 
 All of them train on the same token ids in the same batches. The model is either made with random weights in its true
 shape or read from a folder; its tokenizer is replaced by one that makes each word a token. The rows consist of random
@@ -81,7 +84,14 @@ TRL_ARGUMENTS: dict[str, dict[str, Any]] = {  # changes to TRL's defaults
     "trl-no-checkpointing": {"gradient_checkpointing": False},
     "trl-fp32": {"gradient_checkpointing": False, "bf16": False},
 }
-CONFIGURATIONS = ("ours", *TRL_ARGUMENTS)
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+TRL_ARGUMENTS |= {"trl-lora": TRL_ARGUMENTS["trl"], "trl-lora-fp32": TRL_ARGUMENTS["trl-fp32"]}
+OURS: dict[str, dict[str, Any]] = {  # hyperparameters
+    "ours": {},
+    "ours-lora": {"lora": LORA},
+    "ours-qlora": {"lora": LORA, "load_in_4bit": True},
+}
+CONFIGURATIONS = (*OURS, *TRL_ARGUMENTS)
 WARM_UP = 1  # steps
 
 
@@ -164,7 +174,7 @@ def choose_configurations(named: list[str] | None) -> list[str]:
     from config.training_args import has_bf16
 
     gpu = torch.cuda.is_available()
-    likely = [name for name in CONFIGURATIONS if name != ("trl-fp32" if gpu else "trl-liger")]
+    likely = [n for n in CONFIGURATIONS if "lora" not in n and n != ("trl-fp32" if gpu else "trl-liger")]
     chosen = named or (likely if gpu or has_bf16(use_cpu=True) else ["ours", "trl-fp32"])
     if "trl-liger" in chosen and not (gpu and importlib.util.find_spec("liger_kernel")):
         missing = "the package liger-kernel (pip install liger-kernel)" if gpu else "a CUDA device"
@@ -308,8 +318,9 @@ def compare(kind: str, args: argparse.Namespace, model: Path, rows: Path, folder
     }
     if medians:
         print_table(kind, args, medians)
-    for choices in dict.fromkeys(text for run in measured.get("ours", []) for text in run["choices"]):
-        print(f"\nours: {choices}", flush=True)
+    for name in OURS:
+        for choices in dict.fromkeys(text for run in measured.get(name, []) for text in run["choices"]):
+            print(f"\n{name}: {choices}", flush=True)
     common = {"kind": kind, "model": args.model, "length": args.length, "batch": args.batch}
     return [{**common, "configuration": name, **result} for name, results in measured.items() for result in results]
 
@@ -332,11 +343,12 @@ def print_table(kind: str, args: argparse.Namespace, medians: dict[str, dict[str
     print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for name, median in medians.items():
         print(f"| {name} | " + " | ".join(form.format(median.get(key) or 0) for key, form in columns.values()) + " |")
-    others = {name: median for name, median in medians.items() if name != "ours"}
-    if "ours" in medians and others:
-        best = max(others, key=lambda name: others[name]["tokens_per_second"])
-        ratios = [medians["ours"][key] / others[best][key] for key in ("tokens_per_second", "peak_gb")]
-        print(f"\nours / {best}: {ratios[0]:.2f} x the tokens/s, {ratios[1]:.2f} x the memory", flush=True)
+    for ours in OURS.keys() & medians.keys():
+        alike = [name for name in TRL_ARGUMENTS.keys() & medians.keys() if ("lora" in name) == ("lora" in ours)]
+        best = max(alike, key=lambda name: medians[name]["tokens_per_second"], default=None)
+        for other in filter(None, (best, "ours" if ours != "ours" and "ours" in medians else None)):
+            ratios = [medians[ours][key] / medians[other][key] for key in ("tokens_per_second", "peak_gb")]
+            print(f"\n{ours} / {other}: {ratios[0]:.2f} x the tokens/s, {ratios[1]:.2f} x the memory", flush=True)
 
 
 def measure(name: str, kind: str, args: argparse.Namespace, model: Path, rows: Path, folder: Path) -> dict[str, Any]:
@@ -373,7 +385,7 @@ def work(spec: dict[str, Any]) -> None:
     script = importlib.import_module(f"{spec['kind']}_finetune")
     # The entrypoint imports these when it trains.
     replaced = {("trial.det_callback", "train_or_resume"): functools.partial(train, spec)}
-    if spec["configuration"] != "ours":
+    if spec["configuration"] not in OURS:
         trainers = {
             "sft": ("metrics.exact_evaluation", "ExactSFTTrainer"),
             "dpo": ("speed.tokenized_dpo_trainer", "TokenizedDPOTrainer"),
@@ -391,6 +403,7 @@ def make_experiment(spec: dict[str, Any]) -> dict[str, Any]:
     overrides = dict(word.split("=", 1) for word in spec["set"])
     training_args = common_training_args(spec) | {key: yaml.safe_load(value) for key, value in overrides.items()}
     hyperparameters = {"model_name": spec["model"], "training_args": training_args}
+    hyperparameters |= OURS.get(spec["configuration"], {})
     if spec["kind"] == "sft":
         hyperparameters |= {"dataset": spec["rows"], "max_seq_length": 8192}
     else:
@@ -440,6 +453,12 @@ def trl_trainer(spec: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         output_dir=spec["folder"], report_to="none", disable_tqdm=True, max_length=8192,
         use_cpu=not torch.cuda.is_available(), **changes, **common_training_args(spec),
     )  # fmt: skip
+    if "lora" in spec["configuration"]:
+        from config.lora import build_lora_config
+
+        kwargs["peft_config"] = build_lora_config(LORA)
+        if config.bf16:
+            kwargs["model"].to(torch.bfloat16)
     cls = trl.SFTTrainer if spec["kind"] == "sft" else TokenizedDPOTrainer
     return cls(**{k: v for k, v in kwargs.items() if k not in ("ref_model", "evaluations")} | {"args": config})
 
@@ -494,7 +513,7 @@ class Meter:
             return training_step(model, inputs, *args, **kwargs)
 
         trainer.training_step = count
-        trainer.model.base_model.norm.register_forward_hook(self.count_positions)
+        trainer.model.get_decoder().norm.register_forward_hook(self.count_positions)
 
     def count_positions(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         self.now["positions"] += output.shape[0] * output.shape[1]
