@@ -32,10 +32,14 @@ demo: setup
 	@echo "  the grid of DPO trials     $(CURDIR)/local_runs/tiny-dpo/report.html"
 	@echo "  your own vote on answers   $(CURDIR)/local_runs/tiny-comparison.html"
 
+# For the tests of load_in_4bit. Within .venv itself, every start of Python would import it for a second.
+.venv/bitsandbytes: .venv/ready
+	-$(PY) -m pip install -q --no-deps --target $@ bitsandbytes==0.50.2
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: lint
+test: lint .venv/bitsandbytes
 	$(PY) -m pytest

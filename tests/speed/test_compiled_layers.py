@@ -128,9 +128,11 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compiled_layers, "has_triton", lambda: True)
 
 
-@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune])
+@pytest.mark.parametrize(
+    ("script", "lora"), [(sft_finetune, None), (dpo_finetune, None), (dpo_finetune, {"r": 4, "lora_alpha": 32})]
+)
 def test_a_gpu_trains_as_without_compiling_and_shares_what_it_compiled(
-    train, request, script, tmp_path, compiler, monkeypatch
+    train, request, script, lora, tmp_path, compiler, monkeypatch
 ):
     """Larger batches of the same steps, compiled layers: in float32 to 1e-5."""
     config = request.getfixturevalue("sft_config" if script is sft_finetune else "dpo_config")
@@ -138,7 +140,7 @@ def test_a_gpu_trains_as_without_compiling_and_shares_what_it_compiled(
         datasets = [{"name": config["hyperparameters"]["datasets"][0], "number_of_samples": 20}]
         config = config | {"hyperparameters": config["hyperparameters"] | {"datasets": datasets}}
     steps = {f"{ARGS}gradient_accumulation_steps": 2, f"{ARGS}per_device_train_batch_size": 2, f"{ARGS}max_steps": 3}
-    steps |= {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 3}
+    steps |= {f"{ARGS}eval_strategy": "steps", f"{ARGS}eval_steps": 3, "hyperparameters__lora": lora}
     plain = train(script, config, output="plain", **steps)
     request.getfixturevalue("as_on_a_gpu")
     monkeypatch.setattr("sys.argv", ["script.py"])
