@@ -61,6 +61,17 @@ CHAT_ML_TEMPLATE = (
     "{{- '\\n<|im_start|>assistant\\n' if add_generation_prompt }}"
 )
 
+# The same in the syntax of Go, for Ollama's Modelfile, with {bos} and {eos} to be filled in. (Nothing in it could give
+# a marker in a content its space.)
+OLLAMA_TEMPLATE = (
+    "{bos}"
+    "{{- range $i, $_ := .Messages }}"
+    "{{ if $i }}\n{{ end }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>"
+    '{{ if eq .Role "assistant" }}{eos}{{ end }}'
+    "{{ end }}"
+    "\n<|im_start|>assistant\n"
+)
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
@@ -165,6 +176,20 @@ def check_template(tokenizer: Tokenizer) -> None:
     ends |= dict.fromkeys(CRASHES, "crashes Python")
     if what := ends.get(run_in_child(render, CHILD_SECONDS)):
         raise UserError(f"the chat template of {tokenizer.name_or_path!r} {what} for a short conversation")
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer begins a text with BOS by itself, where it is asked for special tokens."""
+    return _tokenize(tokenizer, "Tea?", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+
+
+def ollama_template(tokenizer: Tokenizer) -> str:
+    """Return what `CHAT_ML_TEMPLATE` is in an Ollama Modelfile. Its prompts begin with one BOS, if any.
+
+    Ollama adds BOS to a prompt where `add_bos_token` in tokenizer_config.json says so. Else the template has to.
+    """
+    bos = "" if adds_bos(tokenizer) else tokenizer.bos_token or ""
+    return OLLAMA_TEMPLATE.replace("{bos}", bos).replace("{eos}", cast(str, tokenizer.eos_token))
 
 
 def plain_text(prompt: list[Message]) -> str:

@@ -52,10 +52,11 @@ def main() -> None:
 
     from comparison.chat import chat
     from comparison.cluster_task import open_task
-    from comparison.compare import choose_device, compare, find_model, load_model, open_results
+    from comparison.compare import compare, load_model, open_results
     from comparison.files import print_comparison, write_comparison
     from comparison.questions import load_questions
     from trial.context import hide_progress_bars_in_logs
+    from trial.models import choose_device, find_model
 
     console = Console(highlight=False, emoji=False)
     hide_progress_bars_in_logs()

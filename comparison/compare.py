@@ -33,7 +33,6 @@ from comparison.options import ComparisonOptions, Sampling
 from comparison.own_training import describe_betas, read_origins, reward_betas, trained_on
 from comparison.preference_metrics import PairScore, batch_pairs, prompted_alike, tokenize_pairs
 from comparison.questions import Questions
-from config.cluster_names import is_cluster_name
 from errors import UserError, os_errors_of
 from metrics.intervals import RESAMPLES, Estimate
 from pages.terminal import plural
@@ -41,35 +40,10 @@ from speed.hardware import attend_without_plans
 from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
 from storage.checkpoints import is_model_file
-from storage.cluster_checkpoints import checkpoint_folder
 from storage.files import append_json_line, is_object, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
-from trial.models import check_model, load_model_and_tokenizer
-
-
-def find_model(source: str, key: str) -> str:
-    """Return the folder or hub id of a SOURCE; download it first if it is on a cluster. Raises `UserError`."""
-    with os_errors_of(key):  # a name that is too long, for example
-        exists = Path(source).exists()
-    looks_like_uuid = len(source) == 36 and source.count("-") == 4
-    if not exists and (looks_like_uuid or is_cluster_name(source)):
-        return str(checkpoint_folder(source, key))
-    check_model(source, key)
-    return source
-
-
-def choose_device(name: str | None, key: str) -> torch.device:
-    """Return the device `name`; None: the best one. Raises `UserError` if this machine does not have it."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name or best)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"{key} {name!r}: it cannot generate; choose cpu, cuda or mps")
-    return device
+from trial.models import load_model_and_tokenizer
 
 
 def load_model(

@@ -18,6 +18,7 @@ from determined.cli._declarative_argparse import add_args
 from determined.common import context
 
 import dpo_finetune
+import export
 import inference
 import local_experiment
 import report
@@ -58,7 +59,7 @@ def test_yamls_open_with_the_command_that_runs_them(name):
     assert f"python local_experiment.py {name}" in opening
 
 
-@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune, local_experiment, report, inference, make])
+@pytest.mark.parametrize("script", [sft_finetune, dpo_finetune, local_experiment, report, inference, export, make])
 def test_help_teaches(call, script):
     status, out, _ = call(script.main, "--help")
     assert status == 0
@@ -91,6 +92,7 @@ def test_readme_commands_are_real(command, monkeypatch):
     for word in words[2:]:
         assert not word.endswith(".yaml") or (REPO / word).exists()
     parsers = {"local_experiment.py": local_experiment, "report.py": report, "inference.py": inference}
+    parsers["export.py"] = export
     if words[1] in parsers:
         monkeypatch.setattr(sys, "argv", words[1:])
         parsers[words[1]].parse_arguments()
@@ -129,7 +131,7 @@ def test_what_det_uploads(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
     uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
-    rooms = ("config", "storage", "metrics", "trial", "speed", "data", "experiment", "comparison", "pages")
+    rooms = ("config", "storage", "metrics", "trial", "speed", "data", "experiment", "comparison", "serving", "pages")
     needed = {name for name in copied if ("/" not in name and name.endswith(".py")) or name.startswith(rooms)}
     assert needed | {"startup-hook.sh", "requirements.txt", "inference.yaml", *own, *made} <= uploaded
     assert not uploaded & {*generated, *written}

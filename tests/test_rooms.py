@@ -11,8 +11,8 @@ from conftest import REPO
 
 # From top to bottom. A module may import from its own room and from rooms in rows below its own.
 FLOORS = [
-    {"sft_finetune", "dpo_finetune", "inference", "local_experiment", "report"},
-    {"experiment", "comparison"},
+    {"sft_finetune", "dpo_finetune", "inference", "local_experiment", "report", "export"},
+    {"experiment", "comparison", "serving"},
     {"dataset_utils"},
     {"speed", "data"},
     {"trial"},
@@ -62,7 +62,9 @@ def test_no_file_is_longer_than_400_lines(file):
     assert len((REPO / file).read_text(encoding="utf-8").splitlines()) <= 400
 
 
-@pytest.mark.parametrize("script", ["sft_finetune", "dpo_finetune", "inference", "local_experiment", "report"])
+@pytest.mark.parametrize(
+    "script", ["sft_finetune", "dpo_finetune", "inference", "local_experiment", "report", "export"]
+)
 @pytest.mark.parametrize(("option", "expected"), [("--help", 0), ("--no-such-option", 2)])
 def test_a_command_line_is_answered_before_the_slow_imports(script, option, expected):
     """torch takes three seconds of CPU to import, datasets one and a half, transformers one."""

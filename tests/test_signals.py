@@ -13,7 +13,7 @@ from conftest import REPO
 
 from signals import run_in_child
 
-COMMANDS = ["sft_finetune.py", "dpo_finetune.py", "inference.py", "local_experiment.py", "report.py"]
+COMMANDS = ["sft_finetune.py", "dpo_finetune.py", "inference.py", "local_experiment.py", "report.py", "export.py"]
 SAID = "stopped by {}; the same command goes on from what it has saved\n"
 # Runs a script and sends this process a signal when it imports a module for the first time.
 AT_IMPORT = """
@@ -57,6 +57,7 @@ def start(*words: object, **environment: str) -> subprocess.Popen:
         ("inference.py --model a=b", "pydantic"),
         ("local_experiment.py sft.yaml --dry-run", "ruamel.yaml"),
         ("report.py nowhere", "rich"),
+        ("export.py nowhere folder", "transformers"),
     ],
 )
 def test_a_signal_during_the_imports_is_one_line(command, module, number):

@@ -6,7 +6,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from errors import TemporaryError, UserError, about, one_line, reading
+from config.cluster_names import is_cluster_name
+from errors import TemporaryError, UserError, about, one_line, os_errors_of, reading
 from storage.adapter_chains import find_base, is_adapter, read_chain
 from storage.checkpoints import find_checkpoint_here
 from storage.files import refuse_special_files
@@ -16,6 +17,7 @@ from storage.origins import read_origin
 from trial.events import read_events
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -25,6 +27,34 @@ MOST_LAYERS = 1000
 WHERE = ("revision", "subfolder", "token")
 # What `generate` ignores without `do_sample`, but `save_pretrained` then refuses.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def find_model(source: str, key: str) -> str:
+    """Return the folder or hub id of a SOURCE; download it first if it is on a cluster. Raises `UserError`."""
+    with os_errors_of(key):  # a name that is too long, for example
+        exists = Path(source).exists()
+    looks_like_uuid = len(source) == 36 and source.count("-") == 4
+    if not exists and (looks_like_uuid or is_cluster_name(source)):
+        from storage.cluster_checkpoints import checkpoint_folder
+
+        return str(checkpoint_folder(source, key))
+    check_model(source, key)
+    return source
+
+
+def choose_device(name: str | None, key: str) -> "torch.device":
+    """Return the device `name`; None: the best one. Raises `UserError` if this machine does not have it."""
+    import torch
+
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{key} {name!r}: not on this machine ({str(error).splitlines()[0][:80]})") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"{key} {name!r}: it cannot generate; choose cpu, cuda or mps")
+    return device
 
 
 def check_source(source: str, key: str, subfolder: str = "") -> None:

@@ -272,7 +272,7 @@ def test_a_gpu_answers_all_questions_in_one_batch(compare, held_out, monkeypatch
 
     monkeypatch.setattr(generation, "answer_batch", batch)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
-    monkeypatch.setattr(comparison, "choose_device", lambda name, key: torch.device(kind))
+    monkeypatch.setattr("trial.models.choose_device", lambda name, key: torch.device(kind))
 
     def asked(*arguments):
         batches.clear()

@@ -1,0 +1,40 @@
+"""What counts as the same in a proof."""
+
+import copy
+
+import pytest
+
+from chat_format import encode
+from errors import UserError
+from serving.proof import compare_answers, compare_ids, served_ids
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+def test_answers_agree_up_to_their_first_difference():
+    same = compare_answers([[1, 2, 3, 4], [5, 6], [7, 8]], [[1, 2, 9, 4], [5, 6], [7]])
+    assert (same.answers, same.same, same.tokens, same.before) == (3, 1, 8, 5)
+    assert str(same) == (
+        "1 of 3 greedy answers are the same to the last of 32 tokens; 62% of the tokens come before a difference"
+    )
+
+
+def test_a_history_that_merges_with_its_markers_is_counted(tokenizer):
+    """Gemma's tokenizer has a token of two line breaks. Training does not let it span a marker and an answer."""
+    tokenizer.add_tokens(["\n\n"])
+    merges = turns("Hi.", "\nHello.", "Tea?")
+    assert served_ids(tokenizer, merges) != encode(tokenizer, merges)[0]
+    found = compare_ids(tokenizer, tokenizer, [turns("Hi."), turns("Hi.", "Hello.", "Tea?"), merges])
+    assert (found.checked, found.in_history, found.refused) == (3, 1, 0)
+    assert str(found).startswith("2 prompts have the same token ids as in training; 1 differ in their history alone")
+
+
+def test_a_first_turn_that_differs_is_a_mistake(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["boil an egg"])
+    assert compare_ids(tokenizer, other, [turns("Hi.")]).checked == 1
+    message = r"the folder's prompt of 'How do I boil an egg\?' has other token ids than in training, from token \d+ on"
+    with pytest.raises(UserError, match=message):
+        compare_ids(tokenizer, other, [turns("Hi."), turns("How do I boil an egg?")])
