@@ -85,7 +85,7 @@ def export(what: Export) -> list[tuple[str, str]]:
         what.say("loading the folder afresh, with plain transformers")
         served_tokenizer, served = load_plain(folder)
         same_ids = compare_ids(tokenizer, served_tokenizer, held_out.prompts)
-        proof.append(what.say(f"of {held_out.about}, {same_ids}"))
+        proof.append(what.say(f"{held_out.about}: {same_ids}"))
         same = compare_answers(answers, answer(served, served_tokenizer, title="answers of the folder"))
         del served
         free_memory()

@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from chat_format import Message, encode, generation_stops, plain_text
 from errors import UserError, one_line
-from pages.terminal import plural
 
 ANSWER_TOKENS = 32  # of each greedy answer
 SIMILAR = 0.5  # share of tokens below which a 16-bit model may well be broken
@@ -36,10 +35,10 @@ class SameIds:
     refused: int  # by the chat template, which is not ours: a system turn, as a rule
 
     def __str__(self) -> str:
-        text = f"{plural(self.checked - self.in_history, 'prompt')} have the same token ids as in training"
+        text = "the same token ids as in training"
         if self.in_history:
-            joined = "training tokenizes earlier answers apart from the markers around them, a server does not"
-            text += f"; {self.in_history} differ in their history alone ({joined})"
+            joined = "training tokenizes an earlier answer apart from the markers around it, a server does not"
+            text += f", but for {self.in_history} with another history ({joined})"
         return text + (f"; {self.refused} are refused by the chat template" if self.refused else "")
 
 

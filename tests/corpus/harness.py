@@ -32,11 +32,12 @@ TRAINING_LIMIT = 60  # seconds of a case that may train to its end
 ACCEPTED = 99  # exit status of a case that starts a trial, though its mistake should have been found before
 MEMORY = 12 * 2**30  # bytes of address space: a case that asks for more ends in a MemoryError, not in a dead machine
 IMPORTS = (
-    *("local_experiment", "sft_finetune", "dpo_finetune", "inference", "report", "benchmarks.throughput"),
+    *("local_experiment", "sft_finetune", "dpo_finetune", "inference", "report", "export"),
     *("trl", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "determined.transformers", "dataset_utils"),
     *("speed.hardware", "speed.padding_free", "speed.tokenized_dpo_trainer", "trial.det_callback", "trial.models"),
     *("experiment.runner", "experiment.dry_run", "experiment.dry_run_output", "experiment.next_steps"),
     *("comparison.compare", "comparison.chat", "comparison.questions", "comparison.files", "comparison.cluster_task"),
+    *("benchmarks.throughput", "serving.exporting", "serving.hub"),
 )
 # Folders that no case writes to.
 OTHERS = {".git", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}

@@ -72,7 +72,7 @@ EXPERIMENT: list[tuple[tuple[str, ...], str]] = [  # of local_experiment.py, aft
     (("--dry-run", "--output", "/proc/page.html"), "/proc"),
     (("--dry-run", "--output", "folder.html"), "folder.html"),
 ]
-WHOLE: list[tuple[str, tuple[str, ...], str]] = [  # whole command lines of local_experiment.py and report.py
+WHOLE: list[tuple[str, tuple[str, ...], str]] = [  # whole command lines
     ("local_experiment", (), "CONFIG.yaml"),
     ("local_experiment", ("nowhere.yaml",), "nowhere.yaml"),
     ("local_experiment", ("",), ""),
@@ -101,6 +101,24 @@ WHOLE: list[tuple[str, tuple[str, ...], str]] = [  # whole command lines of loca
     ("report", ("folder.html", "extra"), "extra"),
     ("report", ("--outptu", "x", "folder.html"), "--outptu"),
     ("report", ("folder.html", "--output"), "--output"),
+    ("export", (), "SOURCE"),
+    ("export", ("nowhere", "new"), "nowhere"),
+    ("export", ("folder.html", "new"), "SOURCE"),
+    ("export", (LONG, "new"), "SOURCE"),
+    ("export", (NO_UUID, "new"), NO_UUID),
+    ("export", ("exp:12", "new"), "exp:12"),
+    ("export", ("{tiny}/base", "file"), "FOLDER file"),
+    ("export", ("{tiny}/base", "file/new"), "FOLDER file/new"),
+    ("export", ("{tiny}/base", "folder.html/.."), "not empty"),
+    ("export", ("{tiny}/base", LONG), "FOLDER"),
+    ("export", ("{tiny}/base", "/proc/new"), "FOLDER /proc/new"),
+    ("export", ("{tiny}/base", ""), "FOLDER is empty"),
+    ("export", ("{tiny}/base", "new", "--dtype", "int8"), "--dtype"),
+    ("export", ("{tiny}/base", "new", "--device", "gpu"), "--device"),
+    ("export", ("{tiny}/base", "new", "--push_to_hub", "a/b/c"), "--push_to_hub"),
+    ("export", ("{tiny}/base", "new", "--push_to_hub", "me/model"), "--push_to_hub"),
+    ("export", ("{tiny}/questions", "new"), "SOURCE"),
+    ("export", ("{tiny}/base", "new", "--dytpe", "float32"), "--dytpe"),
 ]
 COMPARISON: list[tuple[tuple[str, ...], str]] = [  # of inference.py, without --model
     ((), "--model"),

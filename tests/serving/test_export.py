@@ -73,7 +73,7 @@ def test_sft_and_dpo_become_one_plain_folder(train, run, sft_config, dpo_config,
     assert sorted(model.generation_config.eos_token_id) == sorted(model.config.eos_token_id) == sorted(stops)
     assert model.config.use_cache
 
-    assert re.search(r"Of (\d+) held-out prompts of questions, conversations, \1 prompts have the same token ids", out)
+    assert re.search(r"\n\d+ held-out prompts of questions, conversations: the same token ids as in training\n", out)
     assert "In float32: 10 of 10 greedy answers are the same to the last of 32 tokens" in out
     assert f"ollama create my-model -f '{exported}/Modelfile' && ollama run my-model\n" in out
     assert f"vllm serve '{exported}' --dtype float32\n" in out
@@ -144,7 +144,6 @@ def test_the_card_names_data_sets_of_the_hub_and_tells_no_path_or_hyperparameter
 
 def broken_weights(model, *arguments, write=folder.write_model):
     with torch.no_grad():
-        model.get_input_embeddings().weight.roll(1, 0)
         model.model.layers[0].mlp.down_proj.weight.mul_(-3)
     write(model, *arguments)
 

@@ -28,7 +28,7 @@ def test_a_history_that_merges_with_its_markers_is_counted(tokenizer):
     assert served_ids(tokenizer, merges) != encode(tokenizer, merges)[0]
     found = compare_ids(tokenizer, tokenizer, [turns("Hi."), turns("Hi.", "Hello.", "Tea?"), merges])
     assert (found.checked, found.in_history, found.refused) == (3, 1, 0)
-    assert str(found).startswith("2 prompts have the same token ids as in training; 1 differ in their history alone")
+    assert str(found).startswith("the same token ids as in training, but for 1 with another history (")
 
 
 def test_a_first_turn_that_differs_is_a_mistake(tokenizer):
