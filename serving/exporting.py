@@ -110,7 +110,7 @@ def export(what: Export) -> list[tuple[str, str]]:
 
 def load(source: str, merge: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in float32; without `merge`, adapters stay apart from the weights, in a PEFT model."""
-    return load_model_and_tokenizer(source, KEY)
+    return load_model_and_tokenizer(source, KEY, merge=merge)
 
 
 def load_plain(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config.validation import is_uuid
+from storage.adapter_chains import is_adapter, read_chain
 from storage.checkpoints import cached_checkpoint, local_checkpoint_storage
 from storage.files import read_json
 from storage.hub import looks_like_path
@@ -30,7 +31,7 @@ class Stage:
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Those that the checkpoint tells, with local paths cut to their last part; none of earlier releases."""
-        return _tidy(getattr(self.origin, "hyperparameters", None) or {})
+        return _tidy(self.origin.hyperparameters) if self.origin else {}
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Lineage:
 
     base: str | None  # a hub id or a folder
     stages: list[Stage]
+    revision: str | None = None  # the base's commit on the hub, if adapters stand on it
 
     @property
     def base_on_hub(self) -> str | None:
@@ -54,24 +56,28 @@ class Lineage:
 def read_lineage(source: str) -> Lineage:
     """Return what the folder or hub id of a model tells of its past. A model of others has no stage."""
     folder, stages = Path(source), list[Stage]()
+    chain = read_chain(folder) if is_adapter(folder) else None
+    copies = chain.adapters[:-1] if chain else []  # of what its adapter stands on, the lowest first
+    uuid = _uuid_of(folder)
     while origin := read_origin(folder):
-        step, metrics = _evaluation(folder)
-        stages.append(Stage(_uuid_of(folder), origin, step, metrics))
-        if origin.model_ckpt is None:
+        stages.append(Stage(uuid, origin, *_evaluation(folder)))
+        if (uuid := origin.model_ckpt) is None:
             break
-        before = next(_folders_of(origin.model_ckpt, folder), None)
-        if before is None:
-            stages.append(Stage(origin.model_ckpt, None))
+        copy = copies.pop() if copies else None
+        before = next(_folders_of(uuid), copy)
+        if before is None or not read_origin(before):
+            stages.append(Stage(uuid, None))
             break
         folder = before
-    return Lineage(stages[0].origin.base if stages and stages[0].origin else source, stages[::-1])
+    told = stages[0].origin.base if stages and stages[0].origin else source if chain is None else None
+    base = told or (chain.base if chain and not is_uuid(chain.base) else None)
+    return Lineage(base, stages[::-1], chain.revision if chain else None)
 
 
-def _folders_of(ckpt_uuid: str, above: Path) -> Iterator[Path]:
-    """Yield where a checkpoint, or a copy of its adapter beside what was trained on it, may be on this machine."""
-    for root in (above / "stands_on" / ckpt_uuid, local_checkpoint_storage() / ckpt_uuid, cached_checkpoint(ckpt_uuid)):
-        with suppress(OSError):
-            yield from (path.parent for path in sorted(root.rglob(FILE)))
+def _folders_of(ckpt_uuid: str) -> Iterator[Path]:
+    """Yield where a checkpoint is on this machine."""
+    for root in (local_checkpoint_storage() / ckpt_uuid, cached_checkpoint(ckpt_uuid)):
+        yield from (path for path in (root, *sorted(root.glob("*"))) if (path / FILE).is_file())
 
 
 def _uuid_of(folder: Path) -> str | None:

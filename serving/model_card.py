@@ -33,7 +33,8 @@ def render_card(
         name=name,
         metadata=card_metadata(lineage, merged).to_yaml().strip(),
         summary=_summary(lineage),
-        base=_link(lineage.base_name, lineage.base_on_hub is not None),
+        base=_link(lineage.base_name, lineage.base_on_hub is not None)
+        + (f", commit `{lineage.revision}`" if lineage.revision else ""),
         stages=stages,
         merged=merged,
         data=[_row(stage, source) for stage in stages if stage.origin for source in stage.origin.sources],

@@ -84,10 +84,9 @@ def greedy_answers(
     torch.nn.Module.to(model, device)
     model.eval()
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    stops = generation_stops(plain, tokenizer)["eos_token_id"]
+    stops = generation_stops(model, tokenizer)["eos_token_id"]
     # Of the model's own config nothing counts here: with a penalty for repetition an answer would not be greedy.
-    own, plain.generation_config = plain.generation_config, GenerationConfig(eos_token_id=stops)
+    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=stops)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(title, total=ANSWER_TOKENS)
@@ -100,7 +99,7 @@ def greedy_answers(
                 raise
             raise UserError(f"out of memory: take --device cpu ({one_line(error)})") from error
         finally:
-            plain.generation_config = own
+            model.generation_config = own
     completions = output[:, batch["input_ids"].shape[1] :].tolist()
     ends = [next((n for n, token in enumerate(ids, start=1) if token in stops), len(ids)) for ids in completions]
     return [ids[:end] for ids, end in zip(completions, ends, strict=True)]

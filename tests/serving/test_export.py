@@ -10,7 +10,6 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_finetune
@@ -182,27 +181,53 @@ def test_an_interrupted_export_leaves_no_folder_and_the_next_one_starts_over(cha
     assert [path.name for path in exported.glob("*.safetensors")] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("merged_rightly", [True, False])
-def test_adapters_are_merged_and_compared_with_those_that_are_not(chat_model, run, monkeypatch, merged_rightly):
-    """With a model of peft's in the place of a LoRA checkpoint."""
+LORA = {"hyperparameters__lora": {"r": 4}, "hyperparameters__training_args__learning_rate": 3e-2}
 
-    def load(source, merge):
-        model, tokenizer = load_model_and_tokenizer(source)
-        torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-        if not merge:
-            return model, tokenizer
-        return (model.merge_and_unload() if merged_rightly else load_model_and_tokenizer(source)[0]), tokenizer
 
-    monkeypatch.setattr(exporting, "load", load)
-    if merged_rightly:
-        exported, out = run(chat_model, "--dtype", "float32")
-        assert "Merged, in float32: 10 of 10 greedy answers are the same to the last of 32 tokens" in out
-        assert "In float32: 10 of 10 greedy answers" in out
-        assert "Adapters (LoRA)" not in (exported / "README.md").read_text()  # a folder of nobody's training
-    else:
-        _, err = run(chat_model, expect=2)
-        assert re.search(r"^error: SOURCE .*: merged it answers differently: \d of 10 greedy answers", err)
+def test_adapters_of_sft_and_dpo_are_merged_and_answer_as_they_did_apart(
+    train, run, sft_config, dpo_config, tmp_path, monkeypatch
+):
+    sft = train(sft_finetune, sft_config, "sft", **LORA)["checkpoint"][-1]["uuid"]
+    started = LORA | {"hyperparameters__model_ckpt": sft}
+    dpo = train(dpo_finetune, dpo_config, "dpo", **started)["checkpoint"][-1]["uuid"]
+    before, source = (local_checkpoint(uuid, "checkpoint") for uuid in (sft, dpo))
+    assert not (source / "config.json").exists()
+    exported, out = run(dpo, "--dtype", "float32")
+    merged = "erged, in float32: 10 of 10 greedy answers are the same to the last of 32 tokens, compared with adapters"
+    assert f"M{merged} that are not merged\n" in out
+    assert "In float32: 10 of 10 greedy answers are the same to the last of 32 tokens" in out
+    assert "held-out prompts of questions, conversations: the same token ids as in training\n" in out
+    assert not (exported / "adapter_config.json").exists()
+
+    apart, tokenizer = load_model_and_tokenizer(str(source), merge=False)
+    model, base = AutoModelForCausalLM.from_pretrained(exported), apart.get_base_model()
+    assert type(model) is type(base)
+    ids = torch.tensor([encode(tokenizer, QUESTION)[0]])
+    assert torch.allclose(model(ids).logits, apart(ids).logits, atol=1e-4)
+    with apart.disable_adapter():
+        assert not torch.allclose(model(ids).logits, apart(ids).logits, atol=1e-1)
+    assert sorted(model.generation_config.eos_token_id) == [1, 1501]
+
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.tags == ["sft", "dpo", "lora", "trl"]
+    assert f"1. SFT, checkpoint `{sft}`\n1. DPO, checkpoint `{dpo}`\n" in card.text
+    assert "Adapters (LoRA) are merged into its weights." in card.text
+    assert [yaml.safe_load(block.split("```")[0])["lora"] for block in card.text.split("```yaml\n")[1:]] == [
+        {"r": 4}
+    ] * 2
+
+    # Elsewhere, without the SFT checkpoint beside it, its past is in the copies that it holds.
+    monkeypatch.setenv("LOCAL_CHECKPOINT_STORAGE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("storage.checkpoints.HF_HOME", str(tmp_path / "elsewhere"))
+    moved = read_lineage(shutil.copytree(source, tmp_path / "moved"))
+    assert [(stage.uuid, stage.method) for stage in moved.stages] == [(sft, "SFT"), (None, "DPO")]
+
+    # A merge that loses an adapter is found.
+    load = exporting.load
+    monkeypatch.setattr(exporting, "load", lambda given, merge: load(str(before) if merge else given, merge))
+    shutil.rmtree(exported)
+    _, err = run(source, expect=2)
+    assert re.search(r"^error: SOURCE .*: merged it answers differently: \d of 10 greedy answers", err)
 
 
 def test_a_base_model_stays_one(tiny, run):
