@@ -69,7 +69,7 @@ def export(what: Export) -> list[tuple[str, str]]:
         model, tokenizer = load(what.source, merge=True)
         same = compare_answers(answers, answer(model, tokenizer, title="answers of the merged model"))
         proof.append(what.say(f"merged, in float32: {same}, compared with adapters that are not merged"))
-        if same.same < same.answers:
+        if not same.exact:
             raise UserError(f"{KEY} {what.given}: merged it answers differently: {same}")
 
     with finished_at_end(what.folder) as folder:
@@ -90,7 +90,7 @@ def export(what: Export) -> list[tuple[str, str]]:
         del served
         free_memory()
         proof.append(what.say(f"in {what.dtype}: {same}, compared with the source in float32"))
-        if what.dtype == "float32" and same.same < same.answers:
+        if what.dtype == "float32" and not same.exact:
             raise UserError(f"{KEY} {what.given}: its folder answers differently: {same}")
         if same.before < SIMILAR * same.tokens:
             what.say(f"that is little: {what.dtype} may not hold this model's numbers; try another --dtype")

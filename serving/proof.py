@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from chat_format import Message, encode, generation_stops, plain_text
 from errors import UserError, one_line
 
 ANSWER_TOKENS = 32  # of each greedy answer
+CLOSE = 1e-3  # difference of two log-probs that rounding in float32 explains
 SIMILAR = 0.5  # share of tokens below which a 16-bit model may well be broken
 
 
@@ -68,6 +68,13 @@ def compare_ids(
     return found
 
 
+class Answer(NamedTuple):
+    """A greedy answer: its token ids, the stop included, and the log-prob of each of them."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
 @torch.inference_mode()
 def greedy_answers(
     model: Any,
@@ -76,8 +83,8 @@ def greedy_answers(
     device: torch.device,
     console: Console,
     title: str,
-) -> list[list[int]]:
-    """Return the token ids of each greedy answer, at most `ANSWER_TOKENS`, its stop included.
+) -> list[Answer]:
+    """Return greedy answers of at most `ANSWER_TOKENS` to tokenized prompts.
 
     The model may be a PEFT model. On a terminal a bar with a `title` shows the tokens.
     """
@@ -88,12 +95,20 @@ def greedy_answers(
     # Of the model's own config nothing counts here: with a penalty for repetition an answer would not be greedy.
     own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=stops)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    steps: list[torch.Tensor] = []  # the log-probs of each step's tokens
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(title, total=ANSWER_TOKENS)
-        streamer = SimpleNamespace(put=lambda value: bars.advance(bar, value.dim() == 1), end=lambda: None)
-        rules = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+
+        def record(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            steps.append(scores.float().log_softmax(-1).max(-1).values)
+            bars.advance(bar)
+            return scores
+
+        rules: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "eos_token_id": stops}
         try:
-            output = model.generate(**batch, **rules, eos_token_id=stops, streamer=streamer)
+            output = model.generate(
+                **batch, **rules, pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([record])
+            )
         except RuntimeError as error:
             if not should_reduce_batch_size(error):  # accelerate's name for: memory ran out
                 raise
@@ -102,7 +117,8 @@ def greedy_answers(
             model.generation_config = own
     completions = output[:, batch["input_ids"].shape[1] :].tolist()
     ends = [next((n for n, token in enumerate(ids, start=1) if token in stops), len(ids)) for ids in completions]
-    return [ids[:end] for ids, end in zip(completions, ends, strict=True)]
+    logprobs = torch.stack(steps, dim=1).tolist()
+    return [Answer(ids[:end], of[:end]) for ids, of, end in zip(completions, logprobs, ends, strict=True)]
 
 
 @dataclass
@@ -113,19 +129,29 @@ class SameAnswers:
     same: int  # answers that are the same to the last token
     tokens: int  # of the first model's answers
     before: int  # of these, before the first difference
+    apart: float  # the largest difference of two log-probs, of a token before the first difference
+
+    @property
+    def exact(self) -> bool:
+        """Whether the models are the same, as far as float32 computes it. (Two may answer alike by chance.)"""
+        return self.same == self.answers and self.apart <= CLOSE
 
     def __str__(self) -> str:
-        share = f"{self.before / self.tokens:.0%}"
         text = f"{self.same} of {self.answers} greedy answers are the same to the last of {ANSWER_TOKENS} tokens"
-        return text if self.same == self.answers else f"{text}; {share} of the tokens come before a difference"
+        if self.same < self.answers:
+            text += f" ({self.before / self.tokens:.0%} of the tokens come before a difference)"
+        return f"{text}, and the log-probs of their tokens to {self.apart:.1g}"
 
 
-def compare_answers(before: list[list[int]], after: list[list[int]]) -> SameAnswers:
+def compare_answers(before: list[Answer], after: list[Answer]) -> SameAnswers:
     """Return how far two models' answers to the same questions agree, token by token."""
-    found = SameAnswers(len(before), 0, 0, 0)
+    found = SameAnswers(len(before), 0, 0, 0, 0.0)
     for one, other in zip(before, after, strict=True):
-        found.tokens += len(one)
-        found.same += one == other
-        alike = (n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-        found.before += next(alike, min(len(one), len(other)))
+        pairs = list(zip(one.ids, other.ids, strict=False))
+        alike = next((n for n, pair in enumerate(pairs) if pair[0] != pair[1]), len(pairs))
+        found.tokens += len(one.ids)
+        found.same += one.ids == other.ids
+        found.before += alike
+        both = zip(one.logprobs[:alike], other.logprobs[:alike], strict=True)
+        found.apart = max(found.apart, *(abs(a - b) for a, b in both), 0.0)
     return found

@@ -6,7 +6,7 @@ import pytest
 
 from chat_format import encode
 from errors import UserError
-from serving.proof import compare_answers, compare_ids, served_ids
+from serving.proof import Answer, compare_answers, compare_ids, served_ids
 
 
 def turns(*contents):
@@ -14,11 +14,17 @@ def turns(*contents):
 
 
 def test_answers_agree_up_to_their_first_difference():
-    same = compare_answers([[1, 2, 3, 4], [5, 6], [7, 8]], [[1, 2, 9, 4], [5, 6], [7]])
-    assert (same.answers, same.same, same.tokens, same.before) == (3, 1, 8, 5)
+    one = [Answer([1, 2, 3, 4], [-1, -1, -1, -1]), Answer([5, 6], [-2, -2]), Answer([7, 8], [-1, -1])]
+    other = [Answer([1, 2, 9, 4], [-1, -1, -9, -9]), Answer([5, 6], [-2, -2.125]), Answer([7], [-1])]
+    same = compare_answers(one, other)
+    assert (same.answers, same.same, same.tokens, same.before, same.apart) == (3, 1, 8, 5, 0.125)
     assert str(same) == (
-        "1 of 3 greedy answers are the same to the last of 32 tokens; 62% of the tokens come before a difference"
+        "1 of 3 greedy answers are the same to the last of 32 tokens (62% of the tokens come before a difference), and "
+        "the log-probs of their tokens to 0.1"
     )
+    assert not same.exact
+    assert compare_answers(one, one).exact
+    assert not compare_answers(one[1:2], other[1:2]).exact  # the same answer, of another model
 
 
 def test_a_history_that_merges_with_its_markers_is_counted(tokenizer):
