@@ -54,7 +54,7 @@ def is_model_file(path: str) -> bool:
 
 def is_downloaded(path: str) -> bool:
     """Return whether to download `path`: a file of the model, the manifest, or what says how it was trained."""
-    return is_model_file(path) or Path(path).name in (MANIFEST, ORIGIN)
+    return is_model_file(path) or Path(path).name in (MANIFEST, ORIGIN, "trainer_state.json")
 
 
 def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:

@@ -44,7 +44,7 @@ def test_only_the_model_is_downloaded_and_it_loads_with_its_template(checkpoint,
     folder = Path(download_ckpt(checkpoint, core_context))
     names = {path.name for path in folder.parent.rglob("*") if path.is_file()}
     assert names == {
-        "manifest.json",
+        *("manifest.json", "trainer_state.json"),
         *("model.safetensors", "config.json", "generation_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
