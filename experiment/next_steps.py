@@ -194,16 +194,13 @@ def registry_name(experiment: Experiment) -> str:
 
 def next_steps(experiment: Experiment, best: TrialResult) -> Iterator[tuple[str, str | None]]:
     """Yield what can be done with the best model, each with its command; only why not if the model is gone."""
-    uuid, download = best["checkpoint_uuid"] or "", ""
+    uuid, name = best["checkpoint_uuid"] or "", registry_name(experiment)
     if experiment.folder:
         try:
-            model = str(local_checkpoint(uuid, "checkpoint"))
+            local_checkpoint(uuid, "checkpoint")
         except UserError as error:
             yield f"The model is gone: {error}", None
             return
-    else:  # into the folder that `det` chooses: into one that holds another checkpoint it would download nothing
-        model = f"checkpoints/{uuid}/checkpoint-{experiment.step_of(best)}"
-        download = f"det checkpoint download {uuid}\n"
     compare, dpo = compare_command(experiment), dpo_command(experiment)
     if compare:
         where = ", on the cluster, where its data are: the log ends with the command that downloads the page"
@@ -211,10 +208,10 @@ def next_steps(experiment: Experiment, best: TrialResult) -> Iterator[tuple[str,
         yield title + (where if compare.startswith("det ") else ""), compare
     if dpo:
         yield "Go on from it with DPO, on preferred and rejected answers", dpo
-    serve = f"pip install 'transformers[serving]'\n{download}transformers serve {shlex.quote(model)}"
-    yield "Serve it through an OpenAI-compatible API; its chat template is in the checkpoint", serve
+    source, served = f"{'' if experiment.folder else 'ckpt:'}{uuid}", shlex.quote(f"local_runs/{name}-served")
+    serve = f"pip install 'transformers[serving]'\npython export.py {source} {served}\ntransformers serve {served}"
+    yield "Serve it through an OpenAI-compatible API, from a plain folder that answers as it did in training", serve
     if experiment.folder is None and experiment.kind:
-        name = registry_name(experiment)
         role = "dpo" if experiment.kind is DPO else "sft"
         register = f"det model create {name}\ndet model register-version {name} {uuid}"
         use = f"inference.py --model {role}=model:{name} then takes its latest version"

@@ -544,8 +544,12 @@ def test_commands_of_a_local_trial(write):
         f" --model dpo={uuid_of(2, 40)} --reference sft --beta 0.1 --dataset pairs"
         " --data-seed 7 --output_file comparison.html"
     )
-    folder = local_checkpoint_storage() / uuid_of(2, 40) / "checkpoint-40"
-    assert page.commands[2] == f"pip install 'transformers[serving]' transformers serve {folder}"
+    assert page.commands[2] == serving_commands(uuid_of(2, 40))
+
+
+def serving_commands(source):
+    served = f"local_runs/{DPO['name']}-served"
+    return f"pip install 'transformers[serving]' python export.py {source} {served} transformers serve {served}"
 
 
 def test_a_model_that_is_gone_is_not_offered(write):
@@ -681,11 +685,7 @@ def test_an_experiment_of_the_cluster_has_the_page_of_a_local_one(master, write)
         f" --model dpo=ckpt:{uuid_of(2, 40)} --reference sft --beta 0.1 --dataset pairs"
         " --data-seed 7 --output_file comparison.html"
     )
-    assert cluster.commands[2] == (
-        f"pip install 'transformers[serving]' det checkpoint download {uuid_of(2, 40)}"
-        f" transformers serve checkpoints/{uuid_of(2, 40)}/checkpoint-40"
-    )
-    det_arguments(f"det checkpoint download {uuid_of(2, 40)}")
+    assert cluster.commands[2] == serving_commands(f"ckpt:{uuid_of(2, 40)}")
     assert not master.unknown
 
 
