@@ -89,11 +89,13 @@ def export(what: Export) -> list[tuple[str, str]]:
         same = compare_answers(answers, answer(served, served_tokenizer, title="answers of the folder"))
         del served
         free_memory()
+        if same.broken:
+            raise UserError(f"{KEY} {what.given}: {what.dtype} cannot hold this model's numbers; try another --dtype")
         proof.append(what.say(f"in {what.dtype}: {same}, compared with the source in float32"))
         if what.dtype == "float32" and not same.exact:
             raise UserError(f"{KEY} {what.given}: its folder answers differently: {same}")
         if same.before < SIMILAR * same.tokens:
-            what.say(f"that is little: {what.dtype} may not hold this model's numbers; try another --dtype")
+            what.say(f"that is little: {what.dtype} may be too coarse for this model; try another --dtype")
 
         commands, public = (
             list(serving_commands(path, what.dtype, for_ollama=bool(text)))

@@ -1,5 +1,6 @@
 """Prove that an exported folder answers as the model in training: the same token ids, then the same greedy answers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -130,11 +131,12 @@ class SameAnswers:
     tokens: int  # of the first model's answers
     before: int  # of these, before the first difference
     apart: float  # the largest difference of two log-probs, of a token before the first difference
+    broken: bool = False  # whether the second model's log-probs are no numbers
 
     @property
     def exact(self) -> bool:
         """Whether the models are the same, as far as float32 computes it. (Two may answer alike by chance.)"""
-        return self.same == self.answers and self.apart <= CLOSE
+        return self.same == self.answers and self.apart <= CLOSE and not self.broken
 
     def __str__(self) -> str:
         text = f"{self.same} of {self.answers} greedy answers are the same to the last of {ANSWER_TOKENS} tokens"
@@ -153,5 +155,6 @@ def compare_answers(before: list[Answer], after: list[Answer]) -> SameAnswers:
         found.same += one.ids == other.ids
         found.before += alike
         both = zip(one.logprobs[:alike], other.logprobs[:alike], strict=True)
-        found.apart = max(found.apart, *(abs(a - b) for a, b in both), 0.0)
+        found.apart = max([found.apart, *(abs(a - b) for a, b in both)])
+        found.broken |= not all(map(math.isfinite, other.logprobs))
     return found

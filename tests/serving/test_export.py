@@ -11,6 +11,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_finetune
@@ -189,6 +190,15 @@ def test_an_interrupted_export_leaves_no_folder_and_the_next_one_starts_over(cha
     (tmp_path / "out" / "My Model").mkdir()  # empty
     exported, _ = run(chat_model)
     assert [path.name for path in exported.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_type_that_cannot_hold_the_model_is_found(chat_model, run):
+    weights = load_file(chat_model / "model.safetensors")
+    weights["model.norm.weight"].fill_(1e6)  # float16 ends at 65,504
+    save_file(weights, chat_model / "model.safetensors", metadata={"format": "pt"})
+    _, err = run(chat_model, "--dtype", "float16", expect=2)
+    assert err == f"error: SOURCE {chat_model}: float16 cannot hold this model's numbers; try another --dtype\n"
+    run(chat_model, "--dtype", "float32")
 
 
 LORA = {"hyperparameters__lora": {"r": 4}, "hyperparameters__training_args__learning_rate": 3e-2}
