@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import use_adapter
 
 from metrics.evaluations import Evaluations, LogRatios, preference_losses
 
@@ -134,7 +135,7 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
         reference: Any = self.ref_model
         with torch.no_grad(), self.compute_loss_context_manager(), ungathered(self.accelerator):
             computed = self._run(model, inputs)
-            of_reference = {} if self.precompute_ref_logps else self._run(reference, inputs)
+            of_reference = {} if self.precompute_ref_logps else self._run_reference(inputs)
             try:
                 for position, pair in enumerate(pairs):
                     if pair != NO_PAIR:
@@ -147,6 +148,12 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
             finally:
                 self.ref_model = reference
         return torch.tensor(losses, dtype=torch.float32, device=self.args.device).mean(), None, None
+
+    def _run_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.ref_model is not None:
+            return self._run(self.ref_model, inputs)
+        with use_adapter(self.accelerator.unwrap_model(self.model), "ref"):  # TRL's name for an untrained adapter
+            return self._run(self.model, inputs)
 
     def _run(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a model's outputs for a batch, as `_compute_loss` calls it; in float64 if device and loss take it.
