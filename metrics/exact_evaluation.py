@@ -45,6 +45,7 @@ class ExactEvaluation:
 
     # Of the trainer.
     args: Any
+    model: Any
     accelerator: Any
     eval_dataset: Any
     _metrics: Any
@@ -53,6 +54,11 @@ class ExactEvaluation:
         self.evaluations = evaluations
         self._parts: list[Part] = []  # of this rank
         super().__init__(**kwargs)
+        for weight in self.model.parameters():
+            if weight.requires_grad:
+                # TRL (1.16) makes adapters on a model of 4 bits bf16, which small steps would not move. This can go
+                # once it leaves them float32, as they are without the 4 bits.
+                weight.data = weight.data.float()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return batches of all held-out rows. If ranks share them, all batches are full, with rows of no weight."""
