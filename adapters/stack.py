@@ -81,7 +81,7 @@ class AdapterStack(PeftModelForCausalLM):
         super().save_pretrained(save_directory, **kwargs)
         if is_main_process:
             copy_below(self.adapters_below, Path(save_directory))
-            self.generation_config.save_pretrained(save_directory)
+            cast(Any, self).generation_config.save_pretrained(save_directory)
 
 
 def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stands_on: str, seed: int) -> AdapterStack:

@@ -45,7 +45,7 @@ class TokenizedDPOTrainer(ExactDPOTrainer):
     def __init__(self, trial: "Trial", **kwargs: Any) -> None:
         self.trial = trial
         self.reference_seconds: dict[str, float] = {}  # by split; a pass that was found in the cache is not in it
-        trl.trainer.dpo_trainer.hash_module = hash_reference
+        trl.trainer.dpo_trainer.hash_module = hash_reference  # type: ignore[assignment]
         super().__init__(**kwargs)
         if self.precompute_ref_logps:
             splits = " and ".join(self.reference_seconds)

@@ -125,6 +125,8 @@ def load_model_and_tokenizer(
     else:
         model = cast(Any, stack_adapters(model, chain.adapters))
         model = model.unload() if merge else model
+    if merge:
+        model.requires_grad_(True)  # peft froze it
     with reading(f"{what}: generation_config.json"), quiet_lookup():
         model.generation_config = type(model.generation_config).from_pretrained(source)
     return model, tokenizer
