@@ -81,7 +81,7 @@ class AdapterStack(PeftModelForCausalLM):
         super().save_pretrained(save_directory, **kwargs)
         if is_main_process:
             copy_below(self.adapters_below, Path(save_directory))
-            cast(Any, self).generation_config.save_pretrained(save_directory)
+            self.generation_config.save_pretrained(save_directory)
 
 
 def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stands_on: str, seed: int) -> AdapterStack:
@@ -101,7 +101,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
         else:
             model.add_adapter(OWN, config)
         model.set_adapter(OWN)
-    output: Any = model.get_base_model().get_output_embeddings()
+    output: Any = base_model(model).get_output_embeddings()
     if isinstance(output, TrainableTokensWrapper):
         # TRL (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
         output.bias = output.original_module.bias

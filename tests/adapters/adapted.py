@@ -13,7 +13,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_pr
 
 
 def few_pairs(tiny: Path) -> dict[str, Any]:
-    """Changes of a DPO config: a few pairs, which take no time, of short answers, whose log-probs float32 holds well."""
+    """Changes of a DPO config: few pairs, which take no time, of short answers, whose log-probs float32 holds well."""
     return {
         "hyperparameters__datasets": [{"name": str(tiny / "questions"), "number_of_samples": 40}],
         "hyperparameters__max_target_length": 16,
