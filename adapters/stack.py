@@ -57,6 +57,18 @@ class AdapterStack(PeftModelForCausalLM):
         for name, weight in self.named_parameters():
             weight.requires_grad = OWN in name.split(".")
 
+    def frozen_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights that are not trained, and how those of adapters are scaled, by names of the base alone.
+
+        (An adapter in a layer would change the name of the layer's weight.)
+        """
+        weights = self.state_dict()
+        layers = ((name, layer) for name, layer in self.named_modules() if isinstance(layer, LoraLayer))
+        for name, layer in layers:
+            weights |= {f"{name}.scaling.{adapter}": torch.tensor(by) for adapter, by in layer.scaling.items()}
+        named = ((name.replace(".base_layer", ""), weight) for name, weight in weights.items())
+        return {name: weight for name, weight in named if not {OWN, REFERENCE} & {*name.split(".")}}
+
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write none: a checkpoint has its `trial.json`, and an exported model a card of its own."""
 
@@ -89,7 +101,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
         else:
             model.add_adapter(OWN, config)
         model.set_adapter(OWN)
-    output: Any = model.get_base_model().get_output_embeddings()
+    output: Any = base_model(model).get_output_embeddings()
     if isinstance(output, TrainableTokensWrapper):
         # TRL (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
         output.bias = output.original_module.bias
@@ -145,7 +157,7 @@ def _read_adapter(model: PreTrainedModel, folder: Path) -> tuple[LoraConfig, dic
     indices = values.pop("trainable_token_indices", None) or {}
     for name in ("auto_mapping", "inference_mode"):
         values.pop(name, None)
-    config = LoraConfig.from_peft_type(**values)
+    config = LoraConfig.from_peft_type(**values | {"lora_dropout": 0.0})  # what does not learn drops nothing
     if indices:
         start_new_rows(model, min(map(min, indices.values())), 1 + max(map(max, indices.values())))
     if model.device.type == "meta":

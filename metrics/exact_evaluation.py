@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import use_adapter
 
 from metrics.evaluations import Evaluations, LogRatios, preference_losses
 
@@ -44,6 +45,7 @@ class ExactEvaluation:
 
     # Of the trainer.
     args: Any
+    model: Any
     accelerator: Any
     eval_dataset: Any
     _metrics: Any
@@ -52,6 +54,11 @@ class ExactEvaluation:
         self.evaluations = evaluations
         self._parts: list[Part] = []  # of this rank
         super().__init__(**kwargs)
+        for weight in self.model.parameters():
+            if weight.requires_grad:
+                # TRL (1.16) makes adapters on a model of 4 bits bf16, which small steps would not move. This can go
+                # once it leaves them float32, as they are without the 4 bits.
+                weight.data = weight.data.float()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return batches of all held-out rows. If ranks share them, all batches are full, with rows of no weight."""
@@ -134,7 +141,7 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
         reference: Any = self.ref_model
         with torch.no_grad(), self.compute_loss_context_manager(), ungathered(self.accelerator):
             computed = self._run(model, inputs)
-            of_reference = {} if self.precompute_ref_logps else self._run(reference, inputs)
+            of_reference = {} if self.precompute_ref_logps else self._run_reference(inputs)
             try:
                 for position, pair in enumerate(pairs):
                     if pair != NO_PAIR:
@@ -147,6 +154,12 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
             finally:
                 self.ref_model = reference
         return torch.tensor(losses, dtype=torch.float32, device=self.args.device).mean(), None, None
+
+    def _run_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.ref_model is not None:
+            return self._run(self.ref_model, inputs)
+        with use_adapter(self.accelerator.unwrap_model(self.model), "ref"):  # TRL's name for an untrained adapter
+            return self._run(self.model, inputs)
 
     def _run(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a model's outputs for a batch, as `_compute_loss` calls it; in float64 if device and loss take it.

@@ -4,13 +4,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+import trl.trainer.dpo_trainer
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel
 from trl import DPOConfig
+from trl.trainer.utils import hash_module
 
+from adapters.stack import AdapterStack
 from metrics.exact_evaluation import ExactDPOTrainer
 from speed.padding_free import remove_padding
 from storage.fingerprints import fingerprint
@@ -18,6 +22,8 @@ from storage.manifests import remove_unless_sealed, seal
 from storage.shared_cache import give_to_every_node, once_per_node, one_trial_at_a_time
 
 if TYPE_CHECKING:
+    import torch
+
     from trial.context import Trial
 
 
@@ -39,6 +45,7 @@ class TokenizedDPOTrainer(ExactDPOTrainer):
     def __init__(self, trial: "Trial", **kwargs: Any) -> None:
         self.trial = trial
         self.reference_seconds: dict[str, float] = {}  # by split; a pass that was found in the cache is not in it
+        trl.trainer.dpo_trainer.hash_module = hash_reference  # type: ignore[assignment]
         super().__init__(**kwargs)
         if self.precompute_ref_logps:
             splits = " and ".join(self.reference_seconds)
@@ -103,6 +110,17 @@ class TokenizedDPOTrainer(ExactDPOTrainer):
         self.reference_batches += 1
         self.trial.stop_if_preempted()
         return super().compute_ref_log_probs(*args, **kwargs)
+
+
+def hash_reference(model: "torch.nn.Module") -> str:
+    """Return a hash of the weights of a reference: those of `model`, but without the adapter that is trained on it.
+
+    TRL (1.16) hashes that adapter as well, whose weights differ with its rank and with the seed. This can go
+    once it does not.
+    """
+    if isinstance(model, AdapterStack):
+        model = cast(Any, SimpleNamespace(state_dict=model.frozen_weights))
+    return hash_module(model)
 
 
 def reference_key(trainer: TokenizedDPOTrainer, dataset: Dataset, batch_size: int) -> str:

@@ -218,15 +218,20 @@ def trainers(monkeypatch):
     return built
 
 
-@pytest.fixture
-def fused_head_as_installed(monkeypatch):
-    """TRL's fused head, whatever an earlier test has made of it; and what this one makes of it is undone."""
+def restore_fused_head(monkeypatch):
+    """TRL's fused head, whatever an earlier training has made of it, as long as `monkeypatch` lasts."""
     import trl.kernels.chunked_logprob as kernels
     import trl.trainer.utils as utils
 
     monkeypatch.setattr(utils, "_use_triton", kernels._use_triton)
     monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
     monkeypatch.setattr(kernels, "_addmm_fp32", getattr(kernels._addmm_fp32, "__wrapped__", kernels._addmm_fp32))
+
+
+@pytest.fixture
+def fused_head_as_installed(monkeypatch):
+    """TRL's fused head, whatever an earlier test has made of it; and what this one makes of it is undone."""
+    restore_fused_head(monkeypatch)
 
 
 def browser_path() -> str | None:

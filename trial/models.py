@@ -146,14 +146,17 @@ def load_model_and_tokenizer(
     if chain.revision:
         given["revision"] = chain.revision
     model, tokenizer = _load_whole_model(base, what, weights, str(folder), **given)
-    origin = read_origin(folder)
-    if weights and origin and origin.load_in_4bit and "quantization_config" not in given:
+    # What one adapter was trained on is what all above it stand on.
+    rounded = any(origin and origin.load_in_4bit for origin in map(read_origin, chain.adapters))
+    if weights and rounded and "quantization_config" not in given:
         round_to_4bit(model)
     if merge and weights:
         model = merge_adapters(model, chain.adapters).to(dtype)
     else:
         model = cast(Any, stack_adapters(model, chain.adapters))
         model = model.unload() if merge else model
+    if merge:
+        model.requires_grad_(True)  # peft froze it
     with reading(f"{what}: generation_config.json"), quiet_lookup():
         model.generation_config = type(model.generation_config).from_pretrained(source)
     return model, tokenizer
