@@ -6,6 +6,13 @@ import torch
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+# What NF4 takes of a weight: 4 bits, a scale of 8 bits for 64 weights, and a float32 one for 256 such scales.
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+
+
+def count_weights(parameter: torch.Tensor) -> int:
+    """Return how many weights a parameter has; bitsandbytes packs two of 4 bits into a byte."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def round_to_4bit(model: PreTrainedModel) -> None:

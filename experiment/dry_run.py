@@ -11,18 +11,17 @@ sections. dry_run_output.py shows them.
 import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import concatenate_datasets
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import pack_dataset
-from trl.trainer.dpo_config import DPOConfig
 
+from adapters.stack import base_model
 from chat_format import IM_END, IM_START, encode
 from config.search import describe_search
 from data.splitting import SourceCounts, prompt_key, row_prompt
@@ -30,13 +29,14 @@ from data.truncation import SHARE_TO_WARN, Truncation, rows_by_truncation
 from errors import one_line
 from experiment.container_paths import ContainerPaths
 from experiment.dry_run_checks import find_unseen, tabulate_checks
+from experiment.dry_run_memory import describe_parameters, estimate_trial, model_in, name_trials, tabulate_memory
 from experiment.dry_run_output import Example, Section, Table, Token
 from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.results import Experiment, short_name
 from experiment.starting_points import StartingModel, starting_model
 from pages.terminal import plural, visible
-from speed.fitting import choose_checkpointing, free_memory, resident_memory, usable_memory
-from speed.memory import MemoryEstimate, TrainingSetup, batch_shape, computed_lengths, estimate_memory
+from speed.fitting import resident_memory
+from speed.memory import computed_lengths
 from speed.padding_free import why_padded
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
@@ -46,7 +46,6 @@ LENGTH_LIMITS = {  # the YAML's key for each length of a row
 }
 LEGEND = "Coloured tokens (on a terminal also in ⟦brackets⟧) are supervised: their log-probs are in the loss."
 CHECKED_PROMPTS = 200  # the first ones of the training data are rendered a second time, as a server does
-PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
 
 
 class TrainingData:
@@ -62,7 +61,9 @@ class TrainingData:
         self.kind, self.hparams, self.start = kind, hparams, start
         self.sources: list[SourceCounts] = []
         parts = kind.load(**hparams.load_options, on_source=self.sources.append)
-        self.model, self.tokenizer = start.load(hparams)
+        model, self.tokenizer = start.load(hparams)
+        self.model = base_model(model)
+        self._models: dict[Any, PreTrainedModel] = {(str(hparams.lora), None): self.model}
         num_proc = hparams.args.dataset_num_proc
         tokenized = kind.tokenize(parts, self.tokenizer, num_proc, every_row=True, **hparams.tokenize_options)
         self.conversations, self.tokenized = (concatenate_datasets(list(each.values())) for each in (parts, tokenized))
@@ -83,6 +84,14 @@ class TrainingData:
         if self.hparams.packing:
             rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
         return computed_lengths(rows, self.kind.pairs, padding_free=False)
+
+    def model_of(self, hparams: Hyperparameters, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Return the model with a trial's adapter in its layers, its frozen weights in `dtype` instead of their own."""
+        key = (str(hparams.lora), dtype)
+        if key not in self._models:
+            of_trial = self.model_of(hparams) if dtype else base_model(self.start.load(hparams)[0])
+            self._models[key] = model_in(of_trial, dtype) if dtype else of_trial
+        return self._models[key]
 
     @property
     def padding_free(self) -> bool:
@@ -284,7 +293,7 @@ def collect_facts(data: TrainingData, hparams: Hyperparameters, slots: int) -> d
     if accumulated * slots > 1:
         per_step += f" ({batch} per batch, {accumulated} batches" + (f", {slots} slots)" if slots > 1 else ")")
     epoch, total = count_steps(args, len(lengths), slots)
-    facts = {"model": f"{data.start.shown}, {sum(p.numel() for p in data.model.parameters()):,} parameters"}
+    facts = {"model": f"{data.start.shown}, {describe_parameters(data.model_of(hparams), hparams)}"}
     if data.start.note:
         facts["its tokenizer"] = data.start.note
     if data.kind.pairs and not hparams.checkpoint:
@@ -326,58 +335,3 @@ def padding_share(lengths: np.ndarray, batch: int, seed: int, multiple: int) -> 
         rows = lengths[order[start : start + batch]]
         positions += rows.size * math.ceil(rows.max() / multiple) * multiple
     return 1 - lengths.sum() / positions
-
-
-def tabulate_memory(lines: list[tuple[Any, ...]], trials: int) -> Table:
-    """Return the memory of each way of training, with the trials that use it. `lines` end with a trial id."""
-    held = ["weights", "gradients", "optimizer", "activations", "process", "total"]
-    trials_of: dict[tuple[str, ...], list[int]] = {}
-    for where, estimate, trial_id in lines:
-        sizes = [getattr(estimate, name) / 1e9 for name in held]
-        trials_of.setdefault((where, *(f"{size:.2f}" if size else "" for size in sizes)), []).append(trial_id)
-    which = ["" if len(ids) == trials else f": {name_trials(ids)}" for ids in trials_of.values()]
-    cells = [(where + ids, *sizes) for (where, *sizes), ids in zip(trials_of, which, strict=True)]
-    note = "For a batch of the longest rows. On a GPU, CUDA takes another 0.5 GB. The formula is in speed/memory.py."
-    return Table("Estimated peak memory, in GB", pd.DataFrame(cells, columns=["", *held]), note)
-
-
-def estimate_trial(
-    data: TrainingData, hparams: Hyperparameters, slots: int, process: int
-) -> Iterator[tuple[str, MemoryEstimate]]:
-    """Yield the way of training and its memory: for one process on this machine, then for the slots as GPUs."""
-    args, given = hparams.args, hparams.training_args
-    sizes = {"train": args.per_device_train_batch_size, "test": args.per_device_eval_batch_size}
-    options = {"packing": hparams.packing, "pairs": data.kind.pairs, "padding_free": data.padding_free}
-    shapes = [batch_shape(args, data.remaining_rows[part], size, **options) for part, size in sizes.items()]
-    reference = data.kind.pairs and not cast(DPOConfig, args).precompute_ref_log_probs
-    on_gpu = torch.cuda.is_available()
-    fused = data.padding_free and given.get("torch_compile") is None  # on a GPU
-    here = TrainingSetup.from_args(args, fused and on_gpu, reference, 1, "cuda" if on_gpu else "cpu")
-
-    def estimate(setup: TrainingSetup, every: int) -> MemoryEstimate:
-        setup = replace(setup, checkpoint_every=setup.checkpoint_every or every)
-        return estimate_memory(data.model, setup, shapes[0], shapes[1], process)
-
-    def choose(needed: Callable[[int], float], usable: float) -> int:
-        return choose_checkpointing(hparams.activation_checkpointing, data.model, needed, usable, partial=False).every
-
-    label = ", activation checkpointing" if hparams.activation_checkpointing is None else ""
-    usable = usable_memory(free_memory(here.device_type), here.device_type)
-    every = choose(lambda every: estimate(here, every).total, usable)
-    yield f"{here.device_type.upper()} here" + label * bool(every), estimate(here, every)
-
-    # `args` are made for this machine: a GPU would use bf16, and several GPUs FSDP.
-    bf16 = given.get("bf16", not args.fp16)
-    dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else None
-    fsdp = slots > 1 and bool(given.get("fsdp"))
-    gpu = replace(here, dtype=dtype, fused=fused, fsdp=fsdp, devices=slots, device_type="cuda")
-    where = f"each of {slots} GPUs" if slots > 1 else "a GPU"
-    where += f", {PRECISIONS[dtype]}" + (", FSDP" if gpu.fsdp else "")
-    # The GPU's memory is not known: if it decides, show both choices.
-    for every in sorted({choose(lambda every: 0, 1), choose(lambda every: 1, 0)}):
-        yield where + label * bool(every), estimate(gpu, every)
-
-
-def name_trials(trial_ids: list[int]) -> str:
-    """Return the trials as a phrase: `trial 1`, `trials 1, 3`."""
-    return ("trial " if len(trial_ids) == 1 else "trials ") + ", ".join(map(str, trial_ids))

@@ -2,8 +2,10 @@
 
 import pandas as pd
 
+from adapters.stack import base_model
 from data.splitting import SourceCounts
 from experiment.container_paths import ContainerPaths
+from experiment.dry_run_memory import describe_parameters
 from experiment.dry_run_output import Table
 from experiment.kinds import Hyperparameters, TrainingKind
 from experiment.starting_points import StartingModel
@@ -33,8 +35,7 @@ def tabulate_checks(
         lines.append([start.shown, f"not checked: {unseen[start.source]}"])
     else:
         model, _ = start.load(hparams)
-        lines.append(
-            [start.shown, f"{sum(p.numel() for p in model.parameters()):,} parameters{start.note and '; '}{start.note}"]
-        )
+        parameters = describe_parameters(base_model(model), hparams)
+        lines.append([start.shown, f"{parameters}{start.note and '; '}{start.note}"])
     note = "What needs the data and the model together is left out: lengths, examples, steps and memory."
     return Table(f"Checked from here{which}", pd.DataFrame(lines, columns=["", " "]), note, text_columns=[" "])

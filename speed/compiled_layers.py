@@ -16,7 +16,7 @@ import torch
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 
-from speed.memory import decoder_layers
+from speed.activations import decoder_layers
 from speed.padding_free import ATTENTION, attend_by_sequence
 
 

@@ -18,17 +18,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from speed.memory import (
-    FLOAT32,
-    Shape,
-    TrainingSetup,
-    batch_shape,
-    decoder_layers,
-    estimate_memory,
-    evaluation_bytes,
-    kept_bytes,
-)
+from adapters.four_bit import count_weights
+from speed.activations import FLOAT32, Shape, decoder_layers, end_matrix, kept_bytes
+from speed.memory import TrainingSetup, batch_shape, estimate_memory, evaluation_bytes, step_bytes
 from storage.fingerprints import fingerprint
+from trial.throughput import step_operations
 
 if TYPE_CHECKING:
     from trial.context import Trial
@@ -88,13 +82,19 @@ def choose_checkpointing(
     `setting` is what the YAML says (None: nothing). `needed` returns the bytes that a training needs which checkpoints
     every n-th layer (0: none), of `usable` ones; it is called only if they decide, and raises `CannotEstimate` where it
     cannot tell. Without `partial` it is all layers or none.
+
+    It is all layers, too, if recomputing costs next to nothing. For each token a forward pass takes 2 P operations with
+    the P weights of the layers, and a step 6 P: as many for the gradients of what goes in, and of the weights. The W
+    weights of the output layer take 8 W, as TRL's loss projects onto the vocabulary twice. Frozen weights need no
+    gradients of their own: with an adapter of A weights in the layers, 2 (P + A) are added to 4 P + 6 A + 6 W (8 W if
+    it trains rows of new tokens). This assumes that every token is supervised.
     """
     if setting is not None:
         return CheckpointingChoice(int(setting), "as set")
-    # With P weights in the layers and W in the output layer, a forward pass of 2 P operations is added to a step of
-    # 6 P + 8 W, as TRL's loss projects onto the vocabulary twice. (This assumes that every token is supervised.)
-    layers = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
-    share = 2 * layers / (6 * layers + 8 * model.get_output_embeddings().weight.numel())
+    layers, output = list(decoder_layers(model).parameters()), list(model.get_output_embeddings().parameters())
+    of_output = 2 * count_weights(end_matrix(model, output=True))
+    step = step_operations(layers) + of_output * (4 if any(weight.requires_grad for weight in output) else 3)
+    share = 2 * sum(map(count_weights, layers)) / step
     if share < CHEAP_SHARE:
         return CheckpointingChoice(1, f"recomputing adds only {share:.0%} to a step")
     count = len(decoder_layers(model))
@@ -173,7 +173,8 @@ def fit_memory(
         with contextlib.suppress(CannotEstimate):
             merged = merge_batches(args, len(dataset["train"]), lambda n: needed(checkpointing.every, n) <= usable)
             if isinstance(args, DPOConfig) and args.precompute_ref_log_probs and args.precompute_ref_batch_size is None:
-                args.precompute_ref_batch_size = choose_reference_batch(model, setup, functools.partial(shape, "train"))
+                of_pairs, rows = functools.partial(shape, "train"), args.per_device_train_batch_size
+                args.precompute_ref_batch_size = choose_reference_batch(model, setup, of_pairs, rows)
     if merged > 1:
         memory = f"about {needed(checkpointing.every, merged) / 1e9:.1f} GB"
         args.per_device_train_batch_size *= merged
@@ -186,15 +187,19 @@ def fit_memory(
     return choices
 
 
-def choose_reference_batch(model: PreTrainedModel, setup: TrainingSetup, shape: Callable[[int], Shape]) -> int:
+def choose_reference_batch(
+    model: PreTrainedModel, setup: TrainingSetup, shape: Callable[[int], Shape], rows: int
+) -> int:
     """Return how many pairs DPO's reference pass computes at once; `shape` is that of the largest batch of so many.
 
     Its log-probs do not depend on it (but for their last bits), so it takes more than training does: as many as fit
-    where the gradients will be. That is the same for all trials of a grid, whatever else is in memory.
+    where the gradients will be or, as those of an adapter are small, what a training step of `rows` pairs needs at
+    least. That is the same for all trials of a grid over other things, whatever else is in memory.
     """
     gradients = FLOAT32 * model.num_parameters(only_trainable=True) // (setup.devices if setup.fsdp else 1)
     try:
-        return next((n for n in REFERENCE_ROWS if evaluation_bytes(model, setup, shape(n)) <= gradients), 1)
+        room = max(gradients, step_bytes(model, replace(setup, checkpoint_every=1), shape(rows), gradients))
+        return next((n for n in REFERENCE_ROWS if evaluation_bytes(model, setup, shape(n)) <= room), 1)
     except (AttributeError, RuntimeError) as error:
         raise CannotEstimate(error) from error
 
@@ -203,4 +208,5 @@ def memory_key(model: PreTrainedModel, args: SFTConfig | DPOConfig, setup: Train
     """Return a key for what the memory of a training depends on, as far as it is known before the data."""
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.per_device_eval_batch_size)
-    return fingerprint(model.config.to_json_string(), device, str(setup), *sizes, args.max_length, type(args).__name__)
+    of_model = (model.config.to_json_string(), str(model))  # with its adapters
+    return fingerprint(*of_model, device, str(setup), *sizes, args.max_length, type(args).__name__)

@@ -92,7 +92,8 @@ def suit_hardware(
     if why is None and args.ddp_find_unused_parameters is None:
         # These families have none; without checkpointing the Trainer would have DDP look for them in every step.
         args.ddp_find_unused_parameters = False
-    setup = TrainingSetup.from_args(args, fused, reference is not None, args.world_size, args.device.type)
+    devices, four_bit = (args.world_size, args.device.type), trial.hparams.load_in_4bit
+    setup = TrainingSetup.from_args(args, fused, reference is not None, *devices, four_bit)
     held = sum(weight.nbytes for each in models for weight in each.parameters())
     process = max(0, resident_memory() - held)
     choices += fit_memory(trial, model, dataset, setup, process, padding_free=why is None)

@@ -12,7 +12,8 @@ The time is that of training steps and of waiting for their data. It is not that
 
 DPO's tokens are those of both sequences of a pair, each with its prompt. `mfu` counts what is needed: a prompt that is
 computed once counts once, the output layer counts where there is a label, and a checkpointed layer's second forward
-pass does not count. The products within attention are left out, which makes it a little too low for long rows.
+pass does not count, nor does a reference's. Under an adapter, frozen weights need no gradients, so they count for less
+(`step_operations`). The products within attention are left out, which makes it a little too low for long rows.
 
 Upstream: `include_num_input_tokens_seen` (transformers 5.23) divides by all the time since the start, evaluations and
 checkpoints too, and makes the ranks wait for each other in every step. This can go once it does neither.
@@ -20,9 +21,13 @@ checkpoints too, and makes the ranks wait for each other in every step. This can
 
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from adapters.four_bit import count_weights
+from adapters.stack import REFERENCE
 
 METRICS = ("tokens_per_second", "tokens_per_second_per_device", "mfu")
 # Dense operations a second in bf16 or fp16 with float32 sums, from the makers' data sheets. The first name that a
@@ -79,25 +84,35 @@ class Throughput:
         if ranks > 1:
             figures["tokens_per_second_per_device"] = figures["tokens_per_second"] / ranks
         if self.peak is not None:
-            # A product with a weight takes 2 operations for each token forward, and 4 backward.
-            operations = 6 * float(self.in_decoder * self.of_decoder + self.in_output * self.of_output)
+            operations = float(self.in_decoder * self.of_decoder + self.in_output * self.of_output)
             figures["mfu"] = operations / self.seconds / self.peak
         return figures
 
     def _count_weights(self, model: Any) -> None:
-        # Before it is sharded. An embedding is looked up, not multiplied with.
-        output = model.get_output_embeddings()
-        self.of_output = output.weight.numel()
-        ends = {id(layer.weight): layer.weight.numel() for layer in (model.get_input_embeddings(), output)}
-        self.of_decoder = sum(weight.numel() for weight in model.parameters()) - sum(ends.values())
+        # Before it is sharded. An embedding is looked up, not multiplied with, nor are rows of new tokens.
+        ends = [list(end.parameters()) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+        self.of_output = step_operations([max(ends[1], key=torch.Tensor.numel)])
+        at_ends = {id(weight) for end in ends for weight in end}
+        # TRL's DPO computes with its copy of an adapter for the reference alone.
+        policy = [weight for name, weight in model.named_parameters() if REFERENCE not in name.split(".")]
+        self.of_decoder = step_operations(weight for weight in policy if id(weight) not in at_ends)
 
     def _count_tokens(self, model: Any, args: tuple, inputs: dict[str, Any]) -> None:
-        # Sums on the device: to read one here would wait for it.
-        if model.training:
+        # Sums on the device: to read one here would wait for it. With an adapter, the reference comes here, too.
+        if model.training and torch.is_grad_enabled():
             flat, mask, labels = (inputs.get(name) for name in ("flat_batch", "attention_mask", "labels"))
             row = inputs["input_ids"] if flat is None else flat.positions
             self.in_decoder = self.in_decoder + (row.numel() if flat is not None or mask is None else mask.sum())
             self.in_output = self.in_output + (row.numel() if labels is None else (labels != -100).sum())
+
+
+def step_operations(weights: Iterable[torch.Tensor]) -> int:
+    """Return how many operations the products with `weights` take in a training step for each token.
+
+    A weight takes 2 forward and 2 backward, for the gradient of what it is multiplied with. If it is trained, its own
+    gradient takes 2 more.
+    """
+    return sum((6 if weight.requires_grad else 4) * count_weights(weight) for weight in weights)
 
 
 def peak_of(device: torch.device) -> float | None:
