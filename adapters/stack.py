@@ -18,6 +18,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
+from adapters.targets import check_targets
 from chat_format import start_new_rows
 from errors import UserError, reading
 from storage.adapter_chains import CONFIG, copy_below
@@ -81,6 +82,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
     config.base_model_name_or_path = stands_on
     config.revision = getattr(model.config, "_commit_hash", None) if not isinstance(model, AdapterStack) else None
     _check_alone(model, config)
+    check_targets(base_model(model), config)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with reading("hyperparameters.lora"), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
