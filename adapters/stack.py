@@ -18,9 +18,10 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
+from adapters.targets import check_targets
 from chat_format import start_new_rows
 from errors import UserError, reading
-from storage.adapter_chains import CONFIG, copy_below
+from storage.adapter_chains import CONFIG, ORIGIN, copy_below
 
 OWN = "default"  # peft's name for it, which saves it at the top of a checkpoint
 REFERENCE = "ref"  # TRL's name
@@ -93,6 +94,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
     config.base_model_name_or_path = stands_on
     config.revision = getattr(model.config, "_commit_hash", None) if not isinstance(model, AdapterStack) else None
     _check_alone(model, config)
+    check_targets(base_model(model), config)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with reading("hyperparameters.lora"), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -130,7 +132,10 @@ def stack_adapters(model: PreTrainedModel, adapters: list[Path]) -> AdapterStack
                 _check_alone(stack, config)
                 stack.add_adapter(name, config)
             if weights is not None:
-                found: Any = set_peft_model_state_dict(stack, weights, adapter_name=name)
+                try:
+                    found: Any = set_peft_model_state_dict(stack, weights, adapter_name=name)
+                except RuntimeError as error:
+                    raise ValueError("its weights have other shapes than its base and its config say") from error
                 if unfit := [*(key for key in found.missing_keys if f".{name}." in key), *found.unexpected_keys]:
                     raise ValueError(f"its weights are of another model: {unfit[0]}")
         stack.set_adapter(name)
@@ -158,17 +163,38 @@ def _read_adapter(model: PreTrainedModel, folder: Path) -> tuple[LoraConfig, dic
     for name in ("auto_mapping", "inference_mode"):
         values.pop(name, None)
     config = LoraConfig.from_peft_type(**values | {"lora_dropout": 0.0})  # what does not learn drops nothing
+    if isinstance(indices, list):  # of the embeddings, as peft takes it
+        embeddings = model.get_input_embeddings()
+        indices = {name.rpartition(".")[2]: indices for name, module in model.named_modules() if module is embeddings}
     if indices:
-        start_new_rows(model, min(map(min, indices.values())), 1 + max(map(max, indices.values())))
+        _make_room(model, indices, is_ours=(folder / ORIGIN).is_file())
     if model.device.type == "meta":
         return config, None
     weights = load_peft_weights(str(folder), device="cpu")
-    for key in [key for key in weights if key.endswith(ROWS)]:
-        name = key.removeprefix("base_model.model.").removesuffix(ROWS)
-        rows = weights.pop(key)
-        weight: Any = model.get_submodule(name).weight
-        weight.data[indices[name.rpartition(".")[2]]] = rows.to(weight)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+            raise ValueError(f"its weight {name} has NaN or infinite values")
+    rows = {key: weights.pop(key) for key in [key for key in weights if key.endswith(ROWS)]}
+    layers = {key: key.removeprefix("base_model.model.").removesuffix(ROWS) for key in rows}
+    if {name.rpartition(".")[2] for name in layers.values()} != indices.keys():
+        raise ValueError("its weights and its config do not have the rows of the same tokens")
+    for key, name in layers.items():
+        embeddings, ids = cast(Any, model.get_submodule(name)), indices[name.rpartition(".")[2]]
+        if rows[key].shape != (len(ids), embeddings.weight.shape[1]):
+            raise ValueError(f"its weights are of another model: {key}")
+        embeddings.weight.data[ids] = rows[key].to(embeddings.weight)
     return config, weights
+
+
+def _make_room(model: PreTrainedModel, indices: dict[str, list[int]], is_ours: bool) -> None:
+    """Give the embeddings the rows with these indices, and those between as a training of ours, or peft's, began."""
+    rows: Any = model.get_input_embeddings().num_embeddings
+    first, last = min(map(min, indices.values())), max(map(max, indices.values()))
+    new = [index for each in indices.values() for index in each if index >= rows]
+    if first < 0 or (new and min(new) > rows + 64):  # a vocabulary may be padded, or a little larger than its model
+        raise ValueError(f"its tokens {first} to {last} do not follow the {rows} of its base")
+    if is_ours or new:
+        start_new_rows(model, first if is_ours else rows, 1 + last)
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:

@@ -5,7 +5,6 @@ models or questions have changed.
 """
 
 import gc
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from pages.terminal import plural
 from speed.hardware import attend_without_plans
 from speed.output_layer import adapt_fused_head_to_cpu
 from speed.padding_free import remove_padding
-from storage.checkpoints import is_model_file
+from storage.checkpoints import model_identity
 from storage.files import append_json_line, is_object, read_json_lines
 from storage.fingerprints import fingerprint
 from storage.locks import only_writer
@@ -214,24 +213,6 @@ class ComparedModel:
                     self.store.add(keys[index], result)
                 self.task.report_progress(len(self.store), self.expected)
             self.progress.advance(bar, len(batch))
-
-
-def model_identity(source: str) -> list[Any]:
-    """Return what identifies a model wherever its folder is: the name, size and hash of each file it is loaded from.
-
-    A hash is of a file's beginning, middle and end: training changes every weight, and reading all of a large model
-    would take longer than loading it. A hub id is assumed never to change.
-    """
-    identity, length = [], 2**20
-    for file in sorted(Path(source).glob("*")):
-        if is_model_file(file.name) or file.suffix == ".bin":
-            size, digest = file.stat().st_size, hashlib.sha256()
-            with file.open("rb") as opened:
-                for start in (0, (size - length) // 2, size - length):
-                    opened.seek(max(0, start))
-                    digest.update(opened.read(length))
-            identity.append((file.name, size, digest.hexdigest()))
-    return identity or [source]
 
 
 def compare(

@@ -131,14 +131,18 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         """Build peft's config from `lora`, once `args` are known. Raises `UserError` for what is wrong in it."""
         from config.lora import build_lora_config, check_4bit
 
+        given: Any = self.args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
+        for name in {"quantization_config", "load_in_4bit", "load_in_8bit"} & given.keys():
+            raise UserError(f".training_args.model_init_kwargs.{name}: set lora and load_in_4bit: true in its place")
         if self.load_in_4bit:
             check_4bit(self.args, has_lora=self.lora is not None)
         if self.lora is None:
             return
         self.lora_config = build_lora_config(self.lora)
-        if self.args.fsdp:
-            why = "one GPU holds all of a frozen base"
-            raise UserError(f".training_args.fsdp has no use with lora: {why}; set fsdp: false and remove fsdp_config")
+        for name, remedy in (("fsdp", "set it to false, and fsdp_config to null"), ("deepspeed", "leave it out")):
+            if self.training_args.get(name):
+                why = "each GPU holds all of a frozen base, and little more"
+                raise UserError(f".training_args.{name} has no use with lora: {why}; {remedy}")
 
     @property
     def sources(self) -> list[DataSource]:

@@ -24,6 +24,7 @@ PartialShare = Annotated[float, Field(gt=0, lt=1)]
 # Former names of keys, from the published example or older releases, where the nearest name would mislead.
 RENAMED = {
     "hyperparameters.model": "model_name",
+    "hyperparameters.lora.rank": "r",
     "hyperparameters.training_args.evaluation_strategy": "eval_strategy",
     "hyperparameters.training_args.warmup_ratio": "warmup_steps, where a number below 1 is a ratio",
     "hyperparameters.training_args.group_by_length": "train_sampling_strategy: group_by_length",

@@ -13,18 +13,23 @@ The lowest adapter names the whole model: an id on the hub and the commit, a fol
 all weights. Adapters are small, so each checkpoint has all that it needs of them, wherever it is copied to.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from config.validation import is_uuid
-from errors import UserError, reading
-from storage.files import is_object
+from errors import UserError, about
+from storage.files import BUNDLE, is_object, read_json
+from storage.hub import looks_like_path, no_such
+from storage.identities import weights_identity
+from storage.manifests import check_files
+from storage.origins import FILE as ORIGIN
+from storage.origins import read_origin
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 BELOW = "stands_on"
 
 
@@ -37,36 +42,65 @@ class Chain(NamedTuple):
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a model's folder holds an adapter instead of a whole model."""
-    return (folder / CONFIG).is_file()
+    """Return whether a model's folder holds an adapter instead of a whole model. It may lack a file."""
+    return (folder / CONFIG).is_file() or ((folder / WEIGHTS).is_file() and not (folder / "config.json").is_file())
 
 
 def read_chain(folder: Path) -> Chain:
-    """Return what an adapter's folder stands on. Raises `UserError` if a file of it is missing or damaged."""
-    adapters = [*sorted((folder / BELOW).glob("*"), key=lambda path: int(path.name)), folder]
-    for adapter in adapters:
-        for name in (CONFIG, WEIGHTS):
-            if not (adapter / name).is_file():
-                raise UserError(f"{adapter}: {name} is missing")
-    with reading(str(adapters[0] / CONFIG)):
-        config = json.loads((adapters[0] / CONFIG).read_bytes())
-        if not is_object(config, {"base_model_name_or_path": str}):
-            raise ValueError("it has no base_model_name_or_path")
-    return Chain(config["base_model_name_or_path"], config.get("revision"), adapters)
+    """Return what an adapter's folder stands on. Raises `UserError` if a file is missing or damaged, or of no LoRA."""
+    below = [path for path in (folder / BELOW).glob("*") if path.name.isdecimal()]
+    adapters = [*sorted(below, key=lambda path: int(path.name)), folder]
+    configs = [_read_config(adapter) for adapter in adapters]
+    base = configs[0].get("base_model_name_or_path")
+    if not (isinstance(base, str) and base):
+        raise UserError(f"{adapters[0] / CONFIG} names no base_model_name_or_path, the model that it is an adapter of")
+    return Chain(base, configs[0].get("revision"), adapters)
 
 
-def find_base(chain: Chain, find: Callable[[str], Path], what: str) -> str:
+def _read_config(adapter: Path) -> dict[str, Any]:
+    """Return the config of an adapter. Raises `UserError` unless it is LoRA of a causal model, with whole weights."""
+    for name in (CONFIG, WEIGHTS):
+        if not (adapter / name).is_file():
+            pickled = (adapter / PICKLE).is_file() and name == WEIGHTS
+            hint = f" ({PICKLE} is a pickle, which could run code: save it as safetensors)" if pickled else ""
+            raise UserError(f"{adapter / name} is missing{hint}")
+    config = read_json((adapter / CONFIG).read_bytes())
+    if not is_object(config, {"peft_type": str}):
+        raise UserError(f"{adapter / CONFIG} is damaged, or no config of peft's")
+    if config["peft_type"] != "LORA":
+        raise UserError(f"{adapter}: it is an adapter of the type {config['peft_type']}; only LORA can be merged here")
+    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise UserError(f"{adapter}: it is an adapter for {task}, not for a causal language model")
+    with about(adapter):
+        check_files(adapter, [(WEIGHTS,)], lambda name: name in (CONFIG, WEIGHTS))
+    return config
+
+
+def find_base(chain: Chain, find: Callable[[str], Path]) -> str:
     """Return the folder or the hub id of the whole model under adapters; `find` returns a checkpoint's folder.
 
-    Raises `UserError` about `what` if it is not there.
+    Raises `UserError` if it is not there, or its weights are not those that were under the adapters in training.
     """
+    what = f"it is an adapter on {chain.base}, which"
     if is_uuid(chain.base):
-        return str(find(chain.base))
-    if Path(chain.base).is_absolute() and not Path(chain.base).is_dir():
-        config = chain.adapters[0] / CONFIG
-        remedy = f"put it back, or name its new place in {config} (base_model_name_or_path)"
-        raise UserError(f"{what}: it is an adapter on the model in {chain.base}, which is not here; {remedy}")
-    return chain.base
+        folder = find(chain.base)
+    elif (folder := BUNDLE / chain.base).is_dir():
+        origin = read_origin(chain.adapters[0])
+        if origin and origin.base_weights and origin.base_weights != weights_identity(folder):
+            raise UserError(f"{what} has other weights now than in its training")
+    elif looks_like_path(chain.base):
+        raise UserError(f"{what} is not here ({no_such('folder')}); put it, or a link to it, where it was")
+    else:
+        return chain.base
+    if is_adapter(folder):
+        raise UserError(f"{what} is itself an adapter; a copy of it belongs into {chain.adapters[0] / BELOW / '0'}")
+    return str(folder)
+
+
+def name_base(folder: Path) -> str:
+    """Return what an adapter's config calls a folder: one of the project's has the same place in each copy of it."""
+    path = folder.resolve()
+    return f"./{path.relative_to(BUNDLE)}" if path.is_relative_to(BUNDLE) else str(path)
 
 
 def copy_below(adapters: Iterable[Path], folder: Path) -> None:
@@ -74,6 +108,6 @@ def copy_below(adapters: Iterable[Path], folder: Path) -> None:
     for number, adapter in enumerate(adapters):
         copy = folder / BELOW / str(number)
         copy.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG, WEIGHTS, "trial.json"):
+        for name in (CONFIG, WEIGHTS, ORIGIN):
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, copy / name)

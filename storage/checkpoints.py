@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from determined import core
 from determined.errors import CheckpointNotFound
@@ -11,9 +12,11 @@ from huggingface_hub.constants import HF_HOME
 
 from config.validation import check_uuid, is_uuid
 from errors import TemporaryError, UserError, reason
+from storage.adapter_chains import BELOW as ADAPTERS_BELOW
 from storage.adapter_chains import CONFIG as ADAPTER_CONFIG
-from storage.adapter_chains import is_adapter, read_chain
+from storage.adapter_chains import find_base, is_adapter, read_chain
 from storage.files import BUNDLE, check_output
+from storage.identities import sampled_hash
 from storage.manifests import MANIFEST, check_files
 from storage.origins import FILE as ORIGIN
 from storage.shared_cache import make_once, once_per_node
@@ -118,7 +121,8 @@ def find_checkpoint_here(ckpt_uuid: str) -> Path:
     """Return the model folder of a checkpoint that is on this machine: a local run's, or one that was downloaded."""
     if (cached := cached_checkpoint(ckpt_uuid)).is_dir():
         return model_folder(cached, ckpt_uuid)
-    return local_checkpoint(ckpt_uuid, "the checkpoint that the adapter stands on,")
+    advice = "; if it is on a cluster, `--model NAME=ckpt:UUID` of inference.py downloads it"
+    return local_checkpoint(ckpt_uuid, "it is an adapter on the checkpoint", advice=advice)
 
 
 def local_checkpoint(ckpt_uuid: str, key: str, verify: bool = False, advice: str = "") -> Path:
@@ -135,7 +139,8 @@ def local_checkpoint(ckpt_uuid: str, key: str, verify: bool = False, advice: str
 
 def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt", verify: bool = False) -> Path:
     """Return the folder within a checkpoint that holds its model. Raises `UserError` if none does, or if damaged."""
-    weights = min(checkpoint.rglob("*.safetensors"), default=None)
+    files = checkpoint.rglob("*.safetensors")
+    weights = min((file for file in files if ADAPTERS_BELOW not in file.parts), default=None)
     if weights is None:
         raise UserError(f"{key} {ckpt_uuid}: the checkpoint holds no model weights (*.safetensors)")
     if verify:
@@ -144,3 +149,19 @@ def model_folder(checkpoint: Path, ckpt_uuid: str, key: str = "model_ckpt", veri
         except UserError as error:
             raise UserError(f"{key} {ckpt_uuid}: the checkpoint is damaged: {error}") from error
     return weights.parent
+
+
+def model_identity(source: str) -> list[Any]:
+    """Return what identifies a model wherever its folder is: the name, size and hash of each file it is loaded from.
+
+    An adapter's has that of what it stands on, too. A hub id is assumed never to change.
+    """
+    folder, identity = Path(source), list[Any]()
+    for file in sorted([*folder.glob("*"), *(folder / ADAPTERS_BELOW).rglob("*")]):
+        if is_model_file(file.name) or file.suffix == ".bin":
+            identity.append((str(file.relative_to(folder)), *sampled_hash(file)))
+    if is_adapter(folder):
+        chain = read_chain(folder)
+        base = find_base(chain, find_checkpoint_here)
+        identity += [chain.base, chain.revision] if is_uuid(chain.base) else model_identity(base)
+    return identity or [source]

@@ -27,6 +27,7 @@ class Origin:
     data_seed: int  # draws the samples and what is held out
     sources: list[DataSource]  # the rows that were trained on or held out
     load_in_4bit: bool = False  # whether the weights under its adapter were rounded to 4 bits
+    base_weights: str | None = None  # `weights_identity` of the folder under its adapter; None for a hub id or UUID
     hyperparameters: dict[str, Any] = field(default_factory=dict)  # as the YAML has them
 
     def write(self, folder: Path) -> None:

@@ -27,6 +27,7 @@ from config.validation import is_uuid
 from errors import CommandLine, TemporaryError, UserError, about, at_least, one_line, os_errors_of
 from storage.checkpoints import agent_cache, check_storage, local_checkpoint_storage
 from storage.files import check_output, read_json_lines
+from storage.identities import weights_identity
 from storage.locks import only_writer
 from storage.origins import Origin
 from storage.shared_cache import once_per_node
@@ -98,7 +99,10 @@ class Trial(Generic[Hyperparameters]):
         hparams = self.hparams
         beta = getattr(hparams.args, "beta", None)
         sources, shown = hparams.sources, hparams.shown_values()
-        self.origin = Origin(base, model_ckpt, beta, hparams.split_seed, sources, hparams.load_in_4bit, shown)
+        folder = Path(base or "", hparams.model_init_kwargs.get("subfolder") or "")
+        stands_on_it = hparams.lora_config is not None and base and model_ckpt is None and folder.is_dir()
+        under = weights_identity(folder) if stands_on_it else None
+        self.origin = Origin(base, model_ckpt, beta, hparams.split_seed, sources, hparams.load_in_4bit, under, shown)
 
     @property
     def starting_checkpoint(self) -> str | None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
 
+GENERATION_CONFIG = "generation_config.json"
+WITH_KWARGS = " with its model_init_kwargs"
 MOST_LAYERS = 1000
 WHERE = ("revision", "subfolder", "token")
 # What `generate` ignores without `do_sample`, but `save_pretrained` then refuses.
@@ -79,14 +81,16 @@ def check_model(source: str, key: str, **model_init_kwargs: Any) -> None:
     where = {name: model_init_kwargs[name] for name in WHERE if model_init_kwargs.get(name)}
     subfolder = where.get("subfolder", "")
     check_source(source, key, subfolder)
-    if (folder := Path(source, subfolder)).is_dir():
-        with about(f"{key} {str(folder)!r}"):
+    folder = Path(source, subfolder)
+    if not folder.is_dir():
+        return _find_on_hub(source, key, **where)
+    with about(f"{key} {str(folder)!r}"):
+        if is_adapter(folder):
+            chain = read_chain(folder)
+            base = find_base(chain, find_checkpoint_here)
+            check_model(base, "its base", revision=chain.revision)
+        else:
             check_files(folder, [WEIGHT_FILES], lambda name: fnmatch(name, "*.safetensors*") and "/" not in name)
-            base = find_base(read_chain(folder), find_checkpoint_here, "it") if is_adapter(folder) else None
-        if base:
-            check_model(base, f"{key} {str(folder)!r}: its base")
-    else:
-        _find_on_hub(source, key, **where)
 
 
 def _find_on_hub(source: str, key: str, **where: Any) -> None:
@@ -100,8 +104,9 @@ def _find_on_hub(source: str, key: str, **where: Any) -> None:
 
 
 def _not_given(source: str, key: str, error: UserError) -> TemporaryError:
-    what = f"{key} {source!r}: "
-    return TemporaryError(f"{what}{no_such('folder')}, and the hub does not give it: {str(error).removeprefix(what)}")
+    what = f"{key} {source!r}"
+    said = str(error).removeprefix(what).removeprefix(WITH_KWARGS).removeprefix(": ")
+    return TemporaryError(f"{what}: {no_such('folder')}, and the hub does not give it: {said}")
 
 
 def _meant(folder: Path) -> str:
@@ -128,38 +133,48 @@ def load_model_and_tokenizer(
     The folder may be of an adapter. Then its adapters are merged in float32 into the model that they stand on. Without
     `merge` they stay apart, frozen: the model is an `AdapterStack`.
     """
-    folder, what = Path(source), f"{key} {source!r}"
+    folder, what = Path(source, model_init_kwargs.get("subfolder") or ""), f"{key} {source!r}"
     if not is_adapter(folder):
-        return _load_whole_model(source, key, weights, **model_init_kwargs)
+        model, tokenizer = _load_whole_model(source, key, weights, **model_init_kwargs)
+        _check_fit(model, tokenizer, what)
+        return model, tokenizer
     import torch
 
     from adapters.four_bit import round_to_4bit
-    from adapters.stack import merge_adapters, stack_adapters
+    from adapters.stack import base_model, merge_adapters, stack_adapters
 
-    with about(what):
-        chain = read_chain(folder)
-        base = find_base(chain, find_checkpoint_here, "it")
     given = {name: value for name, value in model_init_kwargs.items() if name not in ("revision", "subfolder")}
     dtype = given.get("dtype", torch.float32)
     if merge:
         given["dtype"] = torch.float32  # in which nothing of an adapter is lost
-    if chain.revision:
-        given["revision"] = chain.revision
-    model, tokenizer = _load_whole_model(base, what, weights, str(folder), **given)
-    # What one adapter was trained on is what all above it stand on.
-    rounded = any(origin and origin.load_in_4bit for origin in map(read_origin, chain.adapters))
-    if weights and rounded and "quantization_config" not in given:
-        round_to_4bit(model)
-    if merge and weights:
-        model = merge_adapters(model, chain.adapters).to(dtype)
-    else:
-        model = cast(Any, stack_adapters(model, chain.adapters))
-        model = model.unload() if merge else model
-    if merge:
-        model.requires_grad_(True)  # peft froze it
-    with reading(f"{what}: generation_config.json"), quiet_lookup():
-        model.generation_config = type(model.generation_config).from_pretrained(source)
+    with about(what):
+        chain = read_chain(folder)
+        base = find_base(chain, find_checkpoint_here)
+        # PeftModel.save_pretrained leaves the tokenizer to others: then it is the base's.
+        own_tokenizer = str(folder) if _has_tokenizer(folder) else None
+        if chain.revision:
+            given["revision"] = chain.revision
+        model, tokenizer = _load_whole_model(base, "its base", weights, own_tokenizer, **given)
+        # What one adapter was trained on is what all above it stand on.
+        rounded = any(origin and origin.load_in_4bit for origin in map(read_origin, chain.adapters))
+        if weights and rounded and "quantization_config" not in given:
+            round_to_4bit(model)
+        if not merge:
+            model = cast(Any, stack_adapters(model, chain.adapters))
+        elif weights:
+            model = merge_adapters(model, chain.adapters).to(dtype).requires_grad_(True)
+        else:
+            model = cast(Any, stack_adapters(model, chain.adapters)).unload().requires_grad_(True)
+    if (folder / GENERATION_CONFIG).is_file():
+        with reading(f"{what}: {GENERATION_CONFIG}"), quiet_lookup():
+            model.generation_config = type(model.generation_config).from_pretrained(str(folder))
+    _mend_generation_config(model, what)
+    _check_fit(base_model(model), tokenizer, what)
     return model, tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(file for name in TOKENIZER_FILES for file in folder.glob(name))
 
 
 def _load_whole_model(
@@ -173,15 +188,17 @@ def _load_whole_model(
     what, subfolder = f"{key} {source!r}", model_init_kwargs.get("subfolder") or ""
     check_source(source, key, subfolder)
     folder = Path(tokenizer_folder or Path(source, subfolder))
-    if folder.is_dir() and not any(file for name in TOKENIZER_FILES for file in folder.glob(name)):
+    if folder.is_dir() and not _has_tokenizer(folder):
         raise UserError(f"{what}: it has no tokenizer")  # transformers would make an empty one
     # These say where to look and how far to trust it, for the tokenizer as well.
     shared = {name: model_init_kwargs[name] for name in (*WHERE, "trust_remote_code") if name in model_init_kwargs}
     try:
-        kwargs = " with its model_init_kwargs" if model_init_kwargs.keys() - {"dtype", "trust_remote_code"} else ""
-        with reading(what + kwargs), quiet_lookup(), warnings.catch_warnings(action="ignore"):
+        kwargs = WITH_KWARGS if model_init_kwargs.keys() - {"dtype", "trust_remote_code"} else ""
+        own = "its tokenizer" if tokenizer_folder else what + kwargs
+        with reading(own), quiet_lookup(), warnings.catch_warnings(action="ignore"):
             where = {} if tokenizer_folder else shared
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or source, **where)
+        with reading(what + kwargs), quiet_lookup(), warnings.catch_warnings(action="ignore"):
             if weights:
                 given = {"dtype": torch.float32, **model_init_kwargs, "output_loading_info": True}
                 model, info = cast(Any, AutoModelForCausalLM).from_pretrained(source, **given)
@@ -203,7 +220,6 @@ def _load_whole_model(
         if Path(source).exists():
             raise
         raise _not_given(source, key, error) from error
-    _check_fit(model, tokenizer, what)
     if weights and os.environ.get("LOCAL_RANK", "0") == "0":  # under FSDP the others load nothing
         _check_weights(model, info, what)
     _mend_generation_config(model, what)

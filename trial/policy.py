@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from chat_format import set_chat_format
 from config.hyperparameters import Hyperparameters
+from storage.adapter_chains import name_base
 from trial.models import load_model_and_tokenizer
 
 if TYPE_CHECKING:
@@ -43,5 +44,6 @@ def load_policy(
         names = [name for name, module in model.named_modules() if getattr(module, "weight", None) in ends]
         tied = len(ends) == 1  # then peft has the output layer follow the embeddings
         lora.trainable_token_indices = {name.rpartition(".")[2]: new for name in (names[:1] if tied else names)}
-    stands_on = checkpoint or (str(Path(source).resolve()) if Path(source).is_dir() else source)
+    folder = Path(source, kwargs.get("subfolder") or "")
+    stands_on = checkpoint or (name_base(folder) if folder.is_dir() else source)
     return add_adapter(model, lora, stands_on, hparams.args.seed), tokenizer

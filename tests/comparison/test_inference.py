@@ -16,7 +16,6 @@ import inference
 from chat_format import encode, set_chat_format
 from comparison import compare as comparison
 from comparison import generation, preference_metrics
-from comparison.compare import model_identity
 from comparison.files import METRICS, WRITERS, Comparison, print_comparison, question_text
 from comparison.generation import Answer
 from comparison.options import DEFAULT_DATASETS, OUTPUT_SUFFIXES, ComparisonOptions, parse_hyperparameters
@@ -25,6 +24,7 @@ from comparison.verdicts import Verdicts
 from config.hyperparameters import DataSource
 from dataset_utils import load_dpo_dataset
 from errors import UserError
+from storage.checkpoints import model_identity
 from trial.models import load_model_and_tokenizer
 
 USER = {"role": "user", "content": "How do I boil an egg?"}
