@@ -68,7 +68,7 @@ def create(master, det):
         shown = det(*words, cwd=bundle)
         assert f"Created experiment {len(master.experiments)}" in shown.stdout, shown.stderr
         uploaded = [file for file in master.experiments[len(master.experiments)]["raw"] if "/tiny/" not in file["path"]]
-        assert len(json.dumps(uploaded)) < 2**20  # with .venv and all here
+        assert len(json.dumps(uploaded)) < 2**21  # with .venv and all here
         return [trial for trial in master.trials.values() if trial.experiment_id == len(master.experiments)]
 
     return create
@@ -103,7 +103,7 @@ def untouched(master, folder):
 
 def weights(storage: Path, reports):
     uuid = [report["uuid"] for report in reports if report["kind"] == "checkpoint"][-1]
-    (file,) = (storage / uuid).glob("checkpoint-*/model.safetensors")
+    (file,) = (storage / uuid).glob("checkpoint-*/*model.safetensors")
     return load_file(file)
 
 
@@ -139,6 +139,24 @@ def create_sft(create, tiny):
         return trial
 
     return create_sft
+
+
+@pytest.fixture(scope="module")
+def create_dpo(create, tiny):
+    def create_dpo(**overrides):
+        return create(
+            "dpo.yaml",
+            **SMALL,
+            hyperparameters__datasets=[str(tiny / "questions")],
+            hyperparameters__training_args__precompute_ref_batch_size=32,
+            hyperparameters__training_args__per_device_eval_batch_size=32,
+            hyperparameters__max_length=384,
+            hyperparameters__max_prompt_length=192,
+            hyperparameters__max_target_length=192,
+            **overrides,
+        )
+
+    return create_dpo
 
 
 @pytest.fixture(scope="module")
@@ -252,23 +270,13 @@ def test_a_container_resumes_from_the_checkpoint_before_a_damaged_one(master, st
 
 @needs_containers
 def test_dpo_killed_on_two_slots_ends_like_untouched(
-    master, create, start, untouched, sft_starts, sft_trial, tiny, folder
+    master, create_dpo, start, untouched, sft_starts, sft_trial, tiny, folder
 ):
     """From the best checkpoint of the test above, which both ranks get through one download, at both starts."""
     validated = master.experiment_checkpoints(sft_trial.experiment_id, None, None)["checkpoints"]
     best = next(found for found in validated if found["training"]["searcherMetric"] is not None)
     sft_checkpoint, sft_step = best["uuid"], best["metadata"]["steps_completed"]
-    trials = create(
-        "dpo.yaml",
-        **SMALL,
-        hyperparameters__model_ckpt=f"exp:{sft_trial.experiment_id}",
-        hyperparameters__datasets=[str(tiny / "questions")],
-        hyperparameters__training_args__precompute_ref_batch_size=32,
-        hyperparameters__training_args__per_device_eval_batch_size=32,
-        hyperparameters__max_length=384,
-        hyperparameters__max_prompt_length=192,
-        hyperparameters__max_target_length=192,
-    )
+    trials = create_dpo(hyperparameters__model_ckpt=f"exp:{sft_trial.experiment_id}")
     assert len(trials) == 9
     trial = trials[0]
 
@@ -301,6 +309,48 @@ def test_dpo_killed_on_two_slots_ends_like_untouched(
     (Path(os.environ["LOCAL_CHECKPOINT_STORAGE"]) / sft_checkpoint).symlink_to(master.storage / sft_checkpoint)
     trial.hparams = trial.hparams | {"model_ckpt": sft_checkpoint}
     assert same_as(untouched(trial, "dpo_finetune", 2), trial, master)
+
+
+@needs_containers
+def test_lora_from_sft_through_dpo(master, create_sft, create_dpo, start, untouched, folder):
+    """SFT on one slot; and DPO from the best of it on two, killed."""
+    lora = {"hyperparameters__lora": {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}}
+    single = lora | {"hyperparameters__dpo_beta": 0.1, "hyperparameters__training_args__learning_rate": 1e-3}
+    single |= {f"hyperparameters__training_args__{name}": None for name in ("fsdp", "fsdp_config")}
+    sft = create_sft(**lora)
+
+    def kill(trial, report):
+        if trial.id == dpo.id and report["kind"] == "training" and report["steps_completed"] == 3:
+            containers[-1].kill()
+            raise ConnectionError
+
+    (dpo,) = create_dpo(**single, hyperparameters__model_ckpt=f"exp:{sft.experiment_id}")
+    master.watch, containers = kill, []
+    for trial, slots in ((sft, 1), (dpo, 2), (dpo, 2)):
+        containers.append(start(trial, slots))
+        assert containers[-1].wait() in (0, -signal.SIGKILL), containers[-1].log.read_text()
+        master.watch = kill if trial is sft else lambda trial, report: None
+    assert [r["steps_completed"] for r in dpo.of_kind("checkpoint")] == [2, 4]
+    assert "resuming from checkpoint" in containers[-1].log.read_text()
+
+    needed = {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", MANIFEST}
+    needed |= {"tokenizer.json", "chat_template.jinja", "trial.json"}
+    for number, trial in enumerate((sft, dpo)):
+        (saved,) = (master.storage / trial.of_kind("checkpoint")[-1]["uuid"]).glob("checkpoint-*")
+        found = {str(file.relative_to(saved)) for file in saved.rglob("*") if file.is_file()}
+        assert needed <= found
+        assert not {"model.safetensors", "config.json"} & found
+        below = {name for name in found if "/" in name}
+        of_each = ("adapter_model.safetensors", "adapter_config.json", "trial.json")
+        assert below == {f"stands_on/{n}/{name}" for n in range(number) for name in of_each}
+    # Off the cluster the SFT checkpoint has to be in the local store.
+    told = [report["status"].split(" is checkpoint ") for report in dpo.of_kind("status")]
+    (uuid,) = {words[1] for words in told if len(words) == 2}
+    store = Path(os.environ["LOCAL_CHECKPOINT_STORAGE"])
+    store.mkdir(exist_ok=True)
+    (store / uuid).symlink_to(master.storage / uuid)
+    dpo.hparams = dpo.hparams | {"model_ckpt": uuid}
+    assert same_as(untouched(dpo, "dpo_finetune", 2), dpo, master)
 
 
 @needs_containers
