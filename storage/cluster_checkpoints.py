@@ -63,7 +63,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
         fetch_once(name, lambda folder: _download(checkpoint, folder, key), key)
     folder = model_folder(cached_checkpoint(name), name, key)
     if base := checkpoint_below(folder):
-        cluster_checkpoint(f"ckpt:{base}", key)
+        cluster_checkpoint(f"ckpt:{base}", f"{key} {source}: its base")
     return folder
 
 

@@ -132,19 +132,8 @@ def test_what_det_uploads(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
     uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
-    rooms = (
-        "config",
-        "storage",
-        "metrics",
-        "adapters",
-        "trial",
-        "speed",
-        "data",
-        "experiment",
-        "comparison",
-        "serving",
-        "pages",
-    )
+    rooms = ("config", "storage", "metrics", "adapters", "trial", "speed", "data", "experiment")
+    rooms += ("comparison", "serving", "pages")
     needed = {name for name in copied if ("/" not in name and name.endswith(".py")) or name.startswith(rooms)}
     assert needed | {"startup-hook.sh", "requirements.txt", "inference.yaml", *own, *made} <= uploaded
     assert not uploaded & {*generated, *written}
