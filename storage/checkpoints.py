@@ -64,9 +64,9 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context, key: str = "model_
     """Download the model files of a checkpoint and return the folder that `from_pretrained` loads.
 
     They are kept under $HF_HOME/determined/<uuid>, so the trials of a grid that share that folder download them once;
-    so are those of the checkpoint that an adapter stands on.
-    Call it on every rank; one rank of each node downloads. Raises `UserError` for an id that is not a UUID, an unknown
-    one, and a checkpoint without weights or with a damaged file.
+    so are those of the checkpoint that an adapter stands on. Call it on every rank; one rank of each node downloads.
+    Raises `UserError` for an id that is not a UUID, an unknown one, and a checkpoint without weights or with a damaged
+    file.
     """
     check_uuid(ckpt_uuid, key)
 

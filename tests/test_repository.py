@@ -204,7 +204,7 @@ def test_startup_hook_installs_bitsandbytes_for_4_bits_alone(tmp_path):
     wheel(tmp_path / "wheels", "bitsandbytes", "0.50.2")
     target = tmp_path / "target"
     settings = {"PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_TARGET": str(target)}
-    settings["PYTHONPATH"] = str(target)
+    settings["PYTHONPATH"] = f"{target}:{REPO}"
     for hparams in ({}, {"load_in_4bit": False, "lora": {"r": 8}}, {"load_in_4bit": None}):
         hook = run_hook(tmp_path, DET_HPARAMS=json.dumps(hparams), **settings)
         assert (hook.stdout.strip(), target.exists()) == ("done", False), hook.stderr
