@@ -7,25 +7,23 @@ SFT's adapter stays as it was saved while DPO trains its own above it: no merge 
 DPO starts exactly where SFT ended.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
+from adapters.saved import read_adapter
 from adapters.targets import check_targets
-from chat_format import start_new_rows
 from errors import UserError, reading
-from storage.adapter_chains import CONFIG, ORIGIN, copy_below
+from storage.adapter_chains import copy_below
 
 OWN = "default"  # peft's name for it, which saves it at the top of a checkpoint
 REFERENCE = "ref"  # TRL's name
-ROWS = ".token_adapter.trainable_tokens_delta"  # how the names of new tokens' rows end in an adapter's file
 
 
 class AdapterStack(PeftModelForCausalLM):
@@ -112,11 +110,14 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
 
 def _check_alone(model: PreTrainedModel | AdapterStack, config: LoraConfig) -> None:
     """Raise `UserError` for DoRA beside another adapter: peft would take that one for a part of the base weights."""
-    if isinstance(model, AdapterStack) and any(
-        cast(Any, each).use_dora for each in (config, *model.peft_config.values())
-    ):
-        remedy = "export that model (python export.py) and start from its folder"
+    if not isinstance(model, AdapterStack):
+        return
+    remedy = "export that model (python export.py) and start from its folder"
+    configs: list[Any] = [config, *model.peft_config.values()]
+    if any(each.use_dora for each in configs):
         raise UserError(f"hyperparameters.lora: use_dora does not work above or below another adapter; {remedy}")
+    if any(each.modules_to_save or each.bias != "none" for each in configs):
+        raise UserError(f"hyperparameters.lora: the adapter below has trained more than adapters; {remedy}")
 
 
 def stack_adapters(model: PreTrainedModel, adapters: list[Path]) -> AdapterStack:
@@ -125,7 +126,7 @@ def stack_adapters(model: PreTrainedModel, adapters: list[Path]) -> AdapterStack
     for number, folder in enumerate(adapters):
         name = f"below_{number}"
         with reading(str(folder)):
-            config, weights = _read_adapter(model, folder)
+            config, weights = read_adapter(model, folder)
             if stack is None:
                 stack = AdapterStack(model, config, name)
             else:
@@ -138,6 +139,9 @@ def stack_adapters(model: PreTrainedModel, adapters: list[Path]) -> AdapterStack
                     raise ValueError("its weights have other shapes than its base and its config say") from error
                 if unfit := [*(key for key in found.missing_keys if f".{name}." in key), *found.unexpected_keys]:
                     raise ValueError(f"its weights are of another model: {unfit[0]}")
+            ends = (model.get_input_embeddings(), model.get_output_embeddings())
+            if any(isinstance(layer, LoraLayer) for layer in ends):  # see adapters/targets.py
+                raise ValueError("an adapter of the embeddings or the output layer cannot be used")
         stack.set_adapter(name)
     assert stack is not None
     stack.adapters_below = tuple(adapters)
@@ -150,51 +154,6 @@ def merge_adapters(model: PreTrainedModel, adapters: list[Path]) -> PreTrainedMo
         with reading(str(folder)):
             model = stack_adapters(model, [folder]).merge_and_unload()
     return model
-
-
-def _read_adapter(model: PreTrainedModel, folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor] | None]:
-    """Return an adapter's config and weights, but for the rows of new tokens, which are put into the embeddings.
-
-    (A forward pass gets them there in the type of the embeddings, as in training.) The weights are None if the model's
-    own have no values.
-    """
-    values = json.loads((folder / CONFIG).read_bytes())
-    indices = values.pop("trainable_token_indices", None) or {}
-    for name in ("auto_mapping", "inference_mode"):
-        values.pop(name, None)
-    config = LoraConfig.from_peft_type(**values | {"lora_dropout": 0.0})  # what does not learn drops nothing
-    if isinstance(indices, list):  # of the embeddings, as peft takes it
-        embeddings = model.get_input_embeddings()
-        indices = {name.rpartition(".")[2]: indices for name, module in model.named_modules() if module is embeddings}
-    if indices:
-        _make_room(model, indices, is_ours=(folder / ORIGIN).is_file())
-    if model.device.type == "meta":
-        return config, None
-    weights = load_peft_weights(str(folder), device="cpu")
-    for name, weight in weights.items():
-        if not torch.isfinite(weight.sum(dtype=torch.float32)):
-            raise ValueError(f"its weight {name} has NaN or infinite values")
-    rows = {key: weights.pop(key) for key in [key for key in weights if key.endswith(ROWS)]}
-    layers = {key: key.removeprefix("base_model.model.").removesuffix(ROWS) for key in rows}
-    if {name.rpartition(".")[2] for name in layers.values()} != indices.keys():
-        raise ValueError("its weights and its config do not have the rows of the same tokens")
-    for key, name in layers.items():
-        embeddings, ids = cast(Any, model.get_submodule(name)), indices[name.rpartition(".")[2]]
-        if rows[key].shape != (len(ids), embeddings.weight.shape[1]):
-            raise ValueError(f"its weights are of another model: {key}")
-        embeddings.weight.data[ids] = rows[key].to(embeddings.weight)
-    return config, weights
-
-
-def _make_room(model: PreTrainedModel, indices: dict[str, list[int]], is_ours: bool) -> None:
-    """Give the embeddings the rows with these indices, and those between as a training of ours, or peft's, began."""
-    rows: Any = model.get_input_embeddings().num_embeddings
-    first, last = min(map(min, indices.values())), max(map(max, indices.values()))
-    new = [index for each in indices.values() for index in each if index >= rows]
-    if first < 0 or (new and min(new) > rows + 64):  # a vocabulary may be padded, or a little larger than its model
-        raise ValueError(f"its tokens {first} to {last} do not follow the {rows} of its base")
-    if is_ours or new:
-        start_new_rows(model, first if is_ours else rows, 1 + last)
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:

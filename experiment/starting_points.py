@@ -18,8 +18,9 @@ from errors import UserError
 from experiment.container_paths import ContainerPaths
 from experiment.kinds import DPO, Hyperparameters, kind_of
 from experiment.results import read_local_config
-from storage.checkpoints import cached_checkpoint, local_checkpoint, model_folder
-from storage.cluster_checkpoints import client, download_but_weights, find_checkpoint
+from storage.adapter_chains import find_base, is_adapter, place_base, read_chain
+from storage.checkpoints import cached_checkpoint, find_checkpoint_here, local_checkpoint, model_folder
+from storage.cluster_checkpoints import MODEL_CONFIGS, client, download_but_weights, find_checkpoint
 from storage.files import is_object, read_json_lines
 from storage.shared_cache import is_made
 from trial.policy import load_policy
@@ -110,20 +111,25 @@ def starting_model(hparams: Hyperparameters, paths: ContainerPaths) -> StartingM
 @functools.cache
 def _model_of(name: str, paths: ContainerPaths) -> StartingModel:
     if is_uuid(name):
-        folder = str(local_checkpoint(name, KEY, advice=f"; if it is on a cluster, give ckpt:{name}"))
-        return StartingModel(folder, folder)
+        here = str(local_checkpoint(name, KEY, advice=f"; if it is on a cluster, give ckpt:{name}"))
+        return StartingModel(here, here)
     checkpoint = find_checkpoint(name, KEY)
     shown = name if name.endswith(checkpoint.uuid) else f"{name}, checkpoint {checkpoint.uuid}"
     if is_made(cached := cached_checkpoint(checkpoint.uuid)):
         return StartingModel(str(model_folder(cached, checkpoint.uuid)), shown)
-    if all(Path(path).name != "config.json" for path in checkpoint.resources or {}):
+    if all(Path(path).name not in MODEL_CONFIGS for path in checkpoint.resources or {}):
         raise UserError(f"{KEY} {name}: the checkpoint holds no model (config.json)")
     _temporary.append(tempfile.TemporaryDirectory())
     try:
-        folder = str(download_but_weights(checkpoint, Path(_temporary[-1].name)))
+        folder = download_but_weights(checkpoint, Path(_temporary[-1].name))
+        if is_adapter(folder):
+            base = read_chain(folder).base
+            if (seen := paths.here(base)) != base:
+                place_base(folder, seen)
+            find_base(read_chain(folder), find_checkpoint_here)
     except UserError as error:
         return _as_trained(checkpoint, shown, paths, str(error))
-    return StartingModel(folder, shown)
+    return StartingModel(str(folder), shown)
 
 
 def _as_trained(checkpoint: client.Checkpoint, shown: str, paths: ContainerPaths, why: str) -> StartingModel:

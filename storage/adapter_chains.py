@@ -13,6 +13,7 @@ The lowest adapter names the whole model: an id on the hub and the commit, a fol
 all weights. Adapters are small, so each checkpoint has all that it needs of them, wherever it is copied to.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -101,6 +102,12 @@ def name_base(folder: Path) -> str:
     """Return what an adapter's config calls a folder: one of the project's has the same place in each copy of it."""
     path = folder.resolve()
     return f"./{path.relative_to(BUNDLE)}" if path.is_relative_to(BUNDLE) else str(path)
+
+
+def place_base(folder: Path, base: str) -> None:
+    """Have the adapter in `folder`, a copy for this machine, stand on the folder `base` of this machine."""
+    file = read_chain(folder).adapters[0] / CONFIG
+    file.write_text(json.dumps(read_json(file.read_bytes()) | {"base_model_name_or_path": base}))
 
 
 def copy_below(adapters: Iterable[Path], folder: Path) -> None:

@@ -60,14 +60,15 @@ def is_downloaded(path: str) -> bool:
     return is_model_file(path) or Path(path).name in (MANIFEST, ORIGIN, "trainer_state.json")
 
 
-def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
+def download_ckpt(ckpt_uuid: str, core_context: core.Context, key: str = "model_ckpt") -> str:
     """Download the model files of a checkpoint and return the folder that `from_pretrained` loads.
 
-    They are kept under $HF_HOME/determined/<uuid>, so the trials of a grid that share that folder download them once.
-    Call it on every rank; one rank of each node downloads. Raises `UserError` for an id that is not a UUID, an unknown
-    one, and a checkpoint without weights or with a damaged file.
+    They are kept under $HF_HOME/determined/<uuid>, so the trials of a grid that share that folder download them once;
+    so are those of the checkpoint that an adapter stands on. Call it on every rank; one rank of each node downloads.
+    Raises `UserError` for an id that is not a UUID, an unknown one, and a checkpoint without weights or with a damaged
+    file.
     """
-    check_uuid(ckpt_uuid, "model_ckpt")
+    check_uuid(ckpt_uuid, key)
 
     def download(folder: Path) -> None:
         try:
@@ -75,14 +76,14 @@ def download_ckpt(ckpt_uuid: str, core_context: core.Context) -> str:
             core_context.checkpoint.download(ckpt_uuid, folder, download_mode=mode, selector=is_downloaded)
         except CheckpointNotFound:
             gone = "no such checkpoint in the storage (or is it in another checkpoint_storage than this experiment's?)"
-            raise TemporaryError(f"model_ckpt {ckpt_uuid}: {gone}") from None
+            raise TemporaryError(f"{key} {ckpt_uuid}: {gone}") from None
         except Exception as error:  # each kind of storage raises its own
-            raise TemporaryError(f"model_ckpt {ckpt_uuid}: {reason(error)}") from error
+            raise TemporaryError(f"{key} {ckpt_uuid}: {reason(error)}") from error
 
-    once_per_node(core_context.distributed, lambda: fetch_once(ckpt_uuid, download, "model_ckpt"))
+    once_per_node(core_context.distributed, lambda: fetch_once(ckpt_uuid, download, key))
     folder = model_folder(cached_checkpoint(ckpt_uuid), ckpt_uuid)
     if base := checkpoint_below(folder):
-        download_ckpt(base, core_context)
+        download_ckpt(base, core_context, f"{key} {ckpt_uuid}: its base")
     return str(folder)
 
 

@@ -20,6 +20,9 @@ from urllib3.exceptions import HTTPError
 
 from config.cluster_names import CLUSTER_SOURCES, is_cluster_name, parse_cluster_name, starting_name
 from errors import TemporaryError, UserError, one_line, shorten
+from storage.adapter_chains import CONFIG as ADAPTER_CONFIG
+from storage.adapter_chains import WEIGHTS as ADAPTER_WEIGHTS
+from storage.adapter_chains import place_base
 from storage.checkpoints import (
     cached_checkpoint,
     checkpoint_below,
@@ -30,6 +33,8 @@ from storage.checkpoints import (
     model_folder,
 )
 from storage.shared_cache import is_made
+
+MODEL_CONFIGS = ("config.json", ADAPTER_CONFIG)  # one of them is in each model's folder
 
 
 def checkpoint_folder(source: str, key: str, verify: bool = True) -> Path:
@@ -58,7 +63,7 @@ def cluster_checkpoint(source: str, key: str) -> Path:
         fetch_once(name, lambda folder: _download(checkpoint, folder, key), key)
     folder = model_folder(cached_checkpoint(name), name, key)
     if base := checkpoint_below(folder):
-        cluster_checkpoint(f"ckpt:{base}", key)
+        cluster_checkpoint(f"ckpt:{base}", f"{key} {source}: its base")
     return folder
 
 
@@ -239,13 +244,21 @@ def download_files(checkpoint: client.Checkpoint, name: str, folder: Path) -> No
 
 
 def download_but_weights(checkpoint: client.Checkpoint, folder: Path) -> Path:
-    """Download a model without its weights, as `download_files` does, from a checkpoint that has a config.json.
+    """Download a model without its weights, as `download_files` does, from a checkpoint that has one.
 
-    Returns the model's own folder.
+    Returns the model's own folder. That of an adapter, which is small, is whole, and stands on a checkpoint without its
+    weights.
     """
-    selected = lambda path: is_model_file(path) and not path.endswith(".safetensors")  # noqa: E731
-    _download_only_from_storage(checkpoint, folder, selected)
-    return next(folder.rglob("config.json")).parent
+
+    def select(path: str) -> bool:
+        return is_model_file(path) and (not path.endswith(".safetensors") or Path(path).name == ADAPTER_WEIGHTS)
+
+    _download_only_from_storage(checkpoint, folder / "model", select)
+    model = min(file for name in MODEL_CONFIGS for file in (folder / "model").rglob(name)).parent
+    if base := checkpoint_below(model):
+        below = find_checkpoint(f"ckpt:{base}", "its base")
+        place_base(model, str(download_but_weights(below, folder / "base")))
+    return model
 
 
 def _download_only_from_storage(checkpoint: client.Checkpoint, folder: Path, select: Callable[[str], bool]) -> None:

@@ -278,14 +278,15 @@ def master(tmp_path, monkeypatch):
 
 @pytest.fixture
 def save(master, tiny):
-    """A checkpoint as a trial leaves it, with the tiny base for its model; returns its UUID."""
+    """A checkpoint as a trial leaves it, with the tiny base or what `make` writes for its model; returns its UUID."""
 
-    def save(trial_id, steps, accuracy=None):
+    def save(trial_id, steps, accuracy=None, make=lambda folder: shutil.copytree(tiny / "base", folder)):
         name = str(uuid.uuid4())
         folder = master.storage / name / f"checkpoint-{steps}"
-        shutil.copytree(tiny / "base", folder)
+        make(folder)
         (folder / "optimizer.pt").write_bytes(b"x" * 1000)
-        resources = {f"checkpoint-{steps}/{file.name}": str(file.stat().st_size) for file in folder.iterdir()}
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        resources = {str(file.relative_to(folder.parent)): str(file.stat().st_size) for file in files}
         report = {"kind": "checkpoint", "uuid": name, "steps_completed": steps, "resources": resources}
         master.trials[trial_id].reports.append(report)
         if accuracy is not None:

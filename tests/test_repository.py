@@ -1,5 +1,6 @@
 """The repository as a new user finds it: published YAMLs, README commands, the uploaded folder, the startup hook."""
 
+import json
 import os
 import re
 import shlex
@@ -131,7 +132,8 @@ def test_what_det_uploads(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((REPO / name).read_bytes() if name in copied else b"x")
     uploaded = {item.path for item in context.read_v1_context(tmp_path, [])}
-    rooms = ("config", "storage", "metrics", "trial", "speed", "data", "experiment", "comparison", "serving", "pages")
+    rooms = ("config", "storage", "metrics", "adapters", "trial", "speed", "data", "experiment")
+    rooms += ("comparison", "serving", "pages")
     needed = {name for name in copied if ("/" not in name and name.endswith(".py")) or name.startswith(rooms)}
     assert needed | {"startup-hook.sh", "requirements.txt", "inference.yaml", *own, *made} <= uploaded
     assert not uploaded & {*generated, *written}
@@ -194,6 +196,24 @@ def test_startup_hook_installs_what_is_missing_and_keeps_torch(tmp_path):
         "startup-hook.sh: could not install something-missing>=1 wants-another (pip says why, above)"
     )
     assert not target.exists()
+
+
+def test_startup_hook_installs_bitsandbytes_for_4_bits_alone(tmp_path):
+    """And not again if it is there, such as in an image that has it."""
+    (tmp_path / "requirements.txt").write_text("torch>=2.6\n")
+    wheel(tmp_path / "wheels", "bitsandbytes", "0.50.2")
+    target = tmp_path / "target"
+    settings = {"PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_TARGET": str(target)}
+    settings["PYTHONPATH"] = f"{target}:{REPO}"
+    for hparams in ({}, {"load_in_4bit": False, "lora": {"r": 8}}, {"load_in_4bit": None}):
+        hook = run_hook(tmp_path, DET_HPARAMS=json.dumps(hparams), **settings)
+        assert (hook.stdout.strip(), target.exists()) == ("done", False), hook.stderr
+    hook = run_hook(tmp_path, DET_HPARAMS='{"load_in_4bit": true, "lora": {}}', **settings)
+    assert hook.stdout.strip() == "done", hook.stderr
+    assert "bitsandbytes-0.50.2.dist-info" in {path.name for path in target.iterdir()}
+    (target / "pip.py").write_text("raise SystemExit('pip was started')")
+    hook = run_hook(tmp_path, DET_HPARAMS='{"load_in_4bit": true}', **settings)
+    assert (hook.stdout.strip(), hook.stderr) == ("done", "")
 
 
 def test_startup_hook_refuses_an_image_with_an_old_torch(tmp_path):

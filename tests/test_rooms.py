@@ -16,6 +16,7 @@ FLOORS = [
     {"dataset_utils"},
     {"speed", "data"},
     {"trial"},
+    {"adapters"},
     {"metrics"},
     {"storage"},
     {"config"},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from config.cluster_names import is_cluster_name
 from errors import TemporaryError, UserError, about, one_line, os_errors_of, reading
+from storage.adapter_chains import CONFIG as ADAPTER_CONFIG
 from storage.adapter_chains import find_base, is_adapter, read_chain
 from storage.checkpoints import find_checkpoint_here
 from storage.files import refuse_special_files
@@ -117,7 +118,8 @@ def _meant(folder: Path) -> str:
     saved = [event["uuid"] for event in read_events(folder / "events.jsonl") if event["kind"] == "checkpoint"]
     if saved:
         return f"; the latest checkpoint of the trial in it is {saved[-1]}"
-    models = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("*/*/config.json")))
+    configs = [*folder.glob("*/*config.json"), *folder.glob("*/*/*config.json")]
+    models = sorted(path.parent for path in configs if path.name in ("config.json", ADAPTER_CONFIG))
     return f"; {models[-1]} is one" if models else ""
 
 

@@ -10,13 +10,20 @@ from types import SimpleNamespace
 
 import determined as det
 import pytest
+from adapter_folders import save_adapter
 from determined.common.storage import SharedFSStorageManager
 from transformers import AutoTokenizer
 
 from chat_format import set_chat_format
 from errors import UserError
 from storage import manifests
-from storage.checkpoints import download_ckpt, is_model_file, local_checkpoint, local_checkpoint_storage
+from storage.checkpoints import (
+    cached_checkpoint,
+    download_ckpt,
+    is_model_file,
+    local_checkpoint,
+    local_checkpoint_storage,
+)
 from storage.manifests import hash_files, write_manifest
 from trial.models import load_model_and_tokenizer
 
@@ -150,9 +157,29 @@ def test_a_wrong_checkpoint_gives_one_clear_line(core_context, tmp_path):
             local_checkpoint(ckpt_uuid, "model_ckpt")
 
 
+def test_what_an_adapter_stands_on_is_downloaded_too(checkpoint, core_context, tmp_path):
+    """The files of its trial that are not needed to load it are not."""
+    below = local_checkpoint(checkpoint, "test")
+    save_adapter(tmp_path / "adapter" / "checkpoint-2", below, checkpoint=checkpoint)
+    (tmp_path / "adapter" / "checkpoint-2" / "optimizer.pt").write_bytes(b"x")
+    adapter = core_context.checkpoint.upload(tmp_path / "adapter", {"steps_completed": 2}, shard=True)
+    folder = Path(download_ckpt(adapter, core_context))
+    assert not (folder / "optimizer.pt").exists()
+    load_model_and_tokenizer(str(folder), weights=False)
+    shutil.rmtree(local_checkpoint_storage() / checkpoint)
+    assert download_ckpt(adapter, core_context) == str(folder)
+    load_model_and_tokenizer(str(folder), merge=False)
+    shutil.rmtree(cached_checkpoint(checkpoint))
+    with pytest.raises(UserError, match=f"model_ckpt {adapter}: its base {checkpoint}: no such checkpoint in the st"):
+        download_ckpt(adapter, core_context)
+
+
 @pytest.mark.parametrize(
     ("path", "taken"),
     [
+        ("checkpoint-9/adapter_model.safetensors", True),
+        ("checkpoint-9/adapter_config.json", True),
+        ("checkpoint-9/stands_on/0/adapter_model.safetensors", True),
         ("checkpoint-9/model-00001-of-00002.safetensors", True),
         ("checkpoint-9/model.safetensors.index.json", True),
         ("checkpoint-9/chat_template.jinja", True),

@@ -3,9 +3,12 @@
 import shutil
 
 import pytest
+import torch
+from adapter_folders import save_adapter
 
 import inference
 from errors import TemporaryError, UserError
+from storage.checkpoints import cached_checkpoint
 from storage.cluster_checkpoints import cluster_checkpoint, settled_checkpoint, trial_checkpoints
 from storage.manifests import hash_files, write_manifest
 from trial.models import load_model_and_tokenizer
@@ -137,3 +140,32 @@ def test_a_local_uuid_that_is_not_here_may_be_on_a_cluster(call, tmp_path, monke
     (tmp_path / name).mkdir()
     _, _, err = call(inference.main, "--model", f"m={name}")
     assert err == f"error: --model m {name}: the checkpoint holds no model weights (*.safetensors)\n"
+
+
+@pytest.fixture
+def adapted(master, save, saved):
+    """A checkpoint of a trial with lora that started from one with all weights; returns its UUID."""
+    below = next((master.storage / saved["b"]).iterdir())
+    return save(2, 9, make=lambda folder: save_adapter(folder, below, checkpoint=saved["b"]))
+
+
+def test_what_an_adapter_stands_on_is_downloaded_with_it(master, saved, adapted):
+    folder = cluster_checkpoint(f"ckpt:{adapted}", "--model m")
+    assert files_of(folder) >= {"adapter_model.safetensors", "adapter_config.json", "trial.json"}
+    assert {path.name for path in cached_checkpoint(saved["b"]).glob("*/*")} >= {"model.safetensors", "config.json"}
+    model, _ = load_model_and_tokenizer(str(folder))
+    master.server.shutdown()
+    shutil.rmtree(master.storage)
+    assert cluster_checkpoint(f"ckpt:{adapted}", "--model m") == folder
+    again, _ = load_model_and_tokenizer(str(folder))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_an_adapter_whose_base_is_gone_is_one_line(master, saved, adapted):
+    master.trials[1].deleted.add(saved["b"])
+    message = f"--model m ckpt:{adapted}: its base ckpt:{saved['b']}: the checkpoint is deleted"
+    with pytest.raises(UserError, match=message):
+        cluster_checkpoint(f"ckpt:{adapted}", "--model m")
+    folder = str(next(cached_checkpoint(adapted).glob("checkpoint-*")))
+    with pytest.raises(UserError, match=f"it is an adapter on the checkpoint {saved['b']}: no such checkpoint in"):
+        load_model_and_tokenizer(folder)
