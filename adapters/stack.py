@@ -87,7 +87,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
     """Return a model with a new adapter on it, which changes nothing yet; everything else is frozen.
 
     `stands_on` is the model's UUID, folder or hub id, for the adapter's checkpoints. `seed` draws its first weights,
-    which are float32. Raises `UserError` if its target modules are not in the model.
+    which are float32. Raises `UserError` if its target modules are not in the model, or at an end of it.
     """
     config.base_model_name_or_path = stands_on
     config.revision = getattr(model.config, "_commit_hash", None) if not isinstance(model, AdapterStack) else None
@@ -101,7 +101,12 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
         else:
             model.add_adapter(OWN, config)
         model.set_adapter(OWN)
-    output: Any = base_model(model).get_output_embeddings()
+    base = base_model(model)
+    output: Any = base.get_output_embeddings()
+    if isinstance(output, LoraLayer) or isinstance(base.get_input_embeddings(), LoraLayer):
+        # TRL reads the output layer's weights alone; and a merge would change both ends of tied embeddings.
+        remedy = "leave them out, or name them in exclude_modules"
+        raise UserError(f"hyperparameters.lora.target_modules: embeddings and output layer take no adapter; {remedy}")
     if isinstance(output, TrainableTokensWrapper):
         # TRL (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
         output.bias = output.original_module.bias

@@ -64,3 +64,13 @@ def test_dpo_with_dora_starts_at_its_reference(train, dpo_config, tiny):
     changes = few_pairs(tiny) | FAST | {"hyperparameters__lora": LORA | {"use_dora": True}}
     (first, *_) = train(dpo_finetune, dpo_config, **changes)["training"]
     assert first["metrics"]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_an_adapter_at_either_end_is_refused(call, write_config, sft_config, tmp_path, end):
+    """One of the output layer would never learn, and one of tied embeddings answer otherwise once it is merged."""
+    lora = LORA | {"target_modules": ["q_proj", end]}
+    path = write_config(sft_config, hyperparameters__lora=lora, hyperparameters__chat_tokens=None)
+    status, _, err = call(sft_finetune.main, "--config", path, "--output", tmp_path / "out")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error: hyperparameters.lora.target_modules: embeddings and output layer take no adapter; ")

@@ -99,7 +99,8 @@ def test_dpo_learns_what_trl_and_peft_do(
 ):
     """From an SFT adapter; TRL and peft have it merged."""
     sft = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=LORA)
-    changes = {"hyperparameters__precompute_ref_log_probs": precompute, **(ACCUMULATED if precompute else {})}
+    changes = dict(ACCUMULATED) if precompute else {f"{ARGS}activation_checkpointing": True}
+    changes |= {"hyperparameters__precompute_ref_log_probs": precompute}
     changes |= {"hyperparameters__lora": LORA | {"r": 2}, "hyperparameters__model_ckpt": uuid_of(sft)}
     train(dpo_finetune, dpo_config, output="dpo", **few_pairs(tiny), **changes)
     restore_fused_head(monkeypatch)
