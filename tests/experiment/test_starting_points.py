@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from adapter_folders import save_adapter
 from conftest import REPO
 
 import inference
@@ -117,6 +118,34 @@ def test_a_dry_run_from_a_clusters_checkpoint(
     status, _, err = call(local_experiment.main, config, "--dry-run", "--config", f"{MODEL_CKPT}=exp:2")
     assert (status, err.count("\n")) == (2, 1)
     assert "exp:2: the experiment has no checkpoint yet that was validated" in err
+
+
+def test_a_dry_run_from_a_clusters_adapter(call, write_config, dpo_config, master, save, saved, tiny, tmp_path):
+    """It is small, so it is downloaded; of the checkpoint below it only what is small. A base may be a container's."""
+    below = next((master.storage / saved["b"]).iterdir())
+    tokens = {"chat_tokens": {"add_chat_tokens": True}}
+    on_checkpoint = save(2, 9, make=lambda folder: save_adapter(folder, below, checkpoint=saved["b"], **tokens))
+    on_folder = save(2, 10, make=lambda folder: save_adapter(folder, tiny / "base", **tokens))
+    file = master.storage / on_folder / "checkpoint-10" / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(tiny), "/inside"))
+    (below / "model.safetensors").write_bytes(b"not to be read")
+    for uuid, lora in [(on_checkpoint, {"r": 2}), (on_checkpoint, None), (on_folder, {"r": 2})]:
+        mounts = [{"host_path": str(tiny), "container_path": "/inside"}]
+        changes = {"hyperparameters__model_ckpt": f"ckpt:{uuid}", "hyperparameters__lora": lora, "bind_mounts": mounts}
+        status, out, err = call(local_experiment.main, write_config(dpo_config, **changes), "--dry-run")
+        assert status == 0, err
+        shown = " ".join(out.split())
+        assert "<|im_end|> is 1 token" in shown
+        assert "shown with the tokenizer of" not in shown
+        assert "Estimated peak memory" in shown
+
+    # Where nobody has the base: as the trial began.
+    master.trials[2].hparams = {"model_name": str(tiny / "base"), **tokens}
+    config = write_config(dpo_config, hyperparameters__model_ckpt=f"ckpt:{on_folder}")
+    status, out, err = call(local_experiment.main, config, "--dry-run")
+    assert status == 0, err
+    assert "it is an adapter on /inside/base, which is not here" in " ".join(out.split())
+    assert "<|im_end|> is 1 token" in " ".join(out.split())
 
 
 def test_a_dry_run_says_what_only_containers_see(call, write_config, dpo_config, tiny, tmp_path):
