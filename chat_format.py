@@ -215,6 +215,7 @@ def start_new_rows(model: PreTrainedModel, old_size: int, new_size: int) -> None
     """Make the rows of the embeddings from `old_size` on the mean of those before, of which `new_size` are needed."""
     import torch
 
+    old_size = min(old_size, cast(int, model.get_input_embeddings().num_embeddings))  # a tokenizer may have more tokens
     if new_size > cast(int, model.get_input_embeddings().num_embeddings):
         # mean_resizing would draw the rows from a normal distribution around the mean; we want the mean itself.
         model.resize_token_embeddings(new_size, pad_to_multiple_of=64, mean_resizing=False)

@@ -19,11 +19,9 @@ from transformers import PreTrainedModel
 
 from adapters.saved import read_adapter
 from adapters.targets import check_targets
+from config.lora import OWN, REFERENCE
 from errors import UserError, reading
 from storage.adapter_chains import copy_below
-
-OWN = "default"  # peft's name for it, which saves it at the top of a checkpoint
-REFERENCE = "ref"  # TRL's name
 
 
 class AdapterStack(PeftModelForCausalLM):

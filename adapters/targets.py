@@ -10,10 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from config.lora import ALL_LINEAR, KEY
 from errors import UserError, nearest
-
-KEY = "hyperparameters.lora"
-ALL_LINEAR = "all-linear"
 
 
 def check_targets(model: PreTrainedModel, config: LoraConfig) -> None:

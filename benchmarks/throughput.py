@@ -343,7 +343,7 @@ def print_table(kind: str, args: argparse.Namespace, medians: dict[str, dict[str
     print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for name, median in medians.items():
         print(f"| {name} | " + " | ".join(form.format(median.get(key) or 0) for key, form in columns.values()) + " |")
-    for ours in OURS.keys() & medians.keys():
+    for ours in filter(medians.__contains__, OURS):
         alike = [name for name in TRL_ARGUMENTS.keys() & medians.keys() if ("lora" in name) == ("lora" in ours)]
         best = max(alike, key=lambda name: medians[name]["tokens_per_second"], default=None)
         for other in filter(None, (best, "ours" if ours != "ours" and "ours" in medians else None)):

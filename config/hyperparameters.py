@@ -1,5 +1,6 @@
 """The hyperparameters of SFT and DPO experiments, checked before anything is loaded or written."""
 
+import logging
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
+logger = logging.getLogger(__name__)
 DEFAULT_SPLIT_SEED = 42
 DEFAULT_EVAL_RATIO = 0.2
 DEFAULT_BETA = 0.1  # TRL's
@@ -139,8 +141,9 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         if self.lora is None:
             return
         self.lora_config = build_lora_config(self.lora)
+        # (With one process there is no FSDP: it has been left out.)
         for name, remedy in (("fsdp", "set it to false, and fsdp_config to null"), ("deepspeed", "leave it out")):
-            if self.training_args.get(name):
+            if getattr(self.args, name) or (name == "deepspeed" and self.training_args.get(name)):
                 why = "each GPU holds all of a frozen base, and little more"
                 raise UserError(f".training_args.{name} has no use with lora: {why}; {remedy}")
 
@@ -173,12 +176,21 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         given: Any = self.args.model_init_kwargs or {}  # TRL has made a mapping of JSON text
         kwargs = {**given, "trust_remote_code": self.args.trust_remote_code}
         if self.lora_config is not None:
-            kwargs.setdefault("dtype", self.computed_dtype)
+            kwargs.pop("torch_dtype", None)  # another name for dtype
+            kwargs["dtype"] = self.base_dtype
         if self.load_in_4bit:
             from config.lora import build_quantization
 
             kwargs["quantization_config"] = build_quantization(self.computed_dtype)
         return kwargs
+
+    @property
+    def base_dtype(self) -> "torch.dtype":
+        """The type of the weights under an adapter: autocast's, or float32 where `model_init_kwargs` say so."""
+        import torch
+
+        given: Any = self.args.model_init_kwargs or {}
+        return torch.float32 if given.keys() & {"dtype", "torch_dtype"} else self.computed_dtype
 
     def shown_values(self) -> dict[str, Any]:
         """Return what anyone may see of the hyperparameters: numbers, switches and names of choices, no text."""
@@ -302,6 +314,9 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
         self.set_lora()
         if self.lora_config is not None and self.args.sync_ref_model:  # TRL refuses it once the model is loaded
             raise UserError(".training_args.sync_ref_model: with lora the reference is the model under the adapter")
+        if self.lora_config is not None and self.lora_config.lora_dropout and self.args.disable_dropout:
+            remedy = "for it set training_args.disable_dropout: false"
+            logger.warning("lora.lora_dropout has no effect: DPO switches dropout off; %s", remedy)
 
     @property
     def sources(self) -> list[DataSource]:

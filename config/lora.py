@@ -33,6 +33,9 @@ def _check_start(value: bool | str) -> bool | str:
 
 
 KEY = "hyperparameters.lora"
+ALL_LINEAR = "all-linear"
+OWN = "default"  # peft's name of the adapter that is trained, which it saves at the top of a checkpoint
+REFERENCE = "ref"  # TRL's name of a copy of it from before DPO's training, which adds nothing to the model
 OUR_OWN = "it is set for you"
 CHANGES_BASE = "it changes the base's own weights, which a checkpoint does not hold"
 NOT_MERGED = "no export or comparison could merge such an adapter"
@@ -93,7 +96,7 @@ def build_lora_config(values: dict[str, Any]) -> LoraConfig:
     if "layers_pattern" in checked and "layers_to_transform" not in checked:
         raise UserError(f"{KEY}.layers_pattern has no effect without layers_to_transform")
     with reading(KEY):
-        return LoraConfig(**{"target_modules": "all-linear"} | checked, task_type=TaskType.CAUSAL_LM)
+        return LoraConfig(**{"target_modules": ALL_LINEAR} | checked, task_type=TaskType.CAUSAL_LM)
 
 
 def build_quantization(dtype: torch.dtype) -> "BitsAndBytesConfig":

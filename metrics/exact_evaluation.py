@@ -22,6 +22,7 @@ from datasets import Dataset, concatenate_datasets
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
+from config.lora import REFERENCE
 from metrics.evaluations import Evaluations, LogRatios, preference_losses
 
 PAIR = "pair"  # a column of held-out pairs and a tensor of their batches: a pair's place among them
@@ -158,7 +159,7 @@ class ExactDPOTrainer(ExactEvaluation, DPOTrainer):
     def _run_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if self.ref_model is not None:
             return self._run(self.ref_model, inputs)
-        with use_adapter(self.accelerator.unwrap_model(self.model), "ref"):  # TRL's name for an untrained adapter
+        with use_adapter(self.accelerator.unwrap_model(self.model), REFERENCE):
             return self._run(self.model, inputs)
 
     def _run(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

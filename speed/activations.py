@@ -20,7 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from adapters.stack import OWN, AdapterStack, lora_layers
+from adapters.stack import AdapterStack, lora_layers
+from config.lora import OWN
 from speed.padding_free import ATTENTION, FlatBatch, Segment, can_remove_padding
 
 logging.getLogger(FakeTensorMode.__module__).disabled = True  # it would report what `formula_bytes` handles

@@ -47,7 +47,7 @@ def describe_precision(hparams: Any, model: PreTrainedModel) -> list[str]:
     if hparams.lora_config is None:
         return [f"{autocast} autocast" + " over float32 weights" * (autocast == "bf16") if autocast else "float32"]
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    base = "4 bits (NF4)" if hparams.load_in_4bit else autocast or "float32"
+    base = "4 bits (NF4)" if hparams.load_in_4bit else str(hparams.base_dtype).removeprefix("torch.")
     return [f"LoRA: {trained:,} float32 parameters on a frozen base in {base}"]
 
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import patch
 
-import trl.trainer.dpo_trainer
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel
@@ -45,8 +45,8 @@ class TokenizedDPOTrainer(ExactDPOTrainer):
     def __init__(self, trial: "Trial", **kwargs: Any) -> None:
         self.trial = trial
         self.reference_seconds: dict[str, float] = {}  # by split; a pass that was found in the cache is not in it
-        trl.trainer.dpo_trainer.hash_module = hash_reference  # type: ignore[assignment]
-        super().__init__(**kwargs)
+        with patch("trl.trainer.dpo_trainer.hash_module", hash_reference):
+            super().__init__(**kwargs)
         if self.precompute_ref_logps:
             splits = " and ".join(self.reference_seconds)
             seconds = sum(self.reference_seconds.values())

@@ -50,6 +50,8 @@ def is_adapter(folder: Path) -> bool:
 def read_chain(folder: Path) -> Chain:
     """Return what an adapter's folder stands on. Raises `UserError` if a file is missing or damaged, or of no LoRA."""
     below = [path for path in (folder / BELOW).glob("*") if path.name.isdecimal()]
+    if {int(path.name) for path in below} != {*range(len(below))}:
+        raise UserError(f"{folder / BELOW}: an adapter is missing; it has {', '.join(sorted(p.name for p in below))}")
     adapters = [*sorted(below, key=lambda path: int(path.name)), folder]
     configs = [_read_config(adapter) for adapter in adapters]
     base = configs[0].get("base_model_name_or_path")

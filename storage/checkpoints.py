@@ -164,5 +164,5 @@ def model_identity(source: str) -> list[Any]:
     if is_adapter(folder):
         chain = read_chain(folder)
         base = find_base(chain, find_checkpoint_here)
-        identity += [chain.base, chain.revision] if is_uuid(chain.base) else model_identity(base)
+        identity += [chain.base] if is_uuid(chain.base) else model_identity(base)
     return identity or [source]

@@ -26,7 +26,7 @@ class Origin:
     beta: Beta | None  # of DPO; None for SFT
     data_seed: int  # draws the samples and what is held out
     sources: list[DataSource]  # the rows that were trained on or held out
-    load_in_4bit: bool = False  # whether the weights under its adapter were rounded to 4 bits
+    rounded_from: str | None = None  # the type of the weights that were rounded to 4 bits under its adapter, if so
     base_weights: str | None = None  # `weights_identity` of the folder under its adapter; None for a hub id or UUID
     hyperparameters: dict[str, Any] = field(default_factory=dict)  # as the YAML has them
 

@@ -98,11 +98,18 @@ class Trial(Generic[Hyperparameters]):
         """Set what checkpoints will say of the training: see `Origin` for the arguments."""
         hparams = self.hparams
         beta = getattr(hparams.args, "beta", None)
-        sources, shown = hparams.sources, hparams.shown_values()
         folder = Path(base or "", hparams.model_init_kwargs.get("subfolder") or "")
         stands_on_it = hparams.lora_config is not None and base and model_ckpt is None and folder.is_dir()
-        under = weights_identity(folder) if stands_on_it else None
-        self.origin = Origin(base, model_ckpt, beta, hparams.split_seed, sources, hparams.load_in_4bit, under, shown)
+        self.origin = Origin(
+            base=base,
+            model_ckpt=model_ckpt,
+            beta=beta,
+            data_seed=hparams.split_seed,
+            sources=hparams.sources,
+            rounded_from=str(hparams.base_dtype).removeprefix("torch.") if hparams.load_in_4bit else None,
+            base_weights=weights_identity(folder) if stands_on_it else None,
+            hyperparameters=hparams.shown_values(),
+        )
 
     @property
     def starting_checkpoint(self) -> str | None:

@@ -14,7 +14,8 @@ from storage.checkpoints import find_checkpoint_here
 from storage.files import refuse_special_files
 from storage.hub import check_hub_id, looks_like_path, no_such, quiet_lookup
 from storage.manifests import check_files
-from storage.origins import read_origin
+from storage.origins import FILE as ORIGIN
+from storage.origins import Origin, read_origin
 from trial.events import read_events
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def load_model_and_tokenizer(
 
     given = {name: value for name, value in model_init_kwargs.items() if name not in ("revision", "subfolder")}
     dtype = given.get("dtype", torch.float32)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a YAML has its name
     if merge:
         given["dtype"] = torch.float32  # in which nothing of an adapter is lost
     with about(what):
@@ -158,9 +160,9 @@ def load_model_and_tokenizer(
             given["revision"] = chain.revision
         model, tokenizer = _load_whole_model(base, "its base", weights, own_tokenizer, **given)
         # What one adapter was trained on is what all above it stand on.
-        rounded = any(origin and origin.load_in_4bit for origin in map(read_origin, chain.adapters))
-        if weights and rounded and "quantization_config" not in given:
-            round_to_4bit(model)
+        rounded_from = next((o.rounded_from for o in map(_read_origin, chain.adapters) if o and o.rounded_from), None)
+        if weights and rounded_from and "quantization_config" not in given:
+            round_to_4bit(model, getattr(torch, rounded_from))
         if not merge:
             model = cast(Any, stack_adapters(model, chain.adapters))
         elif weights:
@@ -173,6 +175,13 @@ def load_model_and_tokenizer(
     _mend_generation_config(model, what)
     _check_fit(base_model(model), tokenizer, what)
     return model, tokenizer
+
+
+def _read_origin(adapter: Path) -> Origin | None:
+    origin = read_origin(adapter)
+    if origin is None and (adapter / ORIGIN).exists():
+        raise UserError(f"{adapter / ORIGIN} is damaged: it says whether the weights under the adapter had 4 bits")
+    return origin
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -216,6 +225,8 @@ def _load_whole_model(
                 with torch.device("meta"):
                     dtype = model_init_kwargs.get("dtype", torch.float32)
                     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust, **attention)
+            if getattr(model, "_hf_peft_config_loaded", False):  # transformers has followed its adapter_config.json
+                raise ValueError("it is an adapter on the hub: download it (hf download), and give its folder")
     except UserError as error:
         if "ignore_mismatched_sizes" in str(error):
             raise UserError(f"{what}: its weights have other shapes than its config.json says") from error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from chat_format import set_chat_format
 from config.hyperparameters import Hyperparameters
+from errors import UserError
 from storage.adapter_chains import name_base
 from trial.models import load_model_and_tokenizer
 
@@ -45,5 +46,7 @@ def load_policy(
         tied = len(ends) == 1  # then peft has the output layer follow the embeddings
         lora.trainable_token_indices = {name.rpartition(".")[2]: new for name in (names[:1] if tied else names)}
     folder = Path(source, kwargs.get("subfolder") or "")
+    if kwargs.get("subfolder") and not folder.is_dir():
+        raise UserError("model_init_kwargs.subfolder: an adapter cannot stand on a part of a hub's model; download it")
     stands_on = checkpoint or (name_base(folder) if folder.is_dir() else source)
     return add_adapter(model, lora, stands_on, hparams.args.seed), tokenizer

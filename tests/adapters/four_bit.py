@@ -94,7 +94,7 @@ def test_sft_and_dpo(train, trainers, sft_config, dpo_config, tiny, base, monkey
         assert merged.dtype == torch.float32
         assert distance(logits_of(merged), expected) < 0.02
         with monkeypatch.context() as patch:
-            patch.setattr("adapters.four_bit.round_to_4bit", lambda model: None)
+            patch.setattr("adapters.four_bit.round_to_4bit", lambda model, held_in: None)
             unrounded, _ = load_model_and_tokenizer(str(folder_of(reports)))
         assert distance(logits_of(unrounded), expected) > 0.05
     assert Gradients.types == {torch.float32}

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig
 
-from adapters.stack import OWN, add_adapter
+from adapters.stack import add_adapter
 from config.experiment import expand_trials, read_experiment_config, varying_hyperparameters
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
-from config.lora import REFUSED, TAKEN, build_lora_config, check_4bit
+from config.lora import OWN, REFUSED, TAKEN, build_lora_config, check_4bit
 from config.trying_out import training_elsewhere
 from errors import UserError
 from trial.models import load_model_and_tokenizer
@@ -114,7 +114,6 @@ def test_overrides_reach_into_the_block(sft_config, write_config):
             r"hyperparameters.load_in_4bit needs a GPU; leave it out to train on a CPU",
         ),
         ({"load_in_4bit": 1, "lora": {}}, r"hyperparameters.load_in_4bit is 1, which is not true or false"),
-        ({"lora": {}, "training_args": {"fsdp": True}}, r"hyperparameters.training_args.fsdp has no use with lora"),
         (
             {"training_args": {"model_init_kwargs": {"load_in_4bit": True}}},
             r"training_args.model_init_kwargs.load_in_4bit: set lora and load_in_4bit: true in its place",
@@ -128,6 +127,13 @@ def test_what_does_not_go_with_lora_is_one_line(values, message):
         return
     with pytest.raises(UserError, match=message):
         parse_hyperparameters(DPOHyperparameters, {**DPO, **values})
+
+
+def test_fsdp_is_refused_where_there_is_something_to_shard():
+    hparams = sft(lora={}, training_args={"fsdp": True})  # one process, which leaves it out
+    hparams.args.fsdp = ["full_shard"]
+    with pytest.raises(UserError, match=r"training_args.fsdp has no use with lora"):
+        hparams.set_lora()
 
 
 def test_deepspeed_is_refused_also_where_it_is_installed(monkeypatch):
