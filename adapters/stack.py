@@ -7,6 +7,9 @@ SFT's adapter stays as it was saved while DPO trains its own above it: no merge 
 DPO starts exactly where SFT ended.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,7 +95,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
     _check_alone(model, config)
     check_targets(base_model(model), config)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with reading("hyperparameters.lora"), torch.random.fork_rng(devices):
+    with _reading("hyperparameters.lora"), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         if not isinstance(model, AdapterStack):
             model = AdapterStack(model, config, OWN)
@@ -109,6 +112,13 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
         # TRL (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
         output.bias = output.original_module.bias
     return model
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn what peft raises into a `UserError` about `what`; what it warns of is for authors, not users."""
+    with reading(what), warnings.catch_warnings(action="ignore"):
+        yield
 
 
 def _check_alone(model: PreTrainedModel | AdapterStack, config: LoraConfig) -> None:
@@ -128,7 +138,7 @@ def stack_adapters(model: PreTrainedModel, adapters: list[Path]) -> AdapterStack
     stack: AdapterStack | None = None
     for number, folder in enumerate(adapters):
         name = f"below_{number}"
-        with reading(str(folder)):
+        with _reading(str(folder)):
             config, weights = read_adapter(model, folder)
             if stack is None:
                 stack = AdapterStack(model, config, name)
@@ -154,7 +164,7 @@ def stack_adapters(model: PreTrainedModel, adapters: list[Path]) -> AdapterStack
 def merge_adapters(model: PreTrainedModel, adapters: list[Path]) -> PreTrainedModel:
     """Return `model` with saved adapters merged into its weights, one after another. Raises `UserError`."""
     for folder in adapters:
-        with reading(str(folder)):
+        with _reading(str(folder)):
             model = stack_adapters(model, [folder]).merge_and_unload()
     return model
 

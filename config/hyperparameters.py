@@ -305,6 +305,8 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
             check_checkpoint_name(self.model_ckpt, ".model_ckpt")
             self.checkpoint = self.model_ckpt
             self.start_message = f"DPO starts from checkpoint {self.model_ckpt}"
+        if self.lora is not None and self.training_args.get("sync_ref_model"):  # which TRL refuses late
+            raise UserError(".training_args.sync_ref_model: with lora the reference is the model under the adapter")
         from config.training_args import build_dpo_config  # torch and TRL: only once everything else is right
 
         own = {name: (name, getattr(self, name)) for name in ("max_length", "precompute_ref_log_probs")}
@@ -312,8 +314,6 @@ class DPOHyperparameters(TrainingHyperparameters["DPOConfig"]):
         self.args = build_dpo_config(self.training_args, own)
         self.check_metric()
         self.set_lora()
-        if self.lora_config is not None and self.args.sync_ref_model:  # TRL refuses it once the model is loaded
-            raise UserError(".training_args.sync_ref_model: with lora the reference is the model under the adapter")
         if self.lora_config is not None and self.lora_config.lora_dropout and self.args.disable_dropout:
             remedy = "for it set training_args.disable_dropout: false"
             logger.warning("lora.lora_dropout has no effect: DPO switches dropout off; %s", remedy)

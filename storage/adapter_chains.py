@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config.validation import is_uuid
-from errors import UserError, about
+from errors import UserError, about, os_errors_of
 from storage.files import BUNDLE, is_object, read_json
 from storage.hub import looks_like_path, no_such
 from storage.identities import weights_identity
@@ -87,7 +87,7 @@ def find_base(chain: Chain, find: Callable[[str], Path]) -> str:
     what = f"it is an adapter on {chain.base}, which"
     if is_uuid(chain.base):
         folder = find(chain.base)
-    elif (folder := BUNDLE / chain.base).is_dir():
+    elif _is_folder(folder := BUNDLE / chain.base):
         origin = read_origin(chain.adapters[0])
         if origin and origin.base_weights and origin.base_weights != weights_identity(folder):
             raise UserError(f"{what} has other weights now than in its training")
@@ -98,6 +98,11 @@ def find_base(chain: Chain, find: Callable[[str], Path]) -> str:
     if is_adapter(folder):
         raise UserError(f"{what} is itself an adapter; a copy of it belongs into {chain.adapters[0] / BELOW / '0'}")
     return str(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    with os_errors_of("the name of its base"):  # which may be too long
+        return path.is_dir()
 
 
 def name_base(folder: Path) -> str:

@@ -18,6 +18,7 @@ from chat_format import (
     plain_text,
     read_answer,
     set_chat_format,
+    start_new_rows,
 )
 from errors import UserError
 
@@ -267,3 +268,13 @@ def test_a_tokenizer_without_eos_is_refused(model, tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         set_chat_format(model, tokenizer)
+
+
+def test_new_rows_do_not_depend_on_chance_where_a_tokenizer_is_larger_than_its_model(model):
+    """As in Gemma 3's text models: the row of a token that the model never had is drawn by nobody."""
+    rows = model.get_input_embeddings().num_embeddings
+    weight = model.get_input_embeddings().weight.detach().clone()
+    start_new_rows(model, rows + 1, rows + 3)
+    new = model.get_input_embeddings().weight[rows:]
+    assert len(new) >= 3
+    assert torch.allclose(new, weight.mean(dim=0).expand_as(new))

@@ -54,6 +54,15 @@ def test_dpo_yaml_is_the_published_grid():
     assert parsed[0].args.precompute_ref_log_probs
 
 
+@pytest.mark.parametrize(("name", "cls"), [("sft.yaml", SFTHyperparameters), ("dpo.yaml", DPOHyperparameters)])
+def test_the_yamls_lora_lines_are_all_it_takes_for_one_card(tmp_path, name, cls):
+    text = (REPO / name).read_text(encoding="utf-8").replace("\n  # lora: ", "\n  lora: ")
+    (tmp_path / "lora.yaml").write_text(text.replace("slots_per_trial: 2", "slots_per_trial: 1"))
+    trial, *_ = expand_trials(read_experiment_config(str(tmp_path / "lora.yaml")))
+    hparams = parse_hyperparameters(cls, trial | ({"model_ckpt": "exp:12"} if name == "dpo.yaml" else {}))
+    assert hparams.lora_config.r == 16
+
+
 @pytest.mark.parametrize("name", ["sft.yaml", "dpo.yaml", "examples/tiny/sft.yaml", "examples/tiny/dpo.yaml"])
 def test_yamls_open_with_the_command_that_runs_them(name):
     opening = (REPO / name).read_text().split("\nname:")[0]

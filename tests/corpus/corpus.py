@@ -9,6 +9,7 @@ from typing import Any
 
 import config_cases
 import input_cases
+import lora_cases
 import option_cases
 import state_cases
 import trainer_cases
@@ -17,6 +18,7 @@ from states import ENDS, difference_at_end, make_states
 
 AREAS: dict[str, list[Case]] = {
     "config": [*config_cases.CASES, *trainer_cases.CASES],
+    "lora": lora_cases.CASES,
     "input": input_cases.CASES,
     "ckpt": state_cases.CASES,
     "options": option_cases.CASES,

@@ -1,7 +1,7 @@
 """Every bad input ends within ten seconds in one line that names it, and nothing is written.
 
-The suite runs every third case of `config`, every second of `input` and `options`, and every fifth of `ckpt`. All run
-if the environment variable CORPUS is set, or with `python tests/corpus/run.py`.
+The suite runs every third case of `config`, every second of `input` and `options`, and every fifth of `ckpt` and
+`lora`. All run if the environment variable CORPUS is set, or with `python tests/corpus/run.py`.
 """
 
 import os
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from corpus import ALL, AREAS, Bench, describe
 
-EVERY = {"config": 3, "input": 2, "options": 2, "ckpt": 5}
+EVERY = {"config": 3, "input": 2, "options": 2, "ckpt": 5, "lora": 5}
 CHOSEN = [case.id for area, cases in AREAS.items() for case in cases[:: 1 if os.environ.get("CORPUS") else EVERY[area]]]
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,31 @@ def test_the_identity_of_an_adapter_is_also_what_it_stands_on(folder, tiny, tmp_
     assert [each for each in before if each not in moved] == [each for each in before if each[0] == CONFIG]
     change(base, "config.json", rms_norm_eps=1e-3)
     assert model_identity(str(folder)) != moved
+
+
+def test_an_adapter_that_is_missing_in_a_chain_is_noticed(tiny, tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    save_adapter(folder, tiny / "base")
+    for number in (0, 2):
+        save_adapter(folder / BELOW / str(number), tiny / "base")
+    with pytest.raises(UserError, match=r"stands_on: an adapter is missing; it has 0, 2"):
+        load_model_and_tokenizer(str(folder))
+
+
+def test_a_merged_model_takes_the_dtype_that_a_yaml_names(ours):
+    model, _ = load_model_and_tokenizer(str(ours[0]), dtype="float32")
+    assert torch.allclose(answers(model, NEW_IDS), ours[1], atol=1e-4)
+
+
+def test_an_adapter_trained_on_4_bits_is_not_read_on_other_weights(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-1"
+    save_adapter(folder, tiny / "base")
+    (folder / ORIGIN).write_text(
+        (folder / ORIGIN).read_text().replace('"rounded_from": null', '"rounded_from": "bfloat16"')
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(UserError, match=r"trained on weights of 4 bits, which needs a package: pip install 'bitsandb"):
+        load_model_and_tokenizer(str(folder))
+    (folder / ORIGIN).write_text("{")
+    with pytest.raises(UserError, match=r"trial.json is damaged"):
+        load_model_and_tokenizer(str(folder))
