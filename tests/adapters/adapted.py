@@ -11,6 +11,8 @@ from storage.checkpoints import local_checkpoint
 ARGS = "hyperparameters__training_args__"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
+SFT = {"hyperparameters__dataset_subsets": [{"subset": "home", "number_of_samples": 24}]}  # few rows
+
 
 def few_pairs(tiny: Path) -> dict[str, Any]:
     """Changes of a DPO config: few pairs, which take no time, of short answers, whose log-probs float32 holds well."""

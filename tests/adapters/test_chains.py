@@ -7,17 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adapted import ARGS, LORA, assert_close, call_at_start, few_pairs, folder_of, losses, own_weights, uuid_of
+from adapted import ARGS, LORA, SFT, assert_close, call_at_start, few_pairs, folder_of, losses, own_weights, uuid_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dpo_finetune
 import sft_finetune
 from adapters.stack import AdapterStack
-from storage.checkpoints import cached_checkpoint, local_checkpoint_storage
 from trial.models import load_model_and_tokenizer
 
-FULL = {f"{ARGS}learning_rate": 1e-3}
-ADAPTER = {"hyperparameters__lora": LORA | {"target_modules": "all-linear"}, f"{ARGS}learning_rate": 3e-3}
+ADAPTER = {
+    "hyperparameters__lora": LORA | {"target_modules": "all-linear", "lora_dropout": 0.2},  # which DPO leaves out
+    f"{ARGS}learning_rate": 3e-3,
+}
 # What was trained, by what it started from: the checkpoint and the model at the end of the training.
 ENDS: dict[str, SimpleNamespace] = {}
 
@@ -31,8 +32,10 @@ def end_of(train, trainers, sft_config, dpo_config, tiny, request):
             return SimpleNamespace(uuid="none", model=AutoModelForCausalLM.from_pretrained(tiny / "base"))
         if name not in ENDS:
             own, _, before = name.partition(" on ")
-            changes = ADAPTER if own.endswith("lora") else FULL
-            if own.startswith("dpo"):
+            changes = ADAPTER if own.endswith("lora") else {}
+            if own.startswith("sft"):
+                changes = changes | SFT
+            else:
                 changes = changes | few_pairs(tiny) | {"hyperparameters__model_ckpt": end_of(before or "base").uuid}
             script, config = (sft_finetune, sft_config) if own.startswith("sft") else (dpo_finetune, dpo_config)
             reports = train(script, config, output=name.replace(" ", "-"), **changes)
@@ -62,11 +65,14 @@ def assert_same_logits(one, *others):
         torch.testing.assert_close(logits_of(other), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("before", ["base", "sft full", "sft lora", "dpo lora on sft lora"])
+@pytest.mark.parametrize(
+    ("before", "ways"),
+    [("base", [True]), ("sft full", [False]), ("sft lora", [True]), ("dpo lora on sft lora", [True, False])],
+)
 def test_dpo_starts_where_the_model_before_ended_and_that_is_its_reference(
-    train, trainers, dpo_config, tiny, monkeypatch, end_of, before
+    train, trainers, dpo_config, tiny, monkeypatch, end_of, before, ways
 ):
-    """With the reference's log-probs in a pass before, or with each step: the same training."""
+    """With the reference's log-probs from a pass before, or from each step: the same training."""
     before, starts = end_of(before), []
 
     def look(trainer):
@@ -81,7 +87,7 @@ def test_dpo_starts_where_the_model_before_ended_and_that_is_its_reference(
 
     call_at_start(monkeypatch, look)
     ended = []
-    for precompute in (True, False):
+    for precompute in ways:
         changes = ADAPTER | few_pairs(tiny) | {"hyperparameters__precompute_ref_log_probs": precompute}
         # AdamW would step as far by a gradient that is nothing but the last bits of others.
         changes |= {"hyperparameters__model_ckpt": before.uuid, f"{ARGS}adam_epsilon": 1e-4}
@@ -94,14 +100,14 @@ def test_dpo_starts_where_the_model_before_ended_and_that_is_its_reference(
         assert expected.abs().min() > 10
         torch.testing.assert_close(policy.float(), expected, rtol=1e-6, atol=1e-4)
         torch.testing.assert_close(reference.float(), expected, rtol=1e-6, atol=1e-4)
-    first, second = (own_weights(trainer.model) for trainer in trainers[-2:])
-    moved = {name: (weight - trainers[-1].first_weights[name]).abs().max() for name, weight in second.items()}
+    weights = [own_weights(trainer.model) for trainer in trainers[-len(ways) :]]
+    moved = {name: (weight - trainers[-1].first_weights[name]).abs().max() for name, weight in weights[0].items()}
     assert min(moved.values()) > 1e-4
-    assert losses(ended[0]) == pytest.approx(losses(ended[1]), abs=2e-6)
+    assert losses(ended[0]) == pytest.approx(losses(ended[-1]), abs=2e-6)
     evaluated = [reports["validation"][-1]["metrics"] for reports in ended]
     for name in ("eval_loss", "eval_preference_loss", "eval_rewards/margins"):
-        assert evaluated[0][name] == pytest.approx(evaluated[1][name], abs=1e-5)
-    assert_close(second, first, 1e-6)
+        assert evaluated[0][name] == pytest.approx(evaluated[-1][name], abs=1e-5)
+    assert_close(weights[-1], weights[0], 1e-6)
 
 
 CHAINS = {  # what stands below its own adapter, and on what the lowest one does: a folder or a UUID
@@ -147,27 +153,24 @@ def test_full_dpo_starts_from_an_sft_adapter_that_is_merged(train, trainers, dpo
     assert_same_logits(model, load_model_and_tokenizer(str(folder_of(reports)))[0])
 
 
-def test_a_chain_can_be_moved_and_outlives_what_it_stands_on(train, sft_config, dpo_config, tiny, tmp_path, trainers):
-    sft = train(sft_finetune, sft_config, output="sft", **ADAPTER)
-    changes = ADAPTER | few_pairs(tiny) | {"hyperparameters__model_ckpt": uuid_of(sft)}
-    dpo = train(dpo_finetune, dpo_config, output="dpo", **changes)
-    folder = shutil.copytree(folder_of(dpo), tmp_path / "elsewhere")
-    for store in (local_checkpoint_storage() / uuid_of(sft), cached_checkpoint(uuid_of(sft)), folder_of(dpo).parent):
-        shutil.rmtree(store)
+def test_a_chain_can_be_moved_and_outlives_what_it_stands_on(end_of, tmp_path, monkeypatch):
+    dpo = end_of("dpo lora on sft lora")
+    folder = shutil.copytree(dpo.folder, tmp_path / "elsewhere")
+    monkeypatch.setenv("LOCAL_CHECKPOINT_STORAGE", str(tmp_path / "no-checkpoints"))
+    monkeypatch.setattr("storage.checkpoints.HF_HOME", str(tmp_path / "no-downloads"))
     for merge in (True, False):
-        assert_same_logits(trainers[-1].model, load_model_and_tokenizer(str(folder), merge=merge)[0])
+        assert_same_logits(dpo.model, load_model_and_tokenizer(str(folder), merge=merge)[0])
 
 
 def test_dropout_is_for_what_learns(train, trainers, sft_config, end_of):
     """SFT on an adapter of SFT's: the lower one drops nothing, though it did when it was trained."""
-    dropping = {"hyperparameters__lora": LORA | {"lora_dropout": 0.5}}
-    first = train(sft_finetune, sft_config, output="first", **dropping)
-    changes = {"hyperparameters__model_name": str(folder_of(first)), "hyperparameters__chat_tokens": None}
-    second = train(sft_finetune, sft_config, output="second", **dropping, **changes)
-    (layer, *_) = [layer for layer in trainers[-1].model.modules() if hasattr(layer, "lora_dropout")]
+    changes = SFT | {"hyperparameters__lora": LORA | {"lora_dropout": 0.5}, "hyperparameters__chat_tokens": None}
+    changes |= {"hyperparameters__model_name": str(end_of("sft lora").folder)}
+    reports = train(sft_finetune, sft_config, **changes)
+    (layer, *_) = [layer for layer in trainers[-1].model.modules() if len(getattr(layer, "lora_dropout", [])) == 2]
     kept = {name: type(module).__name__ for name, module in layer.lora_dropout.items()}
     assert kept == {"below_0": "Identity", "default": "Dropout"}
-    assert_same_logits(trainers[-1].model, load_model_and_tokenizer(str(folder_of(second)))[0])
+    assert_same_logits(trainers[-1].model, load_model_and_tokenizer(str(folder_of(reports)))[0])
 
 
 def test_trials_that_differ_in_their_own_adapter_share_the_reference(train, dpo_config, tiny, tmp_path, end_of):

@@ -1,7 +1,7 @@
 """Each kind of LoRA that a YAML may ask for trains, and loads again as what was trained."""
 
 import pytest
-from adapted import ARGS, LORA, few_pairs, folder_of, own_weights, uuid_of
+from adapted import ARGS, LORA, SFT, few_pairs, folder_of, own_weights, uuid_of
 from test_chains import assert_same_logits
 
 import dpo_finetune
@@ -22,13 +22,14 @@ KINDS = {
     "gaussian": ({"init_lora_weights": "gaussian"}, "q_proj", ""),
 }  # fmt: skip
 FAST = {f"{ARGS}max_steps": 1, f"{ARGS}learning_rate": 3e-3}
+FAST_SFT = FAST | SFT
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_learns_and_loads_again(train, trainers, sft_config, kind):
     given, learns, stays = KINDS[kind]
     lora = {name: value for name, value in (LORA | given).items() if value is not None}
-    reports = train(sft_finetune, sft_config, hyperparameters__lora=lora, **FAST)
+    reports = train(sft_finetune, sft_config, hyperparameters__lora=lora, **FAST_SFT)
     model, folder = trainers[0].model, folder_of(reports)
     names = list(own_weights(model))
     assert any(learns in name for name in names)
@@ -38,9 +39,9 @@ def test_each_kind_learns_and_loads_again(train, trainers, sft_config, kind):
     assert_same_logits(model, merged, unmerged)
 
 
-@pytest.mark.parametrize("kind", ["rslora", "rank_pattern"])
-def test_each_kind_below_another_adapter(train, trainers, sft_config, dpo_config, tiny, kind):
-    sft = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=LORA | KINDS[kind][0], **FAST)
+def test_a_pattern_of_ranks_below_another_adapter(train, trainers, sft_config, dpo_config, tiny):
+    lora = LORA | KINDS["rslora"][0] | KINDS["rank_pattern"][0]
+    sft = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=lora, **FAST_SFT)
     changes = few_pairs(tiny) | FAST | {"hyperparameters__lora": LORA, "hyperparameters__model_ckpt": uuid_of(sft)}
     dpo = folder_of(train(dpo_finetune, dpo_config, output="dpo", **changes))
     merged, unmerged = (load_model_and_tokenizer(str(dpo), merge=merge)[0] for merge in (True, False))
@@ -52,7 +53,7 @@ def test_dora_beside_another_adapter_is_one_line(
     train, call, write_config, sft_config, dpo_config, tiny, tmp_path, kinds
 ):
     first, second = kinds
-    sft = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=LORA | first, **FAST)
+    sft = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=LORA | first, **FAST_SFT)
     changes = {"hyperparameters__lora": LORA | second, "hyperparameters__model_ckpt": uuid_of(sft)}
     path = write_config(dpo_config, **few_pairs(tiny), **changes)
     status, _, err = call(dpo_finetune.main, "--config", path, "--output", tmp_path / "dpo")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from adapted import ARGS, LORA, assert_close, call_at_start, few_pairs, folder_of, own_weights, uuid_of
+from adapted import ARGS, LORA, SFT, assert_close, call_at_start, few_pairs, folder_of, own_weights, uuid_of
 from conftest import restore_fused_head
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer, SFTTrainer
@@ -51,6 +51,7 @@ def train_plainly(cls, ours, initial, model, rows, tmp_path):
     args = copy.deepcopy(ours.args)
     args.output_dir, args.precompute_ref_log_probs = str(tmp_path / "plain"), False
     config = copy.deepcopy(ours.model.peft_config["default"])
+    config.base_model_name_or_path = None
     tokenizer = ours.processing_class
     plain = cls(model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=config)
     assert type(plain.model).__name__ == "PeftModelForCausalLM"
@@ -81,7 +82,7 @@ def assert_same_learned(ours, plain):
 )
 def test_sft_learns_what_trl_and_peft_do(train, trainers, sft_config, tiny, tmp_path, initial, monkeypatch, changes):
     changes = {"hyperparameters__chat_tokens": None, **changes}
-    train(sft_finetune, sft_config, hyperparameters__lora=LORA, **changes)
+    train(sft_finetune, sft_config, hyperparameters__lora=LORA, **SFT, **changes)
     restore_fused_head(monkeypatch)
     model = AutoModelForCausalLM.from_pretrained(tiny / "base", dtype=torch.float32)
     tokens = ["<|im_start|>", "<|im_end|>"] if changes["hyperparameters__chat_tokens"] else None
@@ -98,7 +99,7 @@ def test_dpo_learns_what_trl_and_peft_do(
     train, trainers, sft_config, dpo_config, tiny, tmp_path, initial, monkeypatch, precompute
 ):
     """From an SFT adapter; TRL and peft have it merged."""
-    sft = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=LORA)
+    sft = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=LORA, **SFT)
     changes = dict(ACCUMULATED) if precompute else {f"{ARGS}activation_checkpointing": True}
     changes |= {"hyperparameters__precompute_ref_log_probs": precompute}
     changes |= {"hyperparameters__lora": LORA | {"r": 2}, "hyperparameters__model_ckpt": uuid_of(sft)}

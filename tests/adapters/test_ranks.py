@@ -1,7 +1,7 @@
 """Two ranks learn what one does from the same batches."""
 
 import pytest
-from adapted import ARGS, LORA, few_pairs
+from adapted import ARGS, LORA, SFT, few_pairs
 from processes import run_ranks
 
 from trial.events import read_events
@@ -12,7 +12,9 @@ def test_two_ranks_learn_what_one_does(write_config, sft_config, dpo_config, tin
     """SFT with new tokens; DPO whose reference is computed with each step; both with activation checkpointing."""
     config = sft_config if script == "sft_finetune" else dpo_config
     changes = {"hyperparameters__lora": LORA, f"{ARGS}activation_checkpointing": True}
-    if script == "dpo_finetune":
+    if script == "sft_finetune":
+        changes |= SFT
+    else:
         changes |= few_pairs(tiny) | {"hyperparameters__precompute_ref_log_probs": False}
     found = []
     for ranks in (1, 2):

@@ -5,7 +5,7 @@ Preempted at any step, it is tested in trial/test_resume.py; killed, on a cluste
 
 import pytest
 import torch
-from adapted import ARGS, LORA, few_pairs, folder_of, own_weights, uuid_of
+from adapted import ARGS, LORA, SFT, few_pairs, folder_of, own_weights, uuid_of
 from conftest import metrics_by_step
 from safetensors.torch import load_file
 
@@ -26,9 +26,9 @@ def test_a_damaged_adapter_costs_the_steps_since_the_one_before(
     train, trainers, sft_config, dpo_config, tiny, tmp_path, damaged
 ):
     """Of SFT with dropout and new tokens; and of DPO, where the copy of SFT's adapter is checked as well."""
-    sft = LORA | {"lora_dropout": 0.3}
-    below = train(sft_finetune, sft_config, output="sft", hyperparameters__lora=sft, **STEPS)
-    script, config, changes, output = sft_finetune, sft_config, {"hyperparameters__lora": sft}, "sft"
+    script, config, output = sft_finetune, sft_config, "sft"
+    changes = SFT | {"hyperparameters__lora": LORA | {"lora_dropout": 0.3}}
+    below = train(script, config, output=output, **changes, **STEPS)
     if damaged != WEIGHTS:
         script, config, output = dpo_finetune, dpo_config, "dpo"
         changes = few_pairs(tiny) | {"hyperparameters__lora": LORA, "hyperparameters__model_ckpt": uuid_of(below)}
