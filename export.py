@@ -60,7 +60,7 @@ def main() -> None:
 
     from serving.exporting import KEY, Export, export
     from serving.folder import check_folder
-    from serving.hub import open_repository, upload
+    from serving.hub import check_repository, upload
     from trial.context import hide_progress_bars_in_logs
     from trial.models import choose_device, find_model
 
@@ -71,7 +71,9 @@ def main() -> None:
     check_folder(folder, "FOLDER")
     device = choose_device(args.device, "--device")
     source = find_model(args.source, KEY)
-    repository = open_repository(args.push_to_hub, hub) if args.push_to_hub else None
+    repository, public = check_repository(args.push_to_hub, hub) if args.push_to_hub else (None, False)
+    if public:
+        console.print(f"{hub} {repository}: it is public: anyone can read the model", markup=False, soft_wrap=True)
     name = repository or folder.absolute().name
     commands = export(Export(args.source, source, folder, args.dtype, device, name, console))
     console.print(f"Exported to {folder}. To serve it:", markup=False, soft_wrap=True)

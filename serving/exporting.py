@@ -68,7 +68,7 @@ def export(what: Export) -> list[tuple[str, str]]:
         what.say("merging the adapters")
         model, tokenizer = load(what.source, merge=True)
         same = compare_answers(answers, answer(model, tokenizer, title="answers of the merged model"))
-        proof.append(what.say(f"merged, in float32: {same}, compared with adapters that are not merged"))
+        proof.append(what.say(f"the merged model, in float32: {same}, compared with adapters that are not merged"))
         if not same.exact:
             raise UserError(f"{KEY} {what.given}: merged it answers differently: {same}")
 
@@ -85,13 +85,14 @@ def export(what: Export) -> list[tuple[str, str]]:
         what.say("loading the folder afresh, with plain transformers")
         served_tokenizer, served = load_plain(folder)
         same_ids = compare_ids(tokenizer, served_tokenizer, held_out.prompts)
-        proof.append(what.say(f"{held_out.about}: {same_ids}"))
+        proof.append(what.say(f"the folder's tokenizer, on {held_out.about}: {same_ids}"))
         same = compare_answers(answers, answer(served, served_tokenizer, title="answers of the folder"))
         del served
         free_memory()
         if same.broken:
             raise UserError(f"{KEY} {what.given}: {what.dtype} cannot hold this model's numbers; try another --dtype")
-        proof.append(what.say(f"in {what.dtype}: {same}, compared with the source in float32"))
+        said = f"the folder, loaded afresh by plain transformers, in {what.dtype}: {same}"
+        proof.append(what.say(f"{said}, compared with the source in float32"))
         if what.dtype == "float32" and not same.exact:
             raise UserError(f"{KEY} {what.given}: its folder answers differently: {same}")
         if same.before < SIMILAR * same.tokens:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat_format import adds_bos, generation_stops
 from errors import UserError, os_errors_of
-from storage.files import check_output, flush_to_disk, remove, write_atomically
+from storage.files import check_output, flush_to_disk, write_atomically
 from storage.hub import quiet_lookup
 
 SENTENCE_PIECE = "tokenizer.model"
@@ -30,22 +31,27 @@ def check_folder(folder: Path, key: str) -> None:
 
 @contextmanager
 def finished_at_end(folder: Path) -> Iterator[Path]:
-    """Give a folder beside `folder` to write into, which gets its name at the end; after an error nothing is left."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    try:
+    """Give a folder to write into, which becomes `folder` at the end; after an error nothing is left.
+
+    Till then it is in one of its own beside `folder`, which no other export uses; a kill leaves that one. Of two
+    exports to one `folder` the first to end gets it, and the other raises `UserError`.
+    """
+    folder = folder.absolute()
+    with os_errors_of(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f"{folder.name[:40]}.partial-"  # a whole name may leave no room for more
+        scratch = TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True)
+    with scratch:
+        partial = Path(scratch.name, "export")  # the scratch folder is for the user alone, this one is not
         with os_errors_of(folder):
-            remove(partial)  # left by a process that was killed
-            partial.mkdir(parents=True)
+            partial.mkdir()
         yield partial
         with os_errors_of(folder):
-            for file in partial.iterdir():
+            for file in filter(Path.is_file, partial.rglob("*")):
                 file.chmod(partial.stat().st_mode & 0o666)  # save_pretrained's weights are for the user alone
             flush_to_disk(partial)
             partial.rename(folder)  # over an empty one
-            flush_to_disk(folder.absolute().parent, within=False)
-    except BaseException:
-        remove(partial)
-        raise
+            flush_to_disk(folder.parent, within=False)
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:

@@ -36,10 +36,12 @@ class SameIds:
     refused: int  # by the chat template, which is not ours: a system turn, as a rule
 
     def __str__(self) -> str:
-        text = "the same token ids as in training"
+        text = f"the same token ids as in training for {self.checked - self.in_history} of {self.checked}"
         if self.in_history:
             joined = "training tokenizes an earlier answer apart from the markers around it, a server does not"
-            text += f", but for {self.in_history} with another history ({joined})"
+            text += f", the same text in other tokens for {self.in_history} with a history ({joined})"
+        if not self.checked:
+            text = "none could be compared"
         return text + (f"; {self.refused} are refused by the chat template" if self.refused else "")
 
 
@@ -49,7 +51,7 @@ def compare_ids(
     """Compare the token ids of prompts: those of training, and those of a server. Raises `UserError` if they differ.
 
     In a conversation of several turns, an earlier answer that begins with a line break may make one token with the
-    marker before it once it is served. Such prompts are only counted.
+    marker before it once it is served. Such prompts are only counted, if their text is the same.
     """
     found = SameIds(0, 0, 0)
     for prompt in prompts:
@@ -60,13 +62,19 @@ def compare_ids(
             continue
         found.checked += 1
         if ids != (expected := encode(trained, prompt)[0]):
-            if not any(turn["role"] == "assistant" for turn in prompt):
+            has_history = any(turn["role"] == "assistant" for turn in prompt)
+            if not has_history or _text(served, ids) != _text(trained, expected):
                 place = next((n for n, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), None)
                 where = f"from token {min(len(ids), len(expected)) if place is None else place} on"
                 start = one_line(prompt[-1]["content"])[:60]
                 raise UserError(f"the folder's prompt of {start!r} has other token ids than in training, {where}")
             found.in_history += 1
     return found
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Return the text of token ids, markers included, without spaces: some tokenizers begin each part with one."""
+    return cast(str, tokenizer.decode(ids, clean_up_tokenization_spaces=False)).replace(" ", "")
 
 
 class Answer(NamedTuple):

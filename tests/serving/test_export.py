@@ -20,6 +20,7 @@ import sft_finetune
 from chat_format import CHAT_ML_TEMPLATE, encode, set_chat_format
 from config.hyperparameters import DataSource
 from dataset_utils import load_sft_dataset
+from errors import UserError
 from serving import exporting, folder, held_out
 from serving.lineage import Lineage, Stage, read_lineage
 from serving.model_card import render_card
@@ -83,8 +84,15 @@ def test_sft_and_dpo_become_one_plain_folder(chat_model, run, tmp_path, tiny):
     assert sorted(model.generation_config.eos_token_id) == sorted(model.config.eos_token_id) == sorted(stops)
     assert model.config.use_cache
 
-    assert re.search(r"\n\d+ held-out prompts of questions, conversations: the same token ids as in training\n", out)
-    assert "In float32: 10 of 10 greedy answers are the same to the last of 32 tokens" in out
+    assert re.search(
+        r"\nThe folder's tokenizer, on (\d+) held-out prompts of questions, conversations: the same token ids as in "
+        r"training for \1 of \1\n",
+        out,
+    )
+    told = (
+        "folder, loaded afresh by plain transformers, in float32: 10 of 10 greedy answers are the same to the last of "
+    )
+    assert f"The {told}32 tokens" in out
     assert f"ollama create my-model -f '{exported}/Modelfile' && ollama run my-model\n" in out
     assert f"vllm serve '{exported}' --dtype float32\n" in out
     assert f"transformers serve '{exported}'\n" in out
@@ -103,14 +111,14 @@ def test_sft_and_dpo_become_one_plain_folder(chat_model, run, tmp_path, tiny):
     assert "held out, at step 4:" in card.text
     assert "| eval_rewards/accuracies | 0.75 |" in card.text
     assert "runtime" not in card.text
-    assert "- in float32: 10 of 10 greedy answers are the same" in card.text
+    assert f"- the {told}32 tokens" in card.text
     assert "vllm serve 'My Model' --dtype float32\n" in card.text
 
 
 def test_half_the_size_by_default_and_the_share_that_agrees_is_told(chat_model, run):
     exported, out = run(chat_model)
     assert AutoModelForCausalLM.from_pretrained(exported, dtype="auto").dtype == torch.bfloat16
-    assert re.search(r"In bfloat16: \d+ of 10 greedy answers are the same to the last of 32 tokens", out)
+    assert re.search(r"transformers, in bfloat16: \d+ of 10 greedy answers are the same to the last of 32 tokens", out)
     assert "It is tried on 10 built-in questions: the model does not tell its training" in out
     assert json.loads((exported / "tokenizer_config.json").read_text())["add_bos_token"] is True
     assert "none" not in ModelCard.load(exported / "README.md").text.lower()
@@ -177,19 +185,36 @@ def test_what_is_not_proven_leaves_no_folder(chat_model, run, monkeypatch, broke
     assert re.search(f"^error: .*{message}.*\n$", err)
 
 
-def test_an_interrupted_export_leaves_no_folder_and_the_next_one_starts_over(chat_model, run, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_no_folder(chat_model, run, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "render_card", interrupt)
         run(chat_model, expect=130)
-    leftover = tmp_path / "out" / "My Model.partial"  # of a kill
-    leftover.mkdir()
-    (leftover / "model-00001-of-00002.safetensors").write_bytes(b"x")
     (tmp_path / "out" / "My Model").mkdir()  # empty
-    exported, _ = run(chat_model)
-    assert [path.name for path in exported.glob("*.safetensors")] == ["model.safetensors"]
+    run(chat_model)
+
+
+def test_two_exports_to_one_folder_do_not_harm_each_other(tmp_path):
+    out = tmp_path / ("o" * 255)  # the longest name
+    with folder.finished_at_end(out) as first:
+        (first / "config.json").write_text("of the first")
+        with pytest.raises(FileNotFoundError), folder.finished_at_end(out) as second:
+            (second / "nowhere" / "config.json").write_text("of the second")
+    assert (out / "config.json").read_text() == "of the first"
+    with pytest.raises(UserError, match="Directory not empty"), folder.finished_at_end(out) as second:
+        (second / "config.json").write_text("of the second")
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["of the first"]
+
+
+def test_a_folder_within_an_export_can_be_opened(tmp_path):
+    with folder.finished_at_end(tmp_path / "out") as scratch:
+        (scratch / "additional_chat_templates").mkdir()
+        file = scratch / "additional_chat_templates" / "tools.jinja"
+        file.touch(0o600)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes == {"additional_chat_templates": 0o755, "tools.jinja": 0o644}
 
 
 def test_a_type_that_cannot_hold_the_model_is_found(chat_model, run):
@@ -214,9 +239,11 @@ def test_adapters_of_sft_and_dpo_are_merged_and_answer_as_they_did_apart(
     assert not (source / "config.json").exists()
     exported, out = run(dpo, "--dtype", "float32")
     same = "10 of 10 greedy answers are the same to the last of 32 tokens, and the log-probs of their tokens to"
-    assert re.search(f"\\nMerged, in float32: {same} [^ ]+, compared with adapters that are not merged\\n", out)
-    assert f"\nIn float32: {same}" in out
-    assert "held-out prompts of questions, conversations: the same token ids as in training\n" in out
+    assert re.search(
+        f"\\nThe merged model, in float32: {same} [^ ]+, compared with adapters that are not merged\\n", out
+    )
+    assert f"transformers, in float32: {same}" in out
+    assert "held-out prompts of questions, conversations: the same token ids as in training for " in out
     assert not (exported / "adapter_config.json").exists()
 
     apart, tokenizer = load_model_and_tokenizer(str(source), merge=False)
@@ -229,6 +256,9 @@ def test_adapters_of_sft_and_dpo_are_merged_and_answer_as_they_did_apart(
     assert sorted(model.generation_config.eos_token_id) == [1, 1501]
 
     card = ModelCard.load(exported / "README.md")
+    tried = card.text.split("Before the folder was finished this was tried:\n\n")[1].split("\n\n")[0]
+    on = ["the merged model, in", "the folder's tokenizer, on", "the folder, loaded afresh by plain transformers, in"]
+    assert all(line.startswith(f"- {what} ") for line, what in zip(tried.splitlines(), on, strict=True))
     assert card.data.tags == ["sft", "dpo", "lora", "trl"]
     assert f"1. SFT, checkpoint `{sft}`\n1. DPO, checkpoint `{dpo}`\n" in card.text
     assert "Adapters (LoRA) are merged into its weights." in card.text

@@ -6,7 +6,7 @@ import pytest
 
 from chat_format import encode
 from errors import UserError
-from serving.proof import Answer, compare_answers, compare_ids, served_ids
+from serving.proof import Answer, SameIds, compare_answers, compare_ids, served_ids
 
 
 def turns(*contents):
@@ -34,7 +34,23 @@ def test_a_history_that_merges_with_its_markers_is_counted(tokenizer):
     assert served_ids(tokenizer, merges) != encode(tokenizer, merges)[0]
     found = compare_ids(tokenizer, tokenizer, [turns("Hi."), turns("Hi.", "Hello.", "Tea?"), merges])
     assert (found.checked, found.in_history, found.refused) == (3, 1, 0)
-    assert str(found).startswith("the same token ids as in training, but for 1 with another history (")
+    assert str(found).startswith(
+        "the same token ids as in training for 2 of 3, the same text in other tokens for 1 with a history ("
+    )
+
+
+def test_a_history_with_another_text_is_a_mistake(tokenizer):
+    served = copy.deepcopy(tokenizer)
+    served.chat_template = tokenizer.chat_template.replace("{{- eos_token if message['role'] == 'assistant' }}", "")
+    assert compare_ids(tokenizer, served, [turns("Hi.")]).checked == 1
+    with pytest.raises(UserError, match=r"the folder's prompt of 'Tea\?' has other token ids than in training"):
+        compare_ids(tokenizer, served, [turns("Hi.", "Hello.", "Tea?")])
+
+
+def test_a_proof_tells_how_many_prompts_it_compared():
+    assert str(SameIds(0, 0, 300)) == "none could be compared; 300 are refused by the chat template"
+    assert str(SameIds(0, 0, 0)) == "none could be compared"
+    assert str(SameIds(5, 0, 0)) == "the same token ids as in training for 5 of 5"
 
 
 def test_a_first_turn_that_differs_is_a_mistake(tokenizer):
