@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,25 +12,36 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 from processes import CONTEXT, REPO
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GemmaConfig, MixtralConfig
 from trl import DPOConfig, SFTConfig
 
+from adapters.stack import add_adapter, base_model, lora_layers
 from benchmarks.throughput import GEMMA_2B
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
+from speed.activations import kept_bytes
 from speed.fitting import resident_memory
-from speed.memory import TrainingSetup, estimate_memory, kept_bytes, largest_batch, state_bytes
+from speed.memory import TrainingSetup, estimate_memory, largest_batch, state_bytes, weight_bytes
 from speed.padding_free import remove_padding
+from trial.policy import load_policy
 
 SHAPE = (2, 64)
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1000}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
 ARGS = "hyperparameters__training_args__"
+LORA = {"r": 8, "lora_dropout": 0.1}
 
 
-def on_meta(config):
+def on_meta(config, dtype=torch.float32):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def adapted(model, **changes):
+    """The model with a new adapter in its layers."""
+    config = LoraConfig(**LORA | {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+    return base_model(add_adapter(model, config, "a base", seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +77,21 @@ def test_weights_gradients_and_optimizer_are_counted_in_float32(meta_model):
 
 
 @pytest.mark.parametrize("config", [GemmaConfig, Gemma3TextConfig])
-def test_activations_are_what_autograd_keeps(config):
-    """The same forward pass with real tensors, padded so that it needs its mask, keeps as many bytes."""
-    model = on_meta(config(**SIZES, **HEADS))
-    real, kept = type(model)(model.config).train(), {}
+@pytest.mark.parametrize(
+    ("base", "dropout"), [(None, 0), (torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.bfloat16, 0)]
+)
+def test_activations_are_what_autograd_keeps(config, base, dropout):
+    """The same forward pass with real tensors, padded so that it needs its mask, keeps as many bytes.
+
+    With all weights trained, or with an adapter on a frozen base of that type, as bf16 autocast has it.
+    """
+    model = on_meta(config(**SIZES, **HEADS), base or torch.float32)
+    real, kept = AutoModelForCausalLM.from_config(model.config, dtype=base or torch.float32), {}
+    if base:
+        model, real = adapted(model), adapted(real, lora_dropout=dropout)
+    dtype = base if base is torch.bfloat16 else None
+    for layer in lora_layers(real):
+        layer.cast_input_dtype_enabled = dtype is None
     ids, mask = torch.zeros(SHAPE, dtype=torch.long), torch.ones(SHAPE, dtype=torch.long)
     mask[1, -8:] = 0
 
@@ -76,11 +99,21 @@ def test_activations_are_what_autograd_keeps(config):
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        real.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        real.train().model(input_ids=ids, attention_mask=mask, use_cache=False)
     for parameter in real.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)
-    assert kept_bytes(model, None, SHAPE) == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.02)
+    estimated = kept_bytes(model, dtype, SHAPE, dropout=dropout > 0)
+    assert estimated == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.02)
+
+
+def test_a_gpus_dropout_keeps_smaller_masks():
+    """Of each number that goes into an adapter and needs a gradient: not of the first layer's queries, keys, values."""
+    model = adapted(on_meta(GemmaConfig(**SIZES, **HEADS)))
+    numbers = 4 * (5 * 64 + 4 * 16 + 256) - 3 * 64
+    masks = [kept_bytes(model, None, SHAPE, on_gpu=on_gpu) for on_gpu in (False, True)]
+    assert masks[0] - masks[1] == 2 * 64 * numbers * (4 - 1)
 
 
 def test_attention_without_padding_keeps_no_mask(meta_model):
@@ -152,6 +185,82 @@ def test_dpo_holds_a_reference_model_unless_its_log_probs_are_computed_before(me
     assert with_reference.gradients == without.gradients
 
 
+def test_an_adapter_is_trained_in_float32_on_frozen_weights_in_their_own_type():
+    base, rank = on_meta(GemmaConfig(**SIZES, **HEADS), torch.bfloat16), 8
+    whole = base.num_parameters()
+    model = adapted(base)
+    # Of a layer: queries and what attention returns, keys and values, three matrices of the MLP.
+    trained = 4 * rank * (2 * (64 + 64) + 2 * (64 + 16) + 3 * (64 + 256))
+    result = estimate(model, sft())
+    assert (result.weights, result.gradients, result.optimizer) == (2 * whole + 4 * trained, 4 * trained, 8 * trained)
+    pairs = estimate(model, dpo(precompute_ref_log_probs=True))
+    assert pairs.weights == result.weights + 4 * trained  # the adapter as it began, for the reference
+    assert pairs.gradients == result.gradients
+    assert pairs.activations < result.activations  # TRL switches DPO's dropout off
+
+
+@pytest.mark.parametrize(("four_bit", "card"), [(False, 24e9), (True, 16e9)])
+def test_gemma_2b_with_an_adapter_fits_a_common_card(four_bit, card):
+    """One row of 4096 tokens without activation checkpointing, compiled, with bf16 autocast; CUDA takes 0.5 GB more."""
+    model = adapted(on_meta(GemmaConfig(**GEMMA_2B), torch.bfloat16), r=16, lora_dropout=0.05)
+    remove_padding(model, pairs=False)
+    setup = TrainingSetup.from_args(sft(bf16=True), True, False, 1, "cuda", four_bit)
+    estimated = estimate_memory(model, setup, (1, 4096), (1, 4096), process=0)
+    assert 0.5 * card < estimated.total < card - 0.3e9
+
+
+def test_rows_of_new_tokens_take_a_copy_of_the_embeddings_and_its_gradient():
+    config = GemmaConfig(**SIZES | {"vocab_size": 20000}, **HEADS)
+    models = [on_meta(config, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    numbers = 20000 * 64
+    for model, of_copy in zip(models, (2 + 4 + 2, 4 + 4), strict=True):
+        plain = estimate(adapted(model), sft())
+        model = on_meta(config, model.dtype)
+        rows = estimate(adapted(model, trainable_token_indices={"embed_tokens": [19998, 19999]}), sft())
+        assert rows.activations - plain.activations == pytest.approx(of_copy * numbers, rel=0.01)
+        assert rows.weights - plain.weights == 4 * 2 * 64
+
+
+def test_an_adapter_on_another_is_counted_with_it(meta_model):
+    below = add_adapter(on_meta(meta_model.config), LoraConfig(r=4, target_modules=["q_proj"]), "a base", seed=0)
+    one = estimate(base_model(below), sft())
+    below.add_adapter("below_0", LoraConfig(r=16, target_modules="all-linear"))
+    both = estimate(base_model(below), sft())
+    assert both.gradients == one.gradients
+    assert both.weights - one.weights == 4 * 4 * 16 * (2 * (64 + 64) + 2 * (64 + 16) + 3 * (64 + 256))
+    assert both.activations > one.activations
+
+
+FOUR_BIT = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from config.lora import build_quantization
+from adapters.four_bit import count_weights
+from speed.memory import base_linears, weight_bytes
+kwargs = {"dtype": torch.bfloat16, "quantization_config": build_quantization(torch.bfloat16)}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **kwargs)
+held = sum(weight.nbytes for weight in model.parameters())
+for layer in base_linears(model):
+    state = layer.weight.quant_state
+    held += state.absmax.nbytes + state.state2.absmax.nbytes
+print(sum(map(count_weights, model.parameters())), held, weight_bytes(model, four_bit=True))
+"""
+
+
+def test_four_bits_are_counted_as_bitsandbytes_holds_them(larger):
+    if not (folder := REPO / ".venv" / "bitsandbytes").is_dir():
+        pytest.skip("needs bitsandbytes (make test)")
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", FOUR_BIT, str(larger)]
+    ran = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    model = on_meta(AutoConfig.from_pretrained(larger), torch.bfloat16)
+    weights, held, of_real = map(int, ran.stdout.split())
+    assert weights == model.num_parameters()
+    assert held == pytest.approx(of_real, rel=1e-3)
+    assert of_real == weight_bytes(model, four_bit=True) < weight_bytes(model, four_bit=False) / 2
+
+
 def test_fsdp_divides_what_ddp_repeats(meta_model):
     one = estimate(meta_model, sft(), device_type="cuda")
     sharded = estimate(meta_model, sft(fsdp=True), devices=4, device_type="cuda")
@@ -181,8 +290,8 @@ def train_and_compare(script, hparams_class, path, folder):
     """In a process of its own: write the estimate, train, write the peak of this process."""
     os.chdir(REPO)
     config = yaml.safe_load(Path(path).read_text())["hyperparameters"]
-    model = on_meta(AutoConfig.from_pretrained(config["model_name"]))
-    args = parse_hyperparameters(hparams_class, config).args
+    hparams = parse_hyperparameters(hparams_class, config)
+    args, model = hparams.args, base_model(load_policy(hparams, config["model_name"], weights=False)[0])
     sequences = args.per_device_train_batch_size * (2 if script == "dpo_finetune" else 1)
     shape = (sequences, args.max_length)  # every row is as long or longer
     estimated = estimate_memory(model, setup_of(args), shape, shape, process=resident_memory()).total
@@ -206,12 +315,13 @@ def larger(tiny, tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, to read a process's peak")
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(("kind", "lora"), [("sft", None), ("dpo", None), ("sft", LORA), ("dpo", LORA)])
 def test_a_training_peaks_within_a_quarter_of_the_estimate(
-    kind, sft_config, dpo_config, tiny, larger, write_config, tmp_path
+    kind, lora, sft_config, dpo_config, tiny, larger, write_config, tmp_path
 ):
     changes = {
         "hyperparameters__model_name": str(larger),
+        "hyperparameters__lora": lora,
         f"{ARGS}max_steps": 2,
         f"{ARGS}per_device_train_batch_size": 2,
         f"{ARGS}per_device_eval_batch_size": 2,
