@@ -10,6 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 import dpo_finetune
 import sft_finetune
+from adapters.four_bit import count_weights
+from config.lora import build_quantization
+from speed.memory import base_linears, weight_bytes
 from trial.models import load_model_and_tokenizer
 
 # The CPU's kernels take widths that are multiples of 64.
@@ -110,3 +113,16 @@ def test_what_stands_on_an_adapter_stands_on_its_4_bits(train, trainers, sft_con
     for merge in (True, False):
         model, _ = load_model_and_tokenizer(str(folder_of(dpo)), merge=merge)
         torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_estimate_counts_four_bits_as_bitsandbytes_holds_them(base):
+    """As much for a model without values, in a dry run, as for a real one, but for the tables that layers share."""
+    quantization = build_quantization(torch.bfloat16)
+    model, _ = load_model_and_tokenizer(base, dtype=torch.bfloat16, quantization_config=quantization)
+    shapes, _ = load_model_and_tokenizer(base, weights=False, dtype=torch.bfloat16)
+    held = sum(weight.nbytes for weight in model.parameters())
+    for layer in base_linears(model):
+        held += layer.weight.quant_state.absmax.nbytes + layer.weight.quant_state.state2.absmax.nbytes
+    assert len(base_linears(model)) == 2 * 7
+    assert weight_bytes(model, four_bit=True) == weight_bytes(shapes, four_bit=True) == pytest.approx(held, rel=1e-3)
+    assert sum(map(count_weights, model.parameters())) == shapes.num_parameters()

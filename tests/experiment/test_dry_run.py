@@ -247,6 +247,61 @@ def test_slots_share_the_steps_and_the_memory(run_dry, sft_config):
     assert tables["Estimated peak memory, in GB"].rows[1][0] == "each of 2 GPUs, bf16, FSDP"
 
 
+@pytest.fixture
+def estimates(monkeypatch):
+    """The estimates of memory that dry runs show, by the way of training and the trial."""
+    found, tabulate = {}, dry_run.tabulate_memory
+
+    def keep(lines, *args):
+        found.update({(where, trial_id): estimate for where, estimate, trial_id in lines})
+        return tabulate(lines, *args)
+
+    monkeypatch.setattr(dry_run, "tabulate_memory", keep)
+    return found
+
+
+def test_a_trial_with_lora_shows_what_is_trained_and_takes_no_second_model(run_dry, dpo_config, estimates):
+    changes = LEFT_OPEN | {"hyperparameters__precompute_ref_log_probs": False}
+    lora = {"hyperparameters__lora": {"r": 4, "target_modules": "all-linear"}}
+    (total, whole), (text, of_lora) = (
+        (training(run_dry(dpo_config, **changes, **more)[0])["model"].split(", ", 1)[1], dict(estimates))
+        for more in ({}, lora)
+    )
+    pattern = r"(.*) parameters; LoRA trains (.*) of them \((.*)%\), the others are frozen, on a GPU in bf16"
+    shown = re.fullmatch(pattern, text)
+    both, trained = map(number, shown.groups()[:2])
+    assert both - trained == number(total)
+    assert float(shown[3]) == pytest.approx(100 * trained / both, abs=0.01)
+    assert {where for where, _ in of_lora} == {"CPU here", "a GPU, bf16", "a GPU, bf16, activation checkpointing"}
+    gpu = ("a GPU, bf16", 1)
+    assert (whole[gpu].weights, whole[gpu].gradients) == (2 * 4 * number(total), 4 * number(total))
+    # bf16, and TRL's copy of the adapter; nothing else stays in memory for the reference
+    assert (of_lora[gpu].weights, of_lora[gpu].gradients) == (2 * number(total) + 2 * 4 * trained, 4 * trained)
+
+
+def test_trials_with_adapters_of_other_sizes_share_their_data_but_not_their_memory(run_dry, sft_config, estimates):
+    lora = {"r": {"type": "categorical", "vals": [4, 64]}, "target_modules": "all-linear"}
+    tables, _ = run_dry(sft_config, searcher__name="grid", hyperparameters__lora=lora, **LEFT_OPEN)
+    assert [title for title in tables if title.startswith("Rows")] == ["Rows"]
+    small, large = (dict(zip(tables["The 2 trials"].columns, row, strict=True)) for row in tables["The 2 trials"].rows)
+    trained = [number(row["model"].split("LoRA trains ")[1]) for row in (small, large)]
+    assert trained[1] > 15 * trained[0]
+    assert [estimates["a GPU, bf16", trial_id].gradients for trial_id in (1, 2)] == [4 * count for count in trained]
+
+
+def test_four_bits_are_estimated_for_a_gpu_alone(call, sft_config, write_config, caplog):
+    """A machine without a GPU could not train so: a line says it, and the dry run goes on."""
+    lora = {"hyperparameters__lora": {"r": 4}, "hyperparameters__load_in_4bit": True}
+    config = write_config(sft_config, **lora, hyperparameters__training_args__bf16=None)
+    status, out, _ = call(local_experiment.main, config, "--dry-run")
+    assert status == 0
+    line = "hyperparameters.load_in_4bit needs a GPU; leave it out to train on a CPU (on this machine)"
+    assert line in caplog.messages
+    memory = out[out.index("Estimated peak memory") :]
+    assert re.findall(r"CPU here|a GPU, bf16, 4 bits", memory) == ["a GPU, bf16, 4 bits"]
+    assert "on a GPU in 4 bits (NF4), embeddings in bf16" in " ".join(out.split())
+
+
 def test_padding_fills_a_batch_up_to_its_longest_sequence():
     assert dry_run.padding_share(np.array([[2], [4]]), batch=2, seed=1, multiple=1) == 0.25
     assert dry_run.padding_share(np.array([[2, 4]]), batch=2, seed=1, multiple=1) == 0.25

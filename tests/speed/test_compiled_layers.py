@@ -10,15 +10,17 @@ import torch
 import transformers
 from conftest import run_script
 from processes import REPO
+from test_memory import adapted
 from test_padding_free import CONFIGS, FAMILIES, SIZES, assert_same, batch, logps_and_gradients, make
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 import dpo_finetune
 import sft_finetune
+from adapters.stack import lora_layers
 from speed import compiled_layers, fitting, hardware, padding_free
+from speed.activations import decoder_layers, fused_bytes, kept_bytes
 from speed.compiled_layers import compile_layers
-from speed.memory import decoder_layers, fused_bytes, kept_bytes
 from speed.padding_free import remove_padding
 
 pytestmark = pytest.mark.skipif(
@@ -84,9 +86,14 @@ def test_losses_and_gradients_equal_eager_ones_and_nothing_is_compiled_twice(fam
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("gemma", torch.bfloat16), ("gemma", None), ("gemma3_text", torch.bfloat16), ("qwen3", None)]
+    ("family", "dtype", "lora"),
+    [
+        *(("gemma", torch.bfloat16, False), ("gemma", None, False)),
+        *(("gemma3_text", torch.bfloat16, False), ("qwen3", None, False)),
+        ("gemma", torch.bfloat16, True),
+    ],
 )
-def test_compiled_layers_keep_as_little_as_estimated(family, dtype, monkeypatch, tmp_path):
+def test_compiled_layers_keep_as_little_as_estimated(family, dtype, lora, monkeypatch, tmp_path):
     """Counted in the second half of a batch, which leaves out what does not grow with it.
 
     The graphs are divided into forward and backward passes as inductor does it, but not compiled.
@@ -95,7 +102,12 @@ def test_compiled_layers_keep_as_little_as_estimated(family, dtype, monkeypatch,
     name, changes = CONFIGS[family]
     sizes = SIZES | {"hidden_size": 128, "intermediate_size": 512, "head_dim": 16, "max_position_embeddings": 4096}
     changes = {key: value for key, value in changes.items() if key != "layer_types"} | {"sliding_window": 4096}
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes | changes), dtype=torch.float32)
+    base = dtype if lora and dtype else torch.float32
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes | changes), dtype=base)
+    if lora:
+        model = adapted(model)
+        for layer in lora_layers(model):
+            layer.cast_input_dtype_enabled = dtype is None
     _, compiled = eager_and_compiled(model.train(), tmp_path, pairs=False)
 
     def measured(tokens):
@@ -112,10 +124,11 @@ def test_compiled_layers_keep_as_little_as_estimated(family, dtype, monkeypatch,
         return sum(storage.nbytes() for storage in kept.values())
 
     def estimated(tokens):
-        return kept_bytes(compiled, dtype, (1, tokens)) - fused_bytes(compiled, dtype, tokens)
+        return kept_bytes(compiled, dtype, (1, tokens), on_gpu=True) - fused_bytes(compiled, dtype, tokens)
 
     found, expected = (kept(1024) - kept(512) for kept in (measured, estimated))
-    assert found <= 1.001 * expected
+    # Nothing below an adapter's first layer needs a gradient, so that one keeps another part of its norm.
+    assert found <= (1.02 if lora else 1.001) * expected
     has_own_norms = "norm" in str(decoder_layers(model)[0].self_attn)  # of queries and keys, which count as nothing
     assert expected <= (1.06 if has_own_norms else 1.001) * found
 

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_memory import GEMMA_2B, HEADS, SIZES, dpo, on_meta, sft
+from test_memory import GEMMA_2B, HEADS, SIZES, adapted, dpo, on_meta, sft
 from transformers import GemmaConfig
 
 import sft_finetune
 from errors import TemporaryError, UserError
 from speed import fitting
-from speed.fitting import CannotEstimate, choose_checkpointing, choose_reference_batch, merge_batches
+from speed.activations import decoder_layers
+from speed.fitting import CannotEstimate, choose_checkpointing, choose_reference_batch, memory_key, merge_batches
 from speed.memory import TrainingSetup, evaluation_bytes
 from trial.context import Trial
 
@@ -39,6 +40,27 @@ def test_checkpointing_that_costs_nothing_is_on():
     assert choose_checkpointing(None, vocabulary, lambda every: 1, 100) == (1, "recomputing adds only 4% to a step")
     for setting in (False, True):  # in the YAML
         assert choose_checkpointing(setting, vocabulary, lambda every: 1, 100) == (setting, "as set")
+
+
+def test_recomputing_under_an_adapter_adds_more_to_a_smaller_step():
+    model = adapted(on_meta(GemmaConfig(**SIZES | {"vocab_size": 6000}, **HEADS)))
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    output, layers = 6000 * 64, sum(p.numel() for p in decoder_layers(model).parameters()) - adapters
+    share = 2 * (layers + adapters) / (4 * layers + 6 * adapters + 6 * output)
+    assert share > 1 / 8 > 2 * layers / (6 * layers + 8 * output)  # all weights trained: it is on
+    assert choose_checkpointing(None, model, lambda every: 1, 100).every == 0
+    vocabulary = adapted(on_meta(GemmaConfig(**SIZES | {"vocab_size": 20000}, **HEADS)))
+    share = 2 * (layers + adapters) / (4 * layers + 6 * adapters + 6 * 20000 * 64)
+    reason = f"recomputing adds only {share:.0%} to a step"
+    assert choose_checkpointing(None, vocabulary, lambda every: 1, 100) == (1, reason)
+
+
+def test_an_adapter_has_its_own_memory_of_what_ran_out(layers):
+    setup = TrainingSetup.from_args(sft(), False, False, 1, "cpu")
+    models = [layers, *(adapted(on_meta(layers.config), r=r) for r in (4, 8))]
+    assert len({memory_key(model, sft(), setup) for model in models}) == 3
+    again = adapted(on_meta(layers.config), r=8)
+    assert memory_key(again, sft(), setup) == memory_key(models[2], sft(), setup)
 
 
 def test_a_model_whose_memory_is_unknown_is_checkpointed(layers):
@@ -95,10 +117,19 @@ def test_a_reference_pass_takes_what_fits_where_gradients_will_be():
     gradients = 4 * layers.num_parameters()
     sizes = {}
     for tokens in (64, 3072, 100_000):
-        sizes[tokens] = choose_reference_batch(layers, setup, lambda pairs, tokens=tokens: (1, pairs * tokens))
+        sizes[tokens] = choose_reference_batch(layers, setup, lambda pairs, tokens=tokens: (1, pairs * tokens), rows=1)
         needed = evaluation_bytes(layers, setup, (1, sizes[tokens] * tokens))
         assert needed <= gradients or sizes[tokens] == 1
     assert 64 == sizes[64] > sizes[3072] > sizes[100_000] == 1
+
+
+def test_a_reference_pass_of_an_adapter_takes_what_a_step_will(layers):
+    """An adapter's gradients leave room for nothing."""
+    model = adapted(on_meta(layers.config, torch.bfloat16))
+    setup = TrainingSetup.from_args(dpo(bf16=True), True, False, 1, "cuda")
+    sizes = [choose_reference_batch(model, setup, lambda pairs: (1, 300 * pairs), rows=rows) for rows in (1, 4, 16)]
+    assert all(size >= rows for size, rows in zip(sizes, (1, 4, 16), strict=True))
+    assert sizes[0] < sizes[2] < 64
 
 
 def test_a_trial_starts_again_in_less_memory(train, sft_config, monkeypatch):

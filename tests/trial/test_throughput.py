@@ -70,8 +70,13 @@ def test_padding_is_no_token(train, trainers, sft_config, clock, strategy):
         assert counted == pytest.approx(2 * real - logged[0]["metrics"]["num_tokens"])
 
 
-def test_the_share_of_a_gpus_peak_counts_what_is_needed(train, trainers, dpo_config, monkeypatch):
-    """A pair's prompt once, the output layer where there is a label; with a peak in place of a GPU's."""
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}])
+def test_the_share_of_a_gpus_peak_counts_what_is_needed(train, trainers, dpo_config, monkeypatch, lora):
+    """A pair's prompt once, the output layer where there is a label; with a peak in place of a GPU's.
+
+    Frozen weights need no gradients of their own; neither the reference, which is the same model without its adapter,
+    nor TRL's copy of the adapter counts.
+    """
     now, seen = SimpleNamespace(seconds=0.0), []
 
     def spy(self, model, inputs, *args, original=DPOTrainer.training_step):
@@ -82,11 +87,17 @@ def test_the_share_of_a_gpus_peak_counts_what_is_needed(train, trainers, dpo_con
     monkeypatch.setattr(DPOTrainer, "training_step", spy)
     monkeypatch.setattr(throughput, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     monkeypatch.setattr(throughput, "peak_of", lambda device: 1e9)
-    _, second = train(dpo_finetune, dpo_config, **{f"{ARGS}bf16": True, f"{ARGS}max_steps": 2})["training"]
+    changes = {f"{ARGS}bf16": True, f"{ARGS}max_steps": 2, "hyperparameters__lora": lora}
+    changes["hyperparameters__precompute_ref_log_probs"] = lora is None
+    _, second = train(dpo_finetune, dpo_config, **changes)["training"]
     model, (tokens, labelled) = trainers[0].model, seen[1]
     output = model.get_output_embeddings().weight.numel()  # and its embedding is the same weight
-    decoder = sum(weight.numel() for weight in model.parameters()) - output
-    assert second["metrics"]["mfu"] == pytest.approx(6 * (decoder * tokens + output * labelled) / 2 / 1e9)
+    adapters = {name: weight.numel() for name, weight in model.named_parameters() if ".lora_" in name}
+    own = sum(count for name, count in adapters.items() if ".default." in name)
+    decoder = sum(weight.numel() for weight in model.parameters()) - output - sum(adapters.values())
+    assert (own > 0, sum(adapters.values())) == (lora is not None, 2 * own)
+    operations = (6 if lora is None else 4) * (decoder * tokens + output * labelled) + 6 * own * tokens
+    assert second["metrics"]["mfu"] == pytest.approx(operations / 2 / 1e9)
     assert tokens < second["metrics"]["tokens_per_second"] * 2  # which has each prompt twice
 
 
