@@ -32,6 +32,10 @@ class AdapterStack(PeftModelForCausalLM):
 
     adapters_below: tuple[Path, ...] = ()  # the folders of those that it stands on, the lowest first
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings(action="ignore"):  # peft (0.21) asks transformers (5.23) by an old name
+            super().__init__(*args, **kwargs)
+
     @property
     def active_adapters(self) -> list[str]:
         """The adapter that the Trainer loads when it resumes. (It takes the first of all that are active.)"""
@@ -102,12 +106,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
         else:
             model.add_adapter(OWN, config)
         model.set_adapter(OWN)
-    base = base_model(model)
-    output: Any = base.get_output_embeddings()
-    if isinstance(output, LoraLayer) or isinstance(base.get_input_embeddings(), LoraLayer):
-        # TRL reads the output layer's weights alone; and a merge would change both ends of tied embeddings.
-        remedy = "leave them out, or name them in exclude_modules"
-        raise UserError(f"hyperparameters.lora.target_modules: embeddings and output layer take no adapter; {remedy}")
+    output: Any = base_model(model).get_output_embeddings()
     if isinstance(output, TrainableTokensWrapper):
         # TRL (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
         output.bias = output.original_module.bias

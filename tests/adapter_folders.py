@@ -21,7 +21,7 @@ def draw(model: torch.nn.Module, size: float = 0.1) -> None:
                 weight.normal_(0, size, generator=generator)
 
 
-def save_adapter(folder: Path, source: Path, checkpoint: str | None = None, **values: Any) -> Any:
+def save_adapter(folder: Path, source: Path | str, checkpoint: str | None = None, **values: Any) -> Any:
     """Save an adapter on a model, as a training does, and return it as it was trained: not merged."""
     given = {"model_name": str(source), "dataset": "d", "lora": {"r": 4}, "training_args": TRAINING_ARGS, **values}
     hparams = parse_hyperparameters(SFTHyperparameters, given)
@@ -29,6 +29,6 @@ def save_adapter(folder: Path, source: Path, checkpoint: str | None = None, **va
     draw(model)
     for saved in (model, tokenizer):
         saved.save_pretrained(folder)
-    under = None if checkpoint else weights_identity(source)
+    under = weights_identity(Path(source)) if Path(source).is_dir() and not checkpoint else None
     Origin(str(source), checkpoint, None, 42, hparams.sources, base_weights=under).write(folder)
     return model.eval()

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +28,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
 
 GENERATION_CONFIG = "generation_config.json"
 WITH_KWARGS = " with its model_init_kwargs"
+ONLY_AN_ADAPTER = ": it is an adapter, not a whole model; hf download {} --local-dir FOLDER, and give the folder"
 MOST_LAYERS = 1000
 WHERE = ("revision", "subfolder", "token")
 # What `generate` ignores without `do_sample`, but `save_pretrained` then refuses.
@@ -105,8 +107,13 @@ def _find_on_hub(source: str, key: str, **where: Any) -> None:
         raise _not_given(source, key, error) from error
 
 
-def _not_given(source: str, key: str, error: UserError) -> TemporaryError:
+def _not_given(source: str, key: str, error: UserError) -> UserError:
+    from transformers.utils import cached_file
+
     what = f"{key} {source!r}"
+    with suppress(Exception), quiet_lookup():
+        if cached_file(source, ADAPTER_CONFIG):
+            return UserError(f"{what}{ONLY_AN_ADAPTER.format(source)}")
     said = str(error).removeprefix(what).removeprefix(WITH_KWARGS).removeprefix(": ")
     return TemporaryError(f"{what}: {no_such('folder')}, and the hub does not give it: {said}")
 
@@ -225,14 +232,14 @@ def _load_whole_model(
                 with torch.device("meta"):
                     dtype = model_init_kwargs.get("dtype", torch.float32)
                     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust, **attention)
-            if getattr(model, "_hf_peft_config_loaded", False):  # transformers has followed its adapter_config.json
-                raise ValueError("it is an adapter on the hub: download it (hf download), and give its folder")
     except UserError as error:
         if "ignore_mismatched_sizes" in str(error):
             raise UserError(f"{what}: its weights have other shapes than its config.json says") from error
         if Path(source).exists():
             raise
         raise _not_given(source, key, error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers adds an adapter to the base that it names
+        raise UserError(f"{what}{ONLY_AN_ADAPTER.format(source)}")
     if weights and os.environ.get("LOCAL_RANK", "0") == "0":  # under FSDP the others load nothing
         _check_weights(model, info, what)
     _mend_generation_config(model, what)

@@ -260,6 +260,51 @@ def test_a_base_that_was_trained_on_is_noticed(ours, tiny, tmp_path):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Put a folder into the hub's cache, as a repository at a commit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(folder, name, commit):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+
+    return put
+
+
+def test_an_adapter_keeps_its_base_of_the_hub_at_its_commit(tiny, tmp_path, cache):
+    """Whatever the hub has by then under the name."""
+    (old, new), folder = ("a" * 40, "b" * 40), tmp_path / "adapter"
+    cache(tiny / "base", "owner/gemma", old)
+    expected = answers(save_adapter(folder, "owner/gemma", **TOKENS), NEW_IDS)
+    assert read_chain(folder)[:2] == ("owner/gemma", old)
+    other = Path(shutil.copytree(tiny / "base", tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    cache(other, "owner/gemma", new)
+    check_model(str(folder), "--model a")
+    assert answers(load_model_and_tokenizer(str(folder))[0], NEW_IDS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adapter_on_the_hub_is_to_be_downloaded(tiny, tmp_path, cache):
+    """Also one beside a config.json, which transformers would load with its adapter not merged."""
+    save_elsewhere(tiny / "base", tmp_path / "adapter", with_tokens=True)
+    cache(tmp_path / "adapter", "owner/adapter", "c" * 40)
+    save_elsewhere(tiny / "base", tmp_path / "both")
+    for file in (tiny / "base").glob("*[!s]"):
+        shutil.copy(file, tmp_path / "both")
+    cache(tmp_path / "both", "owner/both", "d" * 40)
+    for name, load in [
+        ("owner/adapter", load_model_and_tokenizer),
+        ("owner/adapter", check_model),
+        ("owner/both", load_model_and_tokenizer),
+    ]:
+        with pytest.raises(UserError, match=rf"'{name}': it is an adapter, .* hf download {name} --local-dir FOLDER"):
+            load(name, "--model a")
+
+
+@pytest.fixture
 def chain(folder, tmp_path):
     """An adapter on another, which it has a copy of; and what it answers unmerged."""
     store = local_checkpoint_storage() / UNKNOWN.replace("6", "7")
