@@ -88,14 +88,16 @@ class AdapterStack(PeftModelForCausalLM):
             self.generation_config.save_pretrained(save_directory)
 
 
-def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stands_on: str, seed: int) -> AdapterStack:
+def add_adapter(
+    model: PreTrainedModel | AdapterStack, config: LoraConfig, stands_on: str, seed: int, revision: str | None = None
+) -> AdapterStack:
     """Return a model with a new adapter on it, which changes nothing yet; everything else is frozen.
 
-    `stands_on` is the model's UUID, folder or hub id, for the adapter's checkpoints. `seed` draws its first weights,
-    which are float32. Raises `UserError` if its target modules are not in the model, or at an end of it.
+    `stands_on` is the model's UUID, folder or hub id, and `revision` the commit of that, for the adapter's checkpoints.
+    `seed` draws its first weights, which are float32. Raises `UserError` if its target modules are not in the model, or
+    at an end of it.
     """
-    config.base_model_name_or_path = stands_on
-    config.revision = getattr(model.config, "_commit_hash", None) if not isinstance(model, AdapterStack) else None
+    config.base_model_name_or_path, config.revision = stands_on, revision
     _check_alone(model, config)
     check_targets(base_model(model), config)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -49,6 +49,14 @@ def check_hub_id(source: str, what: str) -> None:
         raise TemporaryError(f"{what}: {no_such('file or folder')}, and the hub cannot be reached ({problem})")
 
 
+def commit_of(source: str, revision: str | None) -> str | None:
+    """Return the commit of a hub model that is in this machine's cache, by its id and a branch, tag or commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 @functools.cache
 def _why_out_of_reach() -> str:
     """Return why the hub does not answer; "" if it does, or is not to be asked."""

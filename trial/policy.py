@@ -8,6 +8,7 @@ from chat_format import set_chat_format
 from config.hyperparameters import Hyperparameters
 from errors import UserError
 from storage.adapter_chains import name_base
+from storage.hub import commit_of
 from trial.models import load_model_and_tokenizer
 
 if TYPE_CHECKING:
@@ -48,5 +49,8 @@ def load_policy(
     folder = Path(source, kwargs.get("subfolder") or "")
     if kwargs.get("subfolder") and not folder.is_dir():
         raise UserError("model_init_kwargs.subfolder: an adapter cannot stand on a part of a hub's model; download it")
-    stands_on = checkpoint or (name_base(folder) if folder.is_dir() else source)
-    return add_adapter(model, lora, stands_on, hparams.args.seed), tokenizer
+    if folder.is_dir():
+        stands_on, revision = checkpoint or name_base(folder), None
+    else:
+        stands_on, revision = source, commit_of(source, kwargs.get("revision"))
+    return add_adapter(model, lora, stands_on, hparams.args.seed, revision), tokenizer

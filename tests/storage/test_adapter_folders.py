@@ -17,7 +17,7 @@ from adapters.stack import AdapterStack, add_adapter
 from config.lora import build_lora_config
 from errors import UserError
 from storage import adapter_chains
-from storage.adapter_chains import BELOW, CONFIG, ORIGIN, WEIGHTS, name_base
+from storage.adapter_chains import BELOW, CONFIG, ORIGIN, WEIGHTS, name_base, read_chain
 from storage.checkpoints import local_checkpoint_storage, model_folder, model_identity
 from trial.models import check_model, load_model_and_tokenizer
 
