@@ -107,6 +107,13 @@ def weights(storage: Path, reports):
     return load_file(file)
 
 
+def store_here(master, uuid):
+    """Off the cluster a checkpoint has to be in the local store."""
+    store = Path(os.environ["LOCAL_CHECKPOINT_STORAGE"])
+    store.mkdir(exist_ok=True)
+    (store / uuid).symlink_to(master.storage / uuid)
+
+
 def same_as(untouched, trial, master) -> bool:
     reports, before = untouched
     after = weights(master.storage, trial.reports)
@@ -305,8 +312,7 @@ def test_dpo_killed_on_two_slots_ends_like_untouched(
     assert not list(downloaded.glob("optimizer*"))
     saved = read_origin(next((master.storage / trial.of_kind("checkpoint")[-1]["uuid"]).glob("checkpoint-*")))
     assert (saved.base, saved.model_ckpt, saved.beta) == (str(tiny / "base"), sft_checkpoint, trial.hparams["dpo_beta"])
-    # Off the cluster the SFT checkpoint has to be in the local store.
-    (Path(os.environ["LOCAL_CHECKPOINT_STORAGE"]) / sft_checkpoint).symlink_to(master.storage / sft_checkpoint)
+    store_here(master, sft_checkpoint)
     trial.hparams = trial.hparams | {"model_ckpt": sft_checkpoint}
     assert same_as(untouched(trial, "dpo_finetune", 2), trial, master)
 
