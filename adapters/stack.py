@@ -102,12 +102,7 @@ def add_adapter(model: PreTrainedModel | AdapterStack, config: LoraConfig, stand
         else:
             model.add_adapter(OWN, config)
         model.set_adapter(OWN)
-    base = base_model(model)
-    output: Any = base.get_output_embeddings()
-    if isinstance(output, LoraLayer) or isinstance(base.get_input_embeddings(), LoraLayer):
-        # TRL reads the output layer's weights alone; and a merge would change both ends of tied embeddings.
-        remedy = "leave them out, or name them in exclude_modules"
-        raise UserError(f"hyperparameters.lora.target_modules: embeddings and output layer take no adapter; {remedy}")
+    output: Any = base_model(model).get_output_embeddings()
     if isinstance(output, TrainableTokensWrapper):
         # TRL (1.16) reads the bias, which peft's wrapper (0.21) does not pass on. This can go once it does.
         output.bias = output.original_module.bias
