@@ -42,12 +42,14 @@ Under FSDP each of D GPUs holds 1 / D of weights, gradients and optimizer. Its t
 all parameters outside the layers: their weights (4 bytes) and gradients (4 bytes). (On CPUs accelerate ignores FSDP.)
 
 On a CPU the sum is too high where activations are large: while they are there, not all gradients are. The gaps make up
-for that. An adapter's gradients are too small to do so, hence G: without it, seven trainings of an adapter on Gemma 3
-270M took 0.2 to 0.5 K more than estimated (and without gaps, with MALLOC_MMAP_THRESHOLD_=262144, within 2% of it). With
-it, they took between 5% less and 12% more. On a GPU it is within 2% of five measured peaks of Gemma-2B
-in one process under bf16 autocast (tests/speed/test_memory.py); adapters, NF4, FSDP, DDP, float32, untied embeddings
-and a reference in memory were not compared. Loading and saving hold a second copy of the weights, but at those times
-there are no gradients, so neither decides. A GPU's own context, about half a gigabyte, is not counted.
+for that. An adapter's gradients are too small to do so, hence G. Eight trainings of an adapter on Gemma 3 270M took
+between 4% less and 12% more than this sum, and without the gaps (MALLOC_MMAP_THRESHOLD_=262144, which is slow) what it
+is without G, within 2%. On a GPU it is within 2% of five measured peaks of Gemma-2B in one process under bf16 autocast
+(tests/speed/test_memory.py); adapters, NF4, FSDP, DDP, float32, untied embeddings and a reference in memory were not
+compared. Loading and saving hold a second copy of the weights, but at those times there are no gradients, so neither
+decides unless an adapter is trained on very few tokens. Nor is it counted that TRL hashes the weights before DPO's
+reference pass on a CPU: 4 bytes more for each number of the embeddings, and 8 where they are bf16. A GPU's own context,
+about half a gigabyte, is not counted.
 """
 
 import math
