@@ -1,6 +1,7 @@
 """The hyperparameters of SFT and DPO experiments, checked before anything is loaded or written."""
 
 import logging
+import os
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -141,11 +142,14 @@ class TrainingHyperparameters(Generic[TrlConfig]):
         if self.lora is None:
             return
         self.lora_config = build_lora_config(self.lora)
-        # (With one process there is no FSDP: it has been left out.)
+        self.check_sharding(int(os.environ.get("WORLD_SIZE", "1")))
+
+    def check_sharding(self, processes: int) -> None:
+        """Raise `UserError` if so many processes would shard a frozen base. (With one, FSDP is left out.)"""
         for name, remedy in (("fsdp", "set it to false, and fsdp_config to null"), ("deepspeed", "leave it out")):
-            if getattr(self.args, name) or (name == "deepspeed" and self.training_args.get(name)):
+            if self.lora is not None and self.training_args.get(name) and (processes > 1 or name == "deepspeed"):
                 why = "each GPU holds all of a frozen base, and little more"
-                raise UserError(f".training_args.{name} has no use with lora: {why}; {remedy}")
+                raise UserError(f"hyperparameters.training_args.{name} has no use with lora: {why}; {remedy}")
 
     @property
     def sources(self) -> list[DataSource]:

@@ -126,6 +126,8 @@ def dry_run(
     """
     assert experiment.kind, "the caller has parsed the trials by their kind"
     slots = max(1, (experiment.config.get("resources") or {}).get("slots_per_trial", 1))
+    for hparams in trials:
+        hparams.check_sharding(slots)
     process, facts, memory, paths = 0, {}, [], ContainerPaths(experiment.config)
     if remarks:
         yield Table("On this machine", pd.DataFrame({" ": remarks}))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig
 
+import local_experiment
 from adapters.stack import add_adapter
 from config.experiment import expand_trials, read_experiment_config, varying_hyperparameters
 from config.hyperparameters import DPOHyperparameters, SFTHyperparameters, parse_hyperparameters
@@ -129,11 +130,19 @@ def test_what_does_not_go_with_lora_is_one_line(values, message):
         parse_hyperparameters(DPOHyperparameters, {**DPO, **values})
 
 
-def test_fsdp_is_refused_where_there_is_something_to_shard():
-    hparams = sft(lora={}, training_args={"fsdp": True})  # one process, which leaves it out
-    hparams.args.fsdp = ["full_shard"]
-    with pytest.raises(UserError, match=r"training_args.fsdp has no use with lora"):
-        hparams.set_lora()
+def test_fsdp_is_refused_where_there_is_something_to_shard(monkeypatch, call, write_config, sft_config):
+    """A dry run says so for the slots of the cluster's trials."""
+    values = {"lora": {}, "training_args": {"fsdp": True}}
+    sft(**values)  # one process, which leaves it out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^hyperparameters.training_args.fsdp has no use with lora"):
+        sft(**values)
+    monkeypatch.delenv("WORLD_SIZE")
+    changes = {"hyperparameters__lora": {}, "hyperparameters__training_args__fsdp": True}
+    path = write_config(sft_config, **changes, resources={"slots_per_trial": 2})
+    status, _, err = call(local_experiment.main, path, "--dry-run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "hyperparameters.training_args.fsdp has no use with lora" in err
 
 
 def test_deepspeed_is_refused_also_where_it_is_installed(monkeypatch):

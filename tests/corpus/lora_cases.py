@@ -59,8 +59,6 @@ TOGETHER: dict[str, tuple[str, dict[str, Any], str]] = {
         {"lora": {}, "training_args.model_init_kwargs": {"load_in_4bit": True}},
         "load_in_4bit",
     ),
-    "FSDP": ("sft", {"lora": {}, "training_args.fsdp": True}, "fsdp"),
-    "FSDP, DPO": ("dpo", {"lora": {}, "training_args.fsdp": "full_shard auto_wrap"}, "fsdp"),
     "DeepSpeed": ("sft", {"lora": {}, "training_args.deepspeed": {"train_batch_size": 1}}, "deepspeed"),
     "a moving reference": (
         "dpo",

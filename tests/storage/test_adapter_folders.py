@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_folders import draw, save_adapter
+from conftest import TRAINING_ARGS
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -285,6 +286,19 @@ def test_an_adapter_keeps_its_base_of_the_hub_at_its_commit(tiny, tmp_path, cach
     cache(other, "owner/gemma", new)
     check_model(str(folder), "--model a")
     assert answers(load_model_and_tokenizer(str(folder))[0], NEW_IDS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adapter_cannot_stand_on_a_subfolder_of_the_hub(tiny, tmp_path, cache):
+    """On one of this machine it can."""
+    shutil.copytree(tiny / "base", tmp_path / "model" / "sub")
+    cache(tmp_path / "model", "owner/gemma", "e" * 40)
+    values = {"training_args": {**TRAINING_ARGS, "model_init_kwargs": {"subfolder": "sub"}}}
+    with pytest.raises(UserError, match=r"model_init_kwargs.subfolder: an adapter cannot stand on a part of a hub's"):
+        save_adapter(tmp_path / "adapter", "owner/gemma", **values)
+    save_adapter(tmp_path / "adapter", tmp_path / "model", **values)
+    (tmp_path / "adapter" / ORIGIN).unlink()
+    assert read_chain(tmp_path / "adapter").base == str(tmp_path / "model" / "sub")
+    check_model(str(tmp_path / "adapter"), "--model a")
 
 
 def test_an_adapter_on_the_hub_is_to_be_downloaded(tiny, tmp_path, cache):
