@@ -173,8 +173,12 @@ def dpo_command(experiment: Experiment) -> str | None:
     config = Path(started["config_file"])
     beside = config.with_name(config.name.replace("sft", "dpo"))
     dpo_config = str(beside if beside.exists() and beside != config else "dpo.yaml")
-    override = f"hyperparameters.model_ckpt={best['checkpoint_uuid']}"
-    return shlex.join([*command, dpo_config, started["model_def"], "--config", override])
+    overrides = [f"hyperparameters.model_ckpt={best['checkpoint_uuid']}"]
+    for key in ("lora", "load_in_4bit"):  # whoever has no memory for all weights in SFT has none in DPO
+        if value := best["hparams"].get(key):
+            overrides.append(f"hyperparameters.{key}={json.dumps(value)}")
+    configs = [word for override in overrides for word in ("--config", override)]
+    return shlex.join([*command, dpo_config, started["model_def"], *configs])
 
 
 def _config_named(name: str) -> str:

@@ -33,7 +33,8 @@ from storage.checkpoints import local_checkpoint_storage
 from storage.cluster_checkpoints import checkpoint_folder
 from storage.files import is_object, read_json, read_json_lines, write_atomically
 from trial.events import TRAINED, TrialEvent, is_event, read_events
-from trial.models import check_model, load_model_and_tokenizer
+from trial.models import check_model
+from trial.policy import load_policy
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10  # for a trial to end by itself
@@ -44,15 +45,17 @@ console = Console(soft_wrap=True, highlight=False)
 def check_sources(kind: TrainingKind, trials: list[Hyperparameters]) -> None:
     """Find mistakes in each trial's data and model before anything is written."""
     checkpoints = set[str]()
-    for hparams in {str((h.checkpoint, h.model_name, h.model_init_kwargs)): h for h in trials}.values():
+    for hparams in {str((h.checkpoint, h.model_name, h.model_init_kwargs, h.lora)): h for h in trials}.values():
         if hparams.checkpoint:
             checkpoints.add(hparams.checkpoint)
         elif hparams.model_name:
             if os.path.isdir(hparams.model_name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-                load_model_and_tokenizer(hparams.model_name, weights=False, **hparams.model_init_kwargs)
+                load_policy(hparams, hparams.model_name, weights=False)
             check_model(hparams.model_name, "model_name", **hparams.model_init_kwargs)
     for name in checkpoints:
-        checkpoint_folder(name, "model_ckpt")
+        folder = str(checkpoint_folder(name, "model_ckpt"))
+        for hparams in {str(h.lora): h for h in trials if h.lora is not None and h.checkpoint == name}.values():
+            load_policy(hparams, folder, weights=False)  # finds layers that are not there
     for options in {str(hparams.load_options): hparams.load_options for hparams in trials}.values():
         kind.load(**options)
     for start in filter(None, dict.fromkeys(hparams.start_message for hparams in trials)):

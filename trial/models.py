@@ -43,7 +43,11 @@ def find_model(source: str, key: str) -> str:
     if not exists and (looks_like_uuid or is_cluster_name(source)):
         from storage.cluster_checkpoints import checkpoint_folder
 
-        return str(checkpoint_folder(source, key))
+        folder = checkpoint_folder(source, key)
+        if is_adapter(folder):
+            with about(f"{key} {source}"):
+                find_base(read_chain(folder), find_checkpoint_here)
+        return str(folder)
     check_model(source, key)
     return source
 

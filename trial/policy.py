@@ -33,7 +33,8 @@ def load_policy(
     """
     lora = hparams.lora_config
     kwargs = hparams.model_init_kwargs
-    model, tokenizer = load_model_and_tokenizer(source, weights=weights, merge=lora is None, **kwargs)
+    key = "model_ckpt" if hparams.checkpoint else "model_name"
+    model, tokenizer = load_model_and_tokenizer(source, key, weights=weights, merge=lora is None, **kwargs)
     old_size = len(tokenizer)
     set_chat_format(model, tokenizer, added_tokens)
     if lora is None:
