@@ -130,14 +130,12 @@ def test_what_does_not_go_with_lora_is_one_line(values, message):
         parse_hyperparameters(DPOHyperparameters, {**DPO, **values})
 
 
-def test_fsdp_is_refused_where_there_is_something_to_shard(monkeypatch, call, write_config, sft_config):
+def test_fsdp_is_refused_where_there_is_something_to_shard(call, write_config, sft_config):
     """A dry run says so for the slots of the cluster's trials."""
     values = {"lora": {}, "training_args": {"fsdp": True}}
-    sft(**values)  # one process, which leaves it out
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    hparams = sft(**values)  # one process, which leaves it out
     with pytest.raises(UserError, match=r"^hyperparameters.training_args.fsdp has no use with lora"):
-        sft(**values)
-    monkeypatch.delenv("WORLD_SIZE")
+        hparams.check_sharding(2)
     changes = {"hyperparameters__lora": {}, "hyperparameters__training_args__fsdp": True}
     path = write_config(sft_config, **changes, resources={"slots_per_trial": 2})
     status, _, err = call(local_experiment.main, path, "--dry-run")
