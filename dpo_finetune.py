@@ -34,7 +34,7 @@ def train(trial: "Trial[DPOHyperparameters]") -> None:
     # With precompute_ref_log_probs TRL computes the reference log-probs with the policy before it is trained, and with
     # lora the policy without its adapter is the reference, so no second model is loaded (except under FSDP, for that
     # pass only).
-    if not args.precompute_ref_log_probs and hparams.lora_config is None:
+    if hparams.loads_reference:
         reference, _ = load_model_and_tokenizer(model_path, **hparams.model_init_kwargs)
         reference.eval().requires_grad_(False)
 

@@ -190,11 +190,23 @@ class TrainingHyperparameters(Generic[TrlConfig]):
 
     @property
     def base_dtype(self) -> "torch.dtype":
-        """The type of the weights under an adapter: autocast's, or float32 where `model_init_kwargs` say so."""
+        """The type of the weights under an adapter."""
+        return self.base_dtype_where(self.computed_dtype)
+
+    def base_dtype_where(self, computed: "torch.dtype") -> "torch.dtype":
+        """Return `base_dtype` where products are `computed` in a type: that one, or float32 if `model_init_kwargs` say.
+
+        (They can say nothing else.)
+        """
         import torch
 
         given: Any = self.args.model_init_kwargs or {}
-        return torch.float32 if given.keys() & {"dtype", "torch_dtype"} else self.computed_dtype
+        return torch.float32 if given.keys() & {"dtype", "torch_dtype"} else computed
+
+    @property
+    def loads_reference(self) -> bool:
+        """Whether DPO's reference is a second model: not if precomputed, nor under an adapter, where it is the base."""
+        return self.lora_config is None and not getattr(self.args, "precompute_ref_log_probs", True)
 
     def shown_values(self) -> dict[str, Any]:
         """Return what anyone may see of the hyperparameters: numbers, switches and names of choices, no text."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
-from trl.trainer.dpo_config import DPOConfig
 
 from experiment.dry_run_output import Table
 from experiment.kinds import Hyperparameters
@@ -30,12 +29,6 @@ def gpu_dtype(hparams: Hyperparameters) -> torch.dtype | None:
     return torch.bfloat16 if bf16 else torch.float16 if hparams.args.fp16 else None
 
 
-def base_dtype(hparams: Hyperparameters, autocast: torch.dtype | None) -> torch.dtype:
-    """Return the type of the frozen weights under an adapter where products are computed in autocast's type."""
-    given: Any = hparams.args.model_init_kwargs or {}
-    return torch.float32 if given.keys() & {"dtype", "torch_dtype"} else autocast or torch.float32
-
-
 def model_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model without values as it is where the frozen weights under its adapters have the type `dtype`."""
     model, adapters = copy.deepcopy(model), adapters_of(model).keys()
@@ -51,7 +44,7 @@ def describe_parameters(model: PreTrainedModel, hparams: Hyperparameters) -> str
     if hparams.lora_config is None:
         return total
     trained = model.num_parameters(only_trainable=True)
-    dtype = PRECISIONS[base_dtype(hparams, gpu_dtype(hparams))]
+    dtype = PRECISIONS[hparams.base_dtype_where(gpu_dtype(hparams) or torch.float32)]
     held = f"4 bits (NF4), embeddings in {dtype}" if hparams.load_in_4bit else dtype
     share = f"LoRA trains {trained:,} of them ({trained / model.num_parameters():.2%})"
     return f"{total}; {share}, the others are frozen, on a GPU in {held}"
@@ -78,14 +71,15 @@ def estimate_trial(
     sizes = {"train": args.per_device_train_batch_size, "test": args.per_device_eval_batch_size}
     options = {"packing": hparams.packing, "pairs": data.kind.pairs, "padding_free": data.padding_free}
     shapes = [batch_shape(args, data.remaining_rows[part], size, **options) for part, size in sizes.items()]
-    reference = isinstance(args, DPOConfig) and not args.precompute_ref_log_probs and hparams.lora_config is None
     on_gpu, four_bit = torch.cuda.is_available(), hparams.load_in_4bit
     fused = data.padding_free and given.get("torch_compile") is None  # on a GPU
-    here = TrainingSetup.from_args(args, fused and on_gpu, reference, 1, "cuda" if on_gpu else "cpu", four_bit)
+    here = TrainingSetup.from_args(
+        args, fused and on_gpu, hparams.loads_reference, 1, "cuda" if on_gpu else "cpu", four_bit
+    )
 
     def estimate(setup: TrainingSetup, every: int) -> MemoryEstimate:
         setup = replace(setup, checkpoint_every=setup.checkpoint_every or every)
-        model = data.model_of(hparams, base_dtype(hparams, setup.dtype))
+        model = data.model_of(hparams, hparams.base_dtype_where(setup.dtype or torch.float32))
         return estimate_memory(model, setup, shapes[0], shapes[1], process)
 
     def choose(needed: Callable[[int], float], usable: float) -> int:
